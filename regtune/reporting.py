@@ -1,0 +1,289 @@
+"""What a worker reports: epochs, and how a trial ended; every write is fenced by its lease.
+
+One statement renews all leases of a worker, records their new epochs and returns which trials to
+stop. One more ends any number of trials. A lease that is gone touches no row.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from regtune import events
+from regtune.database import NEWS, WORK
+from regtune.leasing import Lease
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch of a trial measured; ``epoch`` counts from 1. Losses may be NaN or infinite.
+
+    ``train_loss`` and ``validation_loss`` hold no penalty. ``sparsity`` is the share of exact
+    zeros among the penalized weights.
+    """
+
+    epoch: int
+    train_loss: float
+    validation_loss: float
+    validation_score: float
+    penalty: float
+    sparsity: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Completed:
+    """The trial ran to its end or stopped early; all figures are at the best weights."""
+
+    validation_loss: float
+    validation_score: float
+    best_epoch: int
+    test_loss: float
+    test_score: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The trial was stopped because it looked bad, or because its loss was not finite."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The user's code raised; ``error`` is its traceback."""
+
+    reason: str
+    error: str
+
+
+Outcome = Completed | Pruned | Failed
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What a flush came back with.
+
+    ``held`` are the trials whose leases still stand; ``stop`` says which of them to stop, and why.
+    """
+
+    held: frozenset[int]
+    stop: Mapping[int, str]
+
+
+def flush(
+    session: Session,
+    leases: Sequence[Lease],
+    epochs: Mapping[int, Sequence[Epoch]],
+    seconds: float,
+    *,
+    now: datetime | None = None,
+) -> Verdicts:
+    """Renew leases for ``seconds`` and record new epochs, by trial id; return the verdicts.
+
+    An epoch that this attempt has recorded before is left as it is.
+    """
+    if not leases:
+        return Verdicts(frozenset(), {})
+    rows = session.execute(
+        text(_FLUSH),
+        {
+            "leases": _as_json(_token(lease) for lease in leases),
+            "epochs": _as_json(
+                {"trial_id": trial_id, **asdict(epoch)}
+                for trial_id, reported in epochs.items()
+                for epoch in reported
+            ),
+            "seconds": seconds,
+            "now": now,
+        },
+    ).all()
+    if any(epochs.values()):
+        events.notify(session, NEWS, leases[0].study_id)
+    return Verdicts(
+        held=frozenset(row.trial_id for row in rows),
+        stop={row.trial_id: row.stop_request for row in rows if row.stop_request},
+    )
+
+
+def finish(
+    session: Session,
+    outcomes: Sequence[tuple[Lease, Outcome]],
+    worker: str,
+    *,
+    now: datetime | None = None,
+) -> frozenset[int]:
+    """End trials as their outcomes say; return the ids of those whose leases still stood."""
+    if not outcomes:
+        return frozenset()
+    ended = session.execute(
+        text(_FINISH),
+        {
+            "outcomes": _as_json(_ending(lease, outcome) for lease, outcome in outcomes),
+            "worker": worker,
+            "now": now,
+        },
+    ).scalars()
+    study_id = outcomes[0][0].study_id
+    events.notify(session, NEWS, study_id)
+    return frozenset(ended)
+
+
+def request_stop(session: Session, study_id: int, verdicts: Mapping[int, tuple[int, str]]) -> None:
+    """Ask the workers to stop trials: ``verdicts`` maps a trial's id to its attempt and why.
+
+    The attempt is the one that was judged; if the trial has changed hands since, it goes on.
+    """
+    session.execute(
+        text(_REQUEST_STOP),
+        {
+            "verdicts": _as_json(
+                {"trial_id": trial_id, "attempt": attempt, "reason": reason}
+                for trial_id, (attempt, reason) in verdicts.items()
+            )
+        },
+    )
+    events.notify(session, WORK, study_id)
+
+
+def _token(lease: Lease) -> dict[str, Any]:
+    return {"trial_id": lease.trial_id, "token": str(lease.token)}
+
+
+def _ending(lease: Lease, outcome: Outcome) -> dict[str, Any]:
+    match outcome:
+        case Completed():
+            return {
+                **_token(lease),
+                **asdict(outcome),
+                "value": outcome.validation_loss,
+                "state": "complete",
+                "optuna_state": "COMPLETE",
+            }
+        case Pruned():
+            return {
+                **_token(lease),
+                **asdict(outcome),
+                "state": "pruned",
+                "optuna_state": "PRUNED",
+            }
+        case Failed():
+            return {**_token(lease), **asdict(outcome), "state": "failed", "optuna_state": "FAIL"}
+
+
+def _as_json(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Write rows for ``json_to_recordset``; PostgreSQL reads NaN and Infinity from strings."""
+    return json.dumps([{key: _plain(value) for key, value in row.items()} for row in rows])
+
+
+def _plain(value: Any) -> Any:
+    return repr(value) if isinstance(value, float) else value
+
+
+# Rows are locked in the order of their ids, as everywhere.
+_FLUSH = """
+WITH lease AS (
+    SELECT * FROM json_to_recordset(cast(:leases AS json)) AS r(trial_id int, token uuid)
+), locked AS (
+    SELECT t.trial_id FROM regtune.trials t
+    JOIN lease ON lease.trial_id = t.trial_id AND lease.token = t.token
+    ORDER BY t.trial_id FOR UPDATE OF t
+), held AS (
+    UPDATE regtune.trials t
+    SET lease_expires_at = coalesce(cast(:now AS timestamptz), now())
+                           + make_interval(secs => :seconds)
+    FROM locked WHERE t.trial_id = locked.trial_id
+    RETURNING t.trial_id, t.attempt, t.stop_request
+), recorded AS (
+    INSERT INTO regtune.epochs (trial_id, attempt, epoch, train_loss, validation_loss,
+                                validation_score, penalty, sparsity, seconds)
+    SELECT held.trial_id, held.attempt, e.epoch, e.train_loss, e.validation_loss,
+           e.validation_score, e.penalty, e.sparsity, e.seconds
+    FROM json_to_recordset(cast(:epochs AS json)) AS e(
+        trial_id int, epoch int, train_loss double precision, validation_loss double precision,
+        validation_score double precision, penalty double precision, sparsity double precision,
+        seconds double precision) JOIN held USING (trial_id)
+    ORDER BY held.trial_id, e.epoch
+    ON CONFLICT DO NOTHING
+    RETURNING trial_id, epoch, validation_loss
+), public_values AS (
+    INSERT INTO public.trial_intermediate_values
+           (trial_id, step, intermediate_value, intermediate_value_type)
+    SELECT trial_id, epoch,
+           CASE WHEN abs(validation_loss) < 'Infinity' THEN validation_loss END,
+           CASE WHEN validation_loss = 'NaN' THEN 'NAN'
+                WHEN validation_loss = 'Infinity' THEN 'INF_POS'
+                WHEN validation_loss = '-Infinity' THEN 'INF_NEG'
+                ELSE 'FINITE' END::trialintermediatevaluetype
+    FROM recorded ORDER BY trial_id, epoch
+    ON CONFLICT (trial_id, step) DO UPDATE
+    SET intermediate_value = excluded.intermediate_value,
+        intermediate_value_type = excluded.intermediate_value_type
+)
+SELECT trial_id, stop_request FROM held
+"""
+
+# Optuna gives a pruned trial its last intermediate value, unless that is not a number.
+_FINISH = """
+WITH outcome AS (
+    SELECT * FROM json_to_recordset(cast(:outcomes AS json)) AS r(
+        trial_id int, token uuid, state text, optuna_state text, reason text, error text,
+        value double precision, validation_score double precision, best_epoch int,
+        test_loss double precision, test_score double precision)
+), held AS (
+    SELECT t.trial_id FROM regtune.trials t
+    JOIN outcome ON outcome.trial_id = t.trial_id AND outcome.token = t.token
+    ORDER BY t.trial_id FOR UPDATE OF t
+), ended AS (
+    UPDATE regtune.trials t
+    SET state = o.state, reason = o.reason, error = o.error, value = o.value,
+        validation_score = o.validation_score, best_epoch = o.best_epoch,
+        test_loss = o.test_loss, test_score = o.test_score,
+        token = NULL, lease_expires_at = NULL, stop_request = NULL,
+        finished_at = coalesce(cast(:now AS timestamptz), now())
+    FROM held JOIN outcome o USING (trial_id)
+    WHERE t.trial_id = held.trial_id
+    RETURNING t.*, o.optuna_state
+), public_trials AS (
+    UPDATE public.trials p
+    SET state = ended.optuna_state::trialstate,
+        datetime_complete = ended.finished_at AT TIME ZONE 'utc'
+    FROM ended WHERE p.trial_id = ended.trial_id
+), public_values AS (
+    INSERT INTO public.trial_values (trial_id, objective, value, value_type)
+    SELECT trial_id, 0, CASE WHEN abs(final.value) < 'Infinity' THEN final.value END,
+           CASE WHEN final.value = 'Infinity' THEN 'INF_POS'
+                WHEN final.value = '-Infinity' THEN 'INF_NEG'
+                ELSE 'FINITE' END::trialvaluetype
+    FROM ended, LATERAL (
+        SELECT CASE ended.state WHEN 'complete' THEN ended.value WHEN 'pruned' THEN (
+            SELECT e.validation_loss FROM regtune.epochs e
+            WHERE e.trial_id = ended.trial_id AND e.attempt = ended.attempt
+            ORDER BY e.epoch DESC LIMIT 1) END AS value) final
+    WHERE final.value <> 'NaN'
+), public_attributes AS (
+    INSERT INTO public.trial_user_attributes (trial_id, key, value_json)
+    SELECT trial_id, a.key, a.value FROM ended, LATERAL (VALUES
+        ('reason', to_json(reason)::text), ('worker', to_json(cast(:worker AS text))::text),
+        ('best_epoch', best_epoch::text), ('validation_score', validation_score::text),
+        ('test_score', test_score::text), ('error', to_json(error)::text)) AS a(key, value)
+    WHERE a.value IS NOT NULL
+), told AS (
+    INSERT INTO regtune.events (study_id, number, kind, actor, detail)
+    SELECT study_id, number, 'trial_' || state, :worker, json_strip_nulls(json_build_object(
+        'value', CASE WHEN abs(value) < 'Infinity' THEN value END, 'reason', reason))
+    FROM ended ORDER BY number
+)
+SELECT trial_id FROM ended
+"""
+
+_REQUEST_STOP = """
+UPDATE regtune.trials t SET stop_request = v.reason
+FROM json_to_recordset(cast(:verdicts AS json)) AS v(trial_id int, attempt int, reason text)
+WHERE t.trial_id = v.trial_id AND t.attempt = v.attempt AND t.state = 'running'
+"""

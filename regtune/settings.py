@@ -1,0 +1,38 @@
+"""Every setting, read once from ``REGTUNE_*`` environment variables and passed in from there."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from regtune.spec import MAX_BODY_BYTES
+
+
+class Settings(BaseSettings):
+    """Settings of the service, the worker and the command line."""
+
+    model_config = SettingsConfigDict(env_prefix="REGTUNE_", frozen=True, extra="ignore")
+
+    database_url: str | None = Field(
+        None, description="PostgreSQL, as postgresql://user:password@host:port/database."
+    )
+    url: str = Field("http://127.0.0.1:8700", description="Where the client finds the service.")
+    host: str = Field("127.0.0.1", description="Address that the service listens on.")
+    port: int = Field(8700, ge=0, le=65_535, description="Port that the service listens on.")
+    home: Path = Field(Path(".regtune"), description="Folder of the embedded database and logs.")
+    data_dir: Path = Field(
+        Path.home() / ".cache" / "regtune", description="Where data sets are kept and downloaded."
+    )
+    pool_size: int = Field(5, ge=1, le=1000, description="Most database connections of a process.")
+    lease_seconds: float = Field(30.0, gt=0, description="How long a lease lasts unrenewed.")
+    flush_seconds: float = Field(0.5, ge=0, description="Epochs are recorded at most this often.")
+    poll_seconds: float = Field(2.0, gt=0, description="Slow poll behind the notifications.")
+    lanes: int | None = Field(None, ge=1, le=4096, description="Lanes of a worker; else measured.")
+    max_attempts: int = Field(3, ge=1, description="A trial that loses more leases fails.")
+    max_consecutive_failures: int = Field(
+        10, ge=1, description="A study with so many failed trials in a row fails."
+    )
+    max_body_bytes: int = Field(MAX_BODY_BYTES, ge=1024, description="Largest request body.")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["console", "json"] = "console"

@@ -1,0 +1,175 @@
+"""The search space: what a parameter may be, and how Optuna's samplers see it.
+
+A parameter is a range, a list of choices, or a fixed value. A range with ``or_zero`` holds a real
+zero beside its log-uniform values. To a sampler it is one parameter still: the log range is
+extended by one decade below ``low``, and whatever falls there is trained as exactly zero.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Generic, TypeVar
+
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, RootModel, Strict, Tag
+from pydantic import model_validator as validate_model
+from pydantic_core import PydanticCustomError
+
+Number = TypeVar("Number", int, float)
+
+OR_ZERO_DECADES = 1
+"""How many decades below ``low`` stand for zero."""
+
+MAX_CHOICES = 1000
+
+
+class Range(BaseModel, Generic[Number]):
+    """From ``low`` to ``high``, both included."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    low: Number = Field(description="Smallest value, included.")
+    high: Number = Field(description="Largest value, included.")
+    log: bool = Field(False, description="Search on a logarithmic scale; needs low > 0.")
+    or_zero: bool = Field(
+        False,
+        description="Also try exactly 0, which switches the parameter off; needs log: true "
+        "(a linear range can simply start at 0).",
+    )
+
+    @validate_model(mode="after")
+    def _check(self) -> "Range[Number]":
+        if self.low >= self.high:
+            raise _invalid(f"low must be below high, but {self.low:g} ≥ {self.high:g}")
+        if self.log and self.low <= 0:
+            raise _invalid(f"log: true needs low > 0, but low is {self.low:g}")
+        if self.or_zero and not self.log:
+            raise _invalid("or_zero: true needs log: true; a linear range can start at 0")
+        return self
+
+    def numbers(self) -> tuple[float, ...]:
+        """All the bounds, for checking them against what the parameter may be."""
+        return (self.low, self.high)
+
+    def distribution(self) -> BaseDistribution:
+        """How Optuna sees it."""
+        if isinstance(self.low, int):
+            return IntDistribution(self.low, int(self.high), log=self.log)
+        return FloatDistribution(self._bottom, self.high, log=self.log)
+
+    def used(self, suggested: float) -> float:
+        """The value that is trained when a sampler suggests ``suggested``."""
+        return 0.0 if self.or_zero and suggested < self.low else suggested
+
+    def lowest(self) -> float:
+        """What to suggest for as little as this range allows: its zero where it has one."""
+        return self._bottom
+
+    def highest(self) -> float:
+        """What to suggest for as much as this range allows."""
+        return self.high
+
+    def nearest(self, value: float) -> float:
+        """What to suggest to come as near to ``value`` as this range allows."""
+        if self.or_zero and value == 0:
+            return self._bottom
+        return min(max(value, self.low), self.high)
+
+    @property
+    def _bottom(self) -> float:
+        return self.low / 10**OR_ZERO_DECADES if self.or_zero else self.low
+
+
+class Choices(RootModel[tuple[Number, ...]], Generic[Number]):
+    """One of these values."""
+
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+
+    root: Annotated[tuple[Number, ...], Strict(False), Field(min_length=1, max_length=MAX_CHOICES)]
+
+    @validate_model(mode="after")
+    def _check(self) -> "Choices[Number]":
+        if len(set(self.root)) < len(self.root):
+            raise _invalid("each choice may stand in the list only once")
+        return self
+
+    def numbers(self) -> tuple[float, ...]:
+        """All the choices, for checking them against what the parameter may be."""
+        return self.root
+
+    def distribution(self) -> BaseDistribution:
+        """How Optuna sees it."""
+        return CategoricalDistribution(self.root)
+
+    def used(self, suggested: float) -> float:
+        """The value that is trained when a sampler suggests ``suggested``: the same."""
+        return suggested
+
+    def lowest(self) -> float:
+        """The smallest choice."""
+        return min(self.root)
+
+    def highest(self) -> float:
+        """The largest choice."""
+        return max(self.root)
+
+    def nearest(self, value: float) -> float:
+        """The choice nearest to ``value``."""
+        return min(self.root, key=lambda choice: abs(choice - value))
+
+
+class Fixed(RootModel[Number], Generic[Number]):
+    """Always this value: not searched, and no parameter to Optuna."""
+
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+
+    def numbers(self) -> tuple[float, ...]:
+        """The value, for checking it against what the parameter may be."""
+        return (self.root,)
+
+
+def _kind(value: Any) -> str | None:
+    if isinstance(value, Mapping | Range):
+        return "range"
+    if isinstance(value, list | tuple | Choices):
+        return "choices"
+    if isinstance(value, int | float | Fixed) and not isinstance(value, bool):
+        return "fixed"
+    return None
+
+
+PARAMETER_KINDS = ("range", "choices", "fixed")
+
+_BY_KIND = Discriminator(
+    _kind,
+    custom_error_type="parameter",
+    custom_error_message="must be a range like {low: 0.1, high: 0.5}, a list of choices, "
+    "or one number",
+)
+
+Parameter = Annotated[
+    Annotated[Range[float], Tag("range")]
+    | Annotated[Choices[float], Tag("choices")]
+    | Annotated[Fixed[float], Tag("fixed")],
+    _BY_KIND,
+]
+"""A parameter that takes real values."""
+
+IntegerParameter = Annotated[
+    Annotated[Range[int], Tag("range")]
+    | Annotated[Choices[int], Tag("choices")]
+    | Annotated[Fixed[int], Tag("fixed")],
+    _BY_KIND,
+]
+"""A parameter that takes whole numbers."""
+
+Searched = Range[float] | Range[int] | Choices[float] | Choices[int]
+"""A parameter that is not fixed."""
+
+
+def _invalid(message: str) -> PydanticCustomError:
+    # Braces in a message would be read as fields of a template.
+    return PydanticCustomError("parameter", "{message}", {"message": message})

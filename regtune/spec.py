@@ -1,0 +1,485 @@
+"""What a person may post: a study, validated field by field, with every default filled in.
+
+Nothing is left implicit: ``StudySpec`` holds the ranges that will be searched also where the
+person named none, so that what is stored and shown is what is run.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+from pydantic import field_validator as validate_field
+from pydantic import model_validator as validate_model
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from regtune.errors import FieldError, InvalidSpec
+from regtune.space import (
+    PARAMETER_KINDS,
+    Choices,
+    Fixed,
+    IntegerParameter,
+    Parameter,
+    Range,
+    Searched,
+)
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+MAX_BODY_BYTES = 256 * 1024
+REFERENCE_TRIALS = 2
+"""Every study first trains two reference points: everything off, and a common default."""
+
+Optimizer = Literal["adam", "adamw", "sgd", "rmsprop"]
+SamplerName = Literal["tpe", "random", "grid", "qmc", "cmaes", "gp"]
+PrunerName = Literal["none", "median", "asha", "hyperband"]
+
+_P = TypeVar("_P", bound=Parameter | IntegerParameter)
+
+
+class _SpecModel(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class MlpSettings(_SpecModel):
+    """Settings of the model ``mlp``: linear, norm, ReLU and dropout per hidden layer."""
+
+    hidden: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=65_536)], ...], Strict(False), Field(max_length=64)
+    ] = Field((128,), description="Width of each hidden layer.", examples=[[128], [512, 512]])
+    norm: Literal["batch", "layer", "none"] = Field(
+        "batch", description="Normalization before each ReLU."
+    )
+
+
+MODEL_SETTINGS: Mapping[str, type[BaseModel]] = {"mlp": MlpSettings}
+"""The settings of models that can be checked without importing the model."""
+
+
+class TaskSpec(BaseModel):
+    """What is trained: a data set and a model; every further field is a setting of the model."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True, allow_inf_nan=False)
+
+    dataset: str = Field(
+        description="Name of the data set, as a worker has it installed.",
+        examples=["digits", "mnist", "fashion_mnist"],
+        max_length=100,
+    )
+    model: str = Field(
+        description="Name of the model, as a worker has it installed.",
+        examples=["mlp"],
+        max_length=100,
+    )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The model's own settings."""
+        return dict(self.model_extra or {})
+
+    @validate_model(mode="before")
+    @classmethod
+    def _fill_in_settings(cls, data: Any) -> Any:
+        """Check the model's settings where its schema is known, and fill in their defaults."""
+        if not isinstance(data, Mapping) or not isinstance(data.get("model"), str):
+            return data
+        schema = MODEL_SETTINGS.get(data["model"])
+        if schema is None:
+            return data
+        own = {key: data[key] for key in data if key in cls.model_fields}
+        settings = {key: data[key] for key in data if key not in cls.model_fields}
+        return own | schema.model_validate(settings).model_dump(mode="json")
+
+
+class Training(_SpecModel):
+    """How each trial is trained; the same for all trials."""
+
+    optimizer: Optimizer = Field(
+        "adamw",
+        description="Weight decay is decoupled in AdamW, and coupled (added to the gradient) in "
+        "the others. SGD uses momentum 0.9.",
+    )
+    learning_rate: float = Field(
+        0.0,
+        gt=0,
+        le=100,
+        validate_default=False,
+        description="Step size η at the start. Default: 0.001, or 0.01 for sgd.",
+        examples=[0.001],
+    )
+    batch_size: int = Field(128, ge=1, le=1_000_000, description="Rows per step.")
+    max_epochs: int = Field(50, ge=1, le=100_000, description="Longest training of a trial.")
+    schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="Learning rate over max_epochs; cosine ends at zero."
+    )
+    min_delta: float = Field(
+        0.0,
+        ge=0,
+        description="Early stopping counts only an improvement of the validation loss by more.",
+    )
+    l1: Literal["proximal", "subgradient"] = Field(
+        "proximal",
+        description="proximal: soft threshold by η·λ₁ after each step, which gives true zeros; "
+        "subgradient: λ₁·‖w‖₁ is part of the loss (its useful λ₁ is about 1000 times smaller).",
+    )
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**31,
+        description="Seed of initial weights, data order, dropout and the validation rows.",
+    )
+
+    @validate_model(mode="after")
+    def _fill_in_learning_rate(self) -> Self:
+        if "learning_rate" not in self.model_fields_set:
+            self.__dict__["learning_rate"] = 0.01 if self.optimizer == "sgd" else 0.001
+        return self
+
+
+class Search(_SpecModel):
+    """What is searched. A parameter that is left out gets its default range."""
+
+    weight_decay: Parameter = Field(
+        description="λ₂ ≥ 0. Default: zero or 1e-4…3 (log) for AdamW, whose decay below "
+        "1 / (learning rate × steps) does nothing; zero or 1e-6…1e-2 (log) for the others.",
+        examples=[{"low": 1e-4, "high": 3.0, "log": True, "or_zero": True}],
+    )
+    dropout: Parameter = Field(
+        description="Rate p of every dropout site, 0 ≤ p < 1. Default: 0…0.7.",
+        examples=[{"low": 0.0, "high": 0.7}],
+    )
+    l1_lambda: Parameter = Field(
+        description="λ₁ ≥ 0. Default: zero or 1e-4…0.3 (log) in the proximal form, zero or "
+        "1e-7…1e-3 (log) as subgradient.",
+        examples=[{"low": 1e-4, "high": 0.3, "log": True, "or_zero": True}],
+    )
+    patience: IntegerParameter = Field(
+        description="Epochs in a row without improvement after which a trial stops, ≥ 1. "
+        "Default: from a tenth of max_epochs to half of it.",
+        examples=[{"low": 5, "high": 25}],
+    )
+
+    @validate_field("weight_decay", "l1_lambda")
+    @classmethod
+    def _check_strength(cls, parameter: Parameter) -> Parameter:
+        return _check_numbers(parameter, lambda value: value >= 0, "must not be negative")
+
+    @validate_field("dropout")
+    @classmethod
+    def _check_rate(cls, parameter: Parameter) -> Parameter:
+        return _check_numbers(parameter, lambda value: 0 <= value < 1, "must be in [0, 1)")
+
+    @validate_field("patience")
+    @classmethod
+    def _check_patience(cls, parameter: IntegerParameter) -> IntegerParameter:
+        if isinstance(parameter, Range) and parameter.or_zero:
+            raise PydanticCustomError("parameter", "patience has no zero; leave or_zero out")
+        return _check_numbers(parameter, lambda value: value >= 1, "must be at least 1")
+
+    @validate_model(mode="after")
+    def _check_not_empty(self) -> Self:
+        if not self.searched():
+            raise PydanticCustomError(
+                "empty", "nothing to search: make a range or a list of at least one parameter"
+            )
+        return self
+
+    def parameters(self) -> dict[str, Searched | Fixed[float] | Fixed[int]]:
+        """All parameters by name, in the order in which they are shown."""
+        return {name: getattr(self, name) for name in type(self).model_fields}
+
+    def searched(self) -> dict[str, Searched]:
+        """The parameters that are not fixed, by name."""
+        return {
+            name: parameter
+            for name, parameter in self.parameters().items()
+            if not isinstance(parameter, Fixed)
+        }
+
+
+def _check_numbers(parameter: _P, is_right: Callable[[float], bool], what_is_right: str) -> _P:
+    for value in parameter.numbers():
+        if not is_right(value):
+            raise PydanticCustomError(
+                "bounds", "{what}, but {value} is given", {"what": what_is_right, "value": value}
+            )
+    return parameter
+
+
+def default_search(training: Training) -> dict[str, Any]:
+    """Return the default ranges for a training.
+
+    In AdamW a decay λ acts over 1 / (η·λ) steps (Wang & Aitchison 2024, arXiv 2405.13698), so one
+    below 1 / (η · steps of the whole training) does nothing; the range 1e-6…1e-2 that is usual
+    for coupled decay would mostly be off on small data. Proximal L1 shrinks by η·λ₁ each step
+    whatever the optimizer; the subgradient is rescaled by Adam and needs λ₁ far smaller.
+    """
+    decoupled = training.optimizer == "adamw"
+    proximal = training.l1 == "proximal"
+    return {
+        "weight_decay": _zero_or(1e-4, 3.0) if decoupled else _zero_or(1e-6, 1e-2),
+        "dropout": {"low": 0.0, "high": 0.7},
+        "l1_lambda": _zero_or(1e-4, 0.3) if proximal else _zero_or(1e-7, 1e-3),
+        "patience": _patience_range(training.max_epochs),
+    }
+
+
+def _zero_or(low: float, high: float) -> dict[str, Any]:
+    return {"low": low, "high": high, "log": True, "or_zero": True}
+
+
+def _patience_range(max_epochs: int) -> dict[str, Any]:
+    low = max(1, max_epochs // 10)
+    return {"low": low, "high": max(low + 1, max_epochs // 2)}
+
+
+class Validation(_SpecModel):
+    """Which training rows are held out to choose by."""
+
+    fraction: float = Field(
+        0.2, gt=0, lt=1, description="Share of the training rows, stratified, the same for all."
+    )
+
+
+class Budget(_SpecModel):
+    """When the study is done; whichever comes first."""
+
+    trials: int = Field(
+        100_000,
+        ge=1,
+        le=100_000,
+        description="How many trials, exactly; the two reference points count.",
+        examples=[40],
+    )
+    seconds: float | None = Field(
+        None,
+        gt=0,
+        le=366 * 86_400,
+        description="Wall-clock seconds from the first lease; then no trial starts any more.",
+    )
+
+    @validate_model(mode="after")
+    def _check_given(self) -> Self:
+        if "trials" not in self.model_fields_set and self.seconds is None:
+            raise PydanticCustomError("budget", "name trials, seconds, or both")
+        return self
+
+
+class Sampler(_SpecModel):
+    """Who suggests what to try next."""
+
+    name: SamplerName = Field("tpe", description="grid needs a list or whole numbers everywhere.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of the suggestions.")
+
+
+class Pruner(_SpecModel):
+    """Who stops trials early that look bad."""
+
+    name: PrunerName = Field("none", description="Which of Optuna's pruners.")
+    first_epoch: int | None = Field(
+        None,
+        ge=1,
+        description="No trial is pruned before it. Default: a third of max_epochs, because "
+        "strong regularization looks worse early and wins late.",
+    )
+    startup_trials: int = Field(5, ge=0, description="median: trials that are never pruned.")
+    reduction_factor: int = Field(
+        3, ge=2, le=100, description="asha and hyperband: one in so many goes on at each rung."
+    )
+
+
+class StudySpec(_SpecModel):
+    """A study: what is trained, what is searched, and how far."""
+
+    name: str = Field(pattern=NAME_PATTERN, description="Unique name.", examples=["digits"])
+    task: TaskSpec
+    training: Training = Field(default_factory=Training, description="How each trial is trained.")
+    search: Search = Field(description="What is searched. Default: sensible ranges of all four.")
+    validation: Validation = Field(
+        default_factory=Validation, description="Which rows are held out to choose by."
+    )
+    budget: Budget
+    sampler: Sampler = Field(
+        default_factory=Sampler, description="Who suggests; a name alone will do."
+    )
+    pruner: Pruner = Field(
+        default_factory=Pruner, description="Who stops trials early; a name alone will do."
+    )
+    priority: int = Field(
+        1, ge=1, le=1000, description="Weight by which studies share the workers."
+    )
+
+    @validate_field("sampler", "pruner", mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @validate_model(mode="before")
+    @classmethod
+    def _fill_in_search(cls, data: Any) -> Any:
+        """Give each parameter that is not named its default range, which depends on training."""
+        if not isinstance(data, Mapping) or data.get("search") == {}:
+            return data
+        search = data.get("search", {})
+        try:
+            training = Training.model_validate(data.get("training", {}))
+        except ValidationError:
+            # The person is told of the training alone: its errors come up again by themselves.
+            training = Training()
+        if not isinstance(search, Mapping):
+            return data
+        return {**data, "search": default_search(training) | dict(search)}
+
+    @validate_field("search", mode="before")
+    @classmethod
+    def _check_search_given(cls, value: Any) -> Any:
+        if value == {}:
+            raise PydanticCustomError(
+                "empty",
+                "names no parameter; leave search out for the default ranges, or name one of "
+                "weight_decay, dropout, l1_lambda, patience",
+            )
+        return value
+
+    @validate_model(mode="after")
+    def _check_grid(self) -> Self:
+        if self.sampler.name != "grid":
+            return self
+        points = REFERENCE_TRIALS
+        size = 1
+        for name, parameter in self.search.searched().items():
+            if isinstance(parameter, Range) and not isinstance(parameter.low, int):
+                raise PydanticCustomError(
+                    "grid",
+                    "the sampler grid needs a list of choices for every searched parameter, but "
+                    "search.{name} is a range",
+                    {"name": name},
+                )
+            size *= len(grid_values(parameter))
+        points += size
+        if "trials" not in self.budget.model_fields_set:
+            self.__dict__["budget"] = Budget(trials=points, seconds=self.budget.seconds)
+        if self.budget.trials > points:
+            raise PydanticCustomError(
+                "grid",
+                "the grid has {size} points; with the two reference points ask for at most "
+                "{points} trials",
+                {"size": size, "points": points},
+            )
+        return self
+
+    @property
+    def first_prunable_epoch(self) -> int:
+        """No pruner acts before this epoch, counted from 1."""
+        return self.pruner.first_epoch or max(1, self.training.max_epochs // 3)
+
+    def canonical(self) -> dict[str, Any]:
+        """The spec as JSON data, every default filled in: two equal studies give equal data."""
+        return self.model_dump(mode="json")
+
+
+def grid_values(parameter: Searched) -> tuple[float, ...]:
+    """Return the points of a parameter on a grid: its choices, or its whole numbers."""
+    if isinstance(parameter, Choices):
+        return parameter.root
+    return tuple(range(int(parameter.low), int(parameter.high) + 1))
+
+
+def parse_spec(data: Any) -> StudySpec:
+    """Check a study that came as JSON or YAML data; raise InvalidSpec with every field at fault."""
+    if not isinstance(data, Mapping):
+        raise InvalidSpec((FieldError("", "a study must be a mapping of fields"),))
+    try:
+        return StudySpec.model_validate(data)
+    except ValidationError as error:
+        raise InvalidSpec(tuple(_field_error(detail) for detail in error.errors())) from None
+
+
+def parse_text(text: str) -> StudySpec:
+    """Check a study written as YAML, of which JSON is a part."""
+    return parse_spec(load_yaml(text))
+
+
+def load_yaml(text: str) -> Any:
+    """Read YAML, with numbers as YAML 1.2 and JSON write them; raise InvalidSpec if it is broken.
+
+    PyYAML follows YAML 1.1, where ``1e-4`` is a string.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise InvalidSpec((FieldError("", f"not valid YAML: {_first_line(error)}"),)) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """A safe loader that reads ``1e-4`` as a number, and knows no aliases."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        # Nested aliases can make a few bytes stand for gigabytes; a study has no use for them.
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not supported")
+        return super().compose_node(parent, index)
+
+
+_Loader.yaml_implicit_resolvers = {
+    key: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for key, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _first_line(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    what = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return f"{what}, line {mark.line + 1}, column {mark.column + 1}" if mark else what
+
+
+_FIELDS_OF: Mapping[tuple[str, ...], type[BaseModel]] = {
+    (): StudySpec,
+    ("training",): Training,
+    ("search",): Search,
+    ("validation",): Validation,
+    ("budget",): Budget,
+    ("sampler",): Sampler,
+    ("pruner",): Pruner,
+}
+
+
+def _field_error(detail: ErrorDetails) -> FieldError:
+    """Say in plain words what pydantic found, without the union tags that it puts in the way."""
+    parts = [str(part) for part in detail["loc"] if part not in PARAMETER_KINDS]
+    field = ".".join(parts)
+    if detail["type"] == "extra_forbidden":
+        return FieldError(field, f"unknown field; {_known_fields(tuple(parts[:-1]))}")
+    if detail["type"] == "missing":
+        return FieldError(field, "is required")
+    if detail["type"] == "string_pattern_mismatch":
+        return FieldError(field, f"must match {NAME_PATTERN}")
+    message = detail["msg"].removeprefix("Input ")
+    given = detail.get("input")
+    if isinstance(given, str | int | float) and len(str(given)) <= 100:
+        message += f" (given: {json.dumps(given)})" if " is given" not in message else ""
+    return FieldError(field, message)
+
+
+def _known_fields(parent: tuple[str, ...]) -> str:
+    if parent[:1] == ("search",) and len(parent) > 1:
+        model: type[BaseModel] = Range[float]
+    elif parent == ("task",):
+        return "known for this model: " + ", ".join(
+            [
+                "dataset",
+                "model",
+                *(name for s in MODEL_SETTINGS.values() for name in s.model_fields),
+            ]
+        )
+    else:
+        model = _FIELDS_OF[parent]
+    return "known: " + ", ".join(model.model_fields)

@@ -1,0 +1,179 @@
+"""Our tables, in the schema ``regtune``, beside Optuna's in ``public``.
+
+A study and a trial have the same id in both.
+"""
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    PrimaryKeyConstraint,
+    Table,
+    Text,
+    UniqueConstraint,
+    Uuid,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.types import UserDefinedType
+
+SCHEMA = "regtune"
+
+STUDY_STATES = ("active", "paused", "stopping", "completed", "stopped", "cancelled", "failed")
+LIVE_STUDY_STATES = ("active", "paused", "stopping")
+TRIAL_STATES = ("waiting", "running", "complete", "pruned", "failed", "cancelled")
+ENDED_TRIAL_STATES = ("complete", "pruned", "failed", "cancelled")
+TRIAL_KINDS = ("baseline", "default", "suggested")
+
+metadata = MetaData()
+
+# Only so that ours can refer to them: Optuna makes and migrates its own.
+_optuna_studies = Table("studies", metadata, Column("study_id", Integer, primary_key=True))
+_optuna_trials = Table("trials", metadata, Column("trial_id", Integer, primary_key=True))
+
+
+class TransactionId(UserDefinedType[str]):
+    """PostgreSQL's ``xid8``: a transaction's number, which never wraps."""
+
+    cache_ok = True
+
+    def get_col_spec(self, **_: object) -> str:
+        """Return the type's name in SQL."""
+        return "xid8"
+
+
+def _one_of(column: str, values: tuple[str, ...]) -> str:
+    return f"{column} IN ({', '.join(repr(value) for value in values)})"
+
+
+_now = text("now()")
+
+studies = Table(
+    "studies",
+    metadata,
+    Column(
+        "study_id",
+        Integer,
+        ForeignKey(_optuna_studies.c.study_id),
+        primary_key=True,
+        autoincrement=False,
+    ),
+    Column("name", Text, nullable=False, unique=True),
+    Column("spec", JSONB, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("reason", Text, comment="why the study ended"),
+    Column("priority", Integer, nullable=False),
+    Column("budget_trials", Integer, nullable=False),
+    Column("budget_seconds", Double),
+    Column("appended", Integer, nullable=False, server_default="0", comment="next trial's number"),
+    Column("created_at", DateTime(timezone=True), nullable=False, server_default=_now),
+    Column("finished_at", DateTime(timezone=True)),
+    CheckConstraint(_one_of("state", STUDY_STATES), name="studies_state_known"),
+    CheckConstraint("appended BETWEEN 0 AND budget_trials", name="studies_within_budget"),
+    Index("studies_live", "study_id", postgresql_where=text(_one_of("state", LIVE_STUDY_STATES))),
+    schema=SCHEMA,
+)
+
+trials = Table(
+    "trials",
+    metadata,
+    Column(
+        "trial_id",
+        Integer,
+        ForeignKey(_optuna_trials.c.trial_id),
+        primary_key=True,
+        autoincrement=False,
+    ),
+    Column("study_id", Integer, ForeignKey(studies.c.study_id), nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("kind", Text, nullable=False, comment="a reference point, or suggested"),
+    Column("params", JSONB, nullable=False, comment="every value that is trained, fixed ones too"),
+    Column("state", Text, nullable=False),
+    Column("attempt", Integer, nullable=False, server_default="0", comment="leases so far"),
+    Column("lost_leases", Integer, nullable=False, server_default="0"),
+    Column("token", Uuid, comment="of the lease that may write"),
+    Column("worker", Text),
+    Column("lease_expires_at", DateTime(timezone=True)),
+    Column("stop_request", Text, comment="the scheduler's verdict for the worker"),
+    Column("value", Double, comment="validation loss at the best weights"),
+    Column("validation_score", Double),
+    Column("best_epoch", Integer),
+    Column("test_loss", Double),
+    Column("test_score", Double),
+    Column("reason", Text, comment="why it ended as it did"),
+    Column("error", Text, comment="traceback of the user's code"),
+    Column("created_at", DateTime(timezone=True), nullable=False, server_default=_now),
+    Column("started_at", DateTime(timezone=True), comment="first lease"),
+    Column("finished_at", DateTime(timezone=True)),
+    UniqueConstraint("study_id", "number", name="trials_numbered"),
+    CheckConstraint(_one_of("state", TRIAL_STATES), name="trials_state_known"),
+    CheckConstraint(_one_of("kind", TRIAL_KINDS), name="trials_kind_known"),
+    CheckConstraint("number >= 0", name="trials_number_natural"),
+    CheckConstraint(
+        "(state = 'running') = (token IS NOT NULL)", name="trials_running_means_leased"
+    ),
+    Index("trials_by_state", "study_id", "state", "number"),
+    Index("trials_leased", "lease_expires_at", postgresql_where=text("state = 'running'")),
+    schema=SCHEMA,
+)
+
+epochs = Table(
+    "epochs",
+    metadata,
+    Column("trial_id", Integer, ForeignKey(trials.c.trial_id), nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("epoch", Integer, nullable=False, comment="from 1"),
+    Column("train_loss", Double, nullable=False),
+    Column("validation_loss", Double, nullable=False),
+    Column("validation_score", Double, nullable=False),
+    Column("penalty", Double, nullable=False),
+    Column("sparsity", Double, nullable=False, comment="share of exact zeros among the weights"),
+    Column("seconds", Double, nullable=False),
+    PrimaryKeyConstraint("trial_id", "attempt", "epoch"),
+    schema=SCHEMA,
+)
+
+workers = Table(
+    "workers",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("host", Text, nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("device", Text, nullable=False),
+    Column("lanes", Integer, nullable=False, comment="how many trials it trains at once"),
+    Column("wanted_lanes", Integer, nullable=False, comment="lanes that would take a trial now"),
+    Column("datasets", JSONB, nullable=False),
+    Column("models", JSONB, nullable=False),
+    Column("study_id", Integer, comment="the study that it trains now"),
+    Column("started_at", DateTime(timezone=True), nullable=False),
+    Column("heartbeat_at", DateTime(timezone=True), nullable=False),
+    Column("stopped_at", DateTime(timezone=True)),
+    schema=SCHEMA,
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("event_id", BigInteger, primary_key=True),
+    Column(
+        "transaction_id",
+        TransactionId,
+        nullable=False,
+        server_default=text("pg_current_xact_id()"),
+        comment="readers wait until all older transactions have ended, so that none is missed",
+    ),
+    Column("at", DateTime(timezone=True), nullable=False, server_default=_now),
+    Column("study_id", Integer, nullable=False),
+    Column("number", Integer, comment="of the trial, if it is about one"),
+    Column("kind", Text, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("detail", JSONB, nullable=False, server_default=text("'{}'::jsonb")),
+    Index("events_of_study", "study_id", "event_id"),
+    schema=SCHEMA,
+)

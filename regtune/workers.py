@@ -1,0 +1,141 @@
+"""The workers: who they are, what they can train, how many lanes they want filled."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from regtune import events
+from regtune.database import NEWS
+from regtune.task import Offer
+
+ANY_STUDY = 0
+"""In a notification: not about one study."""
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A worker as it last said of itself; ``alive`` if that was not long ago."""
+
+    name: str
+    host: str
+    pid: int
+    device: str
+    lanes: int
+    wanted_lanes: int
+    datasets: Sequence[str]
+    models: Sequence[str]
+    study: str | None
+    started_at: datetime
+    heartbeat_at: datetime
+    alive: bool
+
+
+def register(
+    session: Session, *, name: str, host: str, pid: int, device: str, lanes: int, offer: Offer
+) -> None:
+    """Write a worker's row; one that starts again under its old name gets no rights from it."""
+    session.execute(
+        text(_REGISTER),
+        {
+            "name": name,
+            "host": host,
+            "pid": pid,
+            "device": device,
+            "lanes": lanes,
+            "datasets": sorted(offer.datasets),
+            "models": sorted(offer.models),
+        },
+    )
+    events.notify(session, NEWS, ANY_STUDY)
+
+
+def beat(session: Session, name: str, *, wanted_lanes: int, study_id: int | None) -> None:
+    """Say that a worker lives, how many lanes it wants filled and which study it trains."""
+    session.execute(text(_BEAT), {"name": name, "wanted_lanes": wanted_lanes, "study_id": study_id})
+    if wanted_lanes:
+        events.notify(session, NEWS, study_id or ANY_STUDY)
+
+
+def leave(session: Session, name: str) -> None:
+    """Say that a worker has stopped."""
+    session.execute(
+        text(
+            "UPDATE regtune.workers SET stopped_at = now(), wanted_lanes = 0, study_id = NULL"
+            " WHERE name = :name"
+        ),
+        {"name": name},
+    )
+
+
+def everyone(session: Session, alive_seconds: float) -> Sequence[Worker]:
+    """Return all workers, living ones first."""
+    rows = session.execute(text(_EVERYONE), {"alive_seconds": alive_seconds})
+    return [Worker(**row._mapping) for row in rows]
+
+
+def offered(session: Session, alive_seconds: float) -> Offer:
+    """Return the data sets and models that at least one living worker has."""
+    living = [worker for worker in everyone(session, alive_seconds) if worker.alive]
+    return Offer(
+        datasets=frozenset(name for worker in living for name in worker.datasets),
+        models=frozenset(name for worker in living for name in worker.models),
+    )
+
+
+def wanted_lanes(session: Session, dataset: str, model: str, alive_seconds: float) -> int:
+    """Return how many lanes the living workers that have this task want filled now."""
+    return sum(
+        worker.wanted_lanes
+        for worker in everyone(session, alive_seconds)
+        if worker.alive and dataset in worker.datasets and model in worker.models
+    )
+
+
+def choose_study(session: Session, offer: Offer) -> int | None:
+    """Return the study whose turn it is: the one with the fewest running trials for its weight."""
+    return session.execute(
+        text(_CHOOSE), {"datasets": sorted(offer.datasets), "models": sorted(offer.models)}
+    ).scalar()
+
+
+_REGISTER = """
+INSERT INTO regtune.workers (name, host, pid, device, lanes, wanted_lanes, datasets, models,
+                             started_at, heartbeat_at)
+VALUES (:name, :host, :pid, :device, :lanes, :lanes, to_jsonb(cast(:datasets AS text[])),
+        to_jsonb(cast(:models AS text[])), now(), now())
+ON CONFLICT (name) DO UPDATE
+SET host = excluded.host, pid = excluded.pid, device = excluded.device, lanes = excluded.lanes,
+    wanted_lanes = excluded.wanted_lanes, datasets = excluded.datasets,
+    models = excluded.models, started_at = excluded.started_at,
+    heartbeat_at = excluded.heartbeat_at, study_id = NULL, stopped_at = NULL
+"""
+
+_BEAT = """
+UPDATE regtune.workers
+SET heartbeat_at = now(), wanted_lanes = :wanted_lanes, study_id = :study_id
+WHERE name = :name
+"""
+
+_EVERYONE = """
+SELECT w.name, w.host, w.pid, w.device, w.lanes, w.wanted_lanes, w.datasets, w.models,
+       s.name AS study, w.started_at, w.heartbeat_at,
+       w.stopped_at IS NULL
+       AND w.heartbeat_at > now() - make_interval(secs => :alive_seconds) AS alive
+FROM regtune.workers w LEFT JOIN regtune.studies s USING (study_id)
+ORDER BY alive DESC, w.name
+"""
+
+_CHOOSE = """
+SELECT s.study_id FROM regtune.studies s
+WHERE s.state = 'active'
+  AND s.spec -> 'task' ->> 'dataset' = ANY(:datasets)
+  AND s.spec -> 'task' ->> 'model' = ANY(:models)
+  AND EXISTS (SELECT FROM regtune.trials t
+              WHERE t.study_id = s.study_id AND t.state = 'waiting')
+ORDER BY (SELECT count(*) FROM regtune.trials t
+          WHERE t.study_id = s.study_id AND t.state = 'running')::float / s.priority, s.study_id
+LIMIT 1
+"""
