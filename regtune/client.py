@@ -1,0 +1,234 @@
+"""A client of the REST API.
+
+    with Client() as client:
+        study, _ = client.submit(Path("digits.yaml"))
+        client.wait(study["name"])
+        print(client.best(study["name"]))
+
+Answers are the service's JSON documents; every field is described in its OpenAPI pages, ``/docs``.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+from urllib.parse import quote
+
+import httpx
+
+from regtune.errors import FieldError, RegtuneError
+from regtune.settings import Settings
+
+Document = dict[str, Any]
+Verb = Literal["pause", "resume", "stop", "cancel"]
+
+_TIMEOUT = httpx.Timeout(30.0, connect=5.0)
+_SILENCE_SECONDS = 60.0
+"""A stream of events that says nothing for so long, not even a ping, is opened again."""
+
+_RECONNECT_SECONDS = 1.0
+
+
+class ServiceUnreachable(RegtuneError):
+    """The service cannot be reached."""
+
+
+class Refused(RegtuneError):
+    """The service refused a request; it says why, field by field where it can."""
+
+    def __init__(
+        self, status: int, title: str, detail: str = "", errors: tuple[FieldError, ...] = ()
+    ) -> None:
+        """Keep the members of an RFC 9457 problem document."""
+        self.status = status
+        self.title = title
+        self.detail = detail
+        self.errors = errors
+        headline = title if errors or not detail else detail
+        super().__init__("\n".join([headline, *(f"  {error}" for error in errors)]))
+
+
+class Client:
+    """Talks to a service; ``url`` is its address, by default ``REGTUNE_URL``.
+
+    Every method raises ServiceUnreachable or Refused.
+    """
+
+    def __init__(self, url: str | None = None) -> None:
+        self.url = (url or Settings().url).rstrip("/")
+        # A proxy that is set for the outside world has no way to this machine itself.
+        local = httpx.URL(self.url).host in ("127.0.0.1", "::1", "localhost")
+        self._http = httpx.Client(base_url=self.url, timeout=_TIMEOUT, trust_env=not local)
+
+    def submit(self, spec: Mapping[str, Any] | Path | str) -> tuple[Document, bool]:
+        """Submit a study: a mapping, a YAML file or YAML text; return it and whether it is new.
+
+        Raise OSError for a file that cannot be read.
+        """
+        if isinstance(spec, Mapping):
+            body, media_type = json.dumps(spec).encode(), "application/json"
+        else:
+            body = spec.read_bytes() if isinstance(spec, Path) else spec.encode()
+            media_type = "application/yaml"
+        headers = {"Content-Type": media_type}
+        response = self._request("POST", "/v1/studies", content=body, headers=headers)
+        return response.json(), response.status_code == httpx.codes.CREATED
+
+    def study(self, name: str) -> Document:
+        """Return a study: its spec, state, progress and best trial so far."""
+        return self._get(_path(name))
+
+    def studies(self, state: str | None = None) -> Iterator[Document]:
+        """Yield all studies, or those of one state, newest first."""
+        return self._pages("/v1/studies", state=state)
+
+    def trials(
+        self, name: str, state: str | None = None, order: str | None = None
+    ) -> Iterator[Document]:
+        """Yield a study's trials, by number or, with ``order="value"``, the best first."""
+        return self._pages(f"{_path(name)}/trials", state=state, order=order)
+
+    def trial(self, name: str, number: int) -> Document:
+        """Return one trial with its epochs."""
+        return self._get(f"{_path(name)}/trials/{number}")
+
+    def best(self, name: str) -> Document:
+        """Return the best trial; Refused with status 404 until there is one."""
+        return self._get(f"{_path(name)}/best")
+
+    def act(self, name: str, verb: Verb) -> Document:
+        """Pause, resume, stop or cancel a study; return how it stands then."""
+        document: Document = self._request("POST", f"{_path(name)}/{verb}").json()
+        return document
+
+    def delete(self, name: str) -> None:
+        """Delete a study that is over, with all its records."""
+        self._request("DELETE", _path(name))
+
+    def workers(self) -> Iterator[Document]:
+        """Yield the workers, living ones first."""
+        return self._pages("/v1/workers")
+
+    def ready(self) -> bool:
+        """Say whether the service is up and its database as it should be."""
+        try:
+            self._get("/readyz")
+        except RegtuneError:
+            return False
+        return True
+
+    def events(self, name: str, after: str | None = None) -> Iterator[Document]:
+        """Yield what happens to a study and its trials, from its beginning until it has ended.
+
+        ``after`` is the ``cursor`` of the last event that is known already. A broken connection
+        is taken up again where it broke, for as long as it takes.
+        """
+        while True:
+            try:
+                for event in self._stream(f"{_path(name)}/events", after):
+                    after = event["cursor"]
+                    yield event
+                    if event["kind"] == "study_ended":
+                        return
+            except httpx.TransportError:
+                pass
+            time.sleep(_RECONNECT_SECONDS)
+
+    def wait(self, name: str, pause: Callable[[], None] = lambda: time.sleep(1)) -> Document:
+        """Wait until a study is over; return it. ``pause`` is called between two looks."""
+        while is_live(study := self.study(name)):
+            pause()
+        return study
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _pages(self, path: str, **parameters: str | None) -> Iterator[Document]:
+        query = {name: value for name, value in parameters.items() if value is not None}
+        while True:
+            page = self._get(path, query)
+            yield from page["items"]
+            if page.get("next") is None:
+                return
+            query["cursor"] = page["next"]
+
+    def _stream(self, path: str, after: str | None) -> Iterator[Document]:
+        headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": after} if after else {})
+        timeout = httpx.Timeout(_TIMEOUT, read=_SILENCE_SECONDS)
+        with self._http.stream("GET", path, headers=headers, timeout=timeout) as response:
+            if response.is_error:
+                response.read()
+                raise _refused(response)
+            for event_id, data in server_sent_events(response.iter_lines()):
+                yield {"cursor": event_id, **json.loads(data)}
+
+    def _get(self, path: str, query: Mapping[str, str] | None = None) -> Document:
+        document: Document = self._request("GET", path, params=query).json()
+        return document
+
+    def _request(self, method: str, path: str, **options: Any) -> httpx.Response:
+        try:
+            response = self._http.request(method, path, **options)
+        except (httpx.TransportError, httpx.InvalidURL) as error:
+            raise ServiceUnreachable(
+                f"the service cannot be reached at {self.url} ({error}); "
+                "is it running (`regtune up`), and is REGTUNE_URL right?"
+            ) from None
+        if response.is_error:
+            raise _refused(response)
+        return response
+
+
+def is_live(study: Mapping[str, Any]) -> bool:
+    """Say whether a study may still change by itself."""
+    return study["finished_at"] is None
+
+
+def server_sent_events(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield id and data of each event in a stream's lines; pings have no data.
+
+    As the WHATWG's HTML standard, section 9.2.6, has it, for the fields that are used here.
+    """
+    last_id, data = "", list[str]()
+    for line in lines:
+        field, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        if field == "id":
+            last_id = value
+        elif field == "data":
+            data.append(value)
+        elif not line and data:
+            yield last_id, "\n".join(data)
+            data = []
+
+
+def _path(name: str) -> str:
+    return f"/v1/studies/{quote(name, safe='')}"
+
+
+def _refused(response: httpx.Response) -> Refused:
+    """Read a problem document; what is none comes from something else that listens there."""
+    try:
+        problem = response.json()
+        return Refused(
+            response.status_code,
+            problem["title"],
+            problem.get("detail", ""),
+            tuple(FieldError(e["field"], e["message"]) for e in problem.get("errors", ())),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return Refused(response.status_code, f"unexpected answer {response.status_code}")

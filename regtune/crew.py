@@ -1,0 +1,154 @@
+"""Child processes that never outlive their parent, whatever way it ends."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from regtune import guard
+from regtune.errors import RegtuneError
+
+TAIL_LINES = 20
+
+
+@dataclass(frozen=True)
+class Child:
+    """A child process, at the head of a session of its own; ``log`` is where its output goes."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path | None
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended, by itself or not."""
+        return self.process.poll() is not None
+
+    def kill(self) -> None:
+        """Kill it and whatever it has started, also if it has ended itself."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def tail(self) -> str:
+        """Return the last lines of its log."""
+        if self.log is None:
+            return ""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
+
+
+class ChildDied(RegtuneError):
+    """A child process ended that should not have."""
+
+    def __init__(self, child: Child) -> None:
+        super().__init__(f"the {child.name} ended unexpectedly ({_how(child.process.returncode)})")
+        self.child = child
+
+
+class Crew:
+    """Starts child processes and ends them.
+
+    Each is the head of its own session, so Ctrl-C in a terminal reaches the parent alone. Should
+    the parent be killed, a guard ends them, and then stops the embedded database under ``home``.
+    ``lock`` is a file descriptor that the guard holds open too, so that it stays locked until then.
+    """
+
+    def __init__(self, *, home: Path | None = None, lock: int | None = None) -> None:
+        self.children: list[Child] = []
+        self._guard = subprocess.Popen(
+            [sys.executable, "-m", guard.__name__, *([str(home.resolve())] if home else [])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=() if lock is None else (lock,),
+            start_new_session=True,
+            text=True,
+            bufsize=1,
+        )
+
+    def start(
+        self,
+        name: str,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        log: Path | None = None,
+    ) -> Child:
+        """Start a child; its output goes to a file, or where the parent's goes."""
+        with log.open("wb") if log else nullcontext() as output:
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        self._tell_guard(f"watch {process.pid}")
+        child = Child(name, process, log)
+        self.children.append(child)
+        return child
+
+    def check(self) -> None:
+        """Raise ChildDied if any child has ended."""
+        for child in self.children:
+            if child.ended:
+                raise ChildDied(child)
+
+    def forward(self, signum: int) -> None:
+        """Send a signal to every child that has not ended."""
+        for child in self.children:
+            child.process.send_signal(signum)
+
+    def end(
+        self,
+        children: Sequence[Child],
+        grace_seconds: float,
+        *,
+        hurry: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Ask children to end; kill them after the grace period, or once ``hurry`` says so."""
+        for child in children:
+            child.process.terminate()
+        due = time.monotonic() + grace_seconds
+        while not all(child.ended for child in children):
+            if time.monotonic() > due or hurry():
+                break
+            time.sleep(0.05)
+        for child in children:
+            child.kill()
+        self.children = [child for child in self.children if child not in children]
+
+    def close(self) -> None:
+        """Kill whoever is left, and dismiss the guard."""
+        self.end(self.children, 0)
+        self._tell_guard(guard.DONE)
+        with suppress(BrokenPipeError):
+            self._guard.communicate()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _tell_guard(self, line: str) -> None:
+        assert self._guard.stdin is not None
+        with suppress(BrokenPipeError):
+            self._guard.stdin.write(line + "\n")
+
+
+def _how(code: int) -> str:
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -1,0 +1,284 @@
+"""Conducts one study: take back lost leases, tell, judge, suggest, and end it when it is done.
+
+Each round loads what it needs, closes the transaction, lets sampler and pruner think, and applies
+what they said in a new one.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import structlog
+from optuna.trial import TrialState
+from sqlalchemy import Engine, text
+from sqlalchemy.orm import Session
+
+from regtune import database, leasing, reporting, studies, workers
+from regtune.errors import StaleView
+from regtune.settings import Settings
+from regtune.studies import Study
+from service.scheduler.mirror import Mirror, read_trials
+
+log = structlog.get_logger()
+
+ACTOR = "scheduler"
+MAX_SUGGESTIONS = 256
+"""Most suggestions a round, so that a large fleet gets its first trials before the last is made."""
+
+_OPTUNA_STATES = {
+    "complete": TrialState.COMPLETE,
+    "pruned": TrialState.PRUNED,
+    "failed": TrialState.FAIL,
+    "cancelled": TrialState.FAIL,
+}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A trial that has ended since the last round."""
+
+    number: int
+    trial_id: int
+    state: str
+    value: float | None
+
+
+@dataclass(frozen=True)
+class EpochRow:
+    """An epoch that the mirror has not seen."""
+
+    number: int
+    trial_id: int
+    attempt: int
+    epoch: int
+    validation_loss: float
+
+
+@dataclass(frozen=True)
+class News:
+    """All that a round needs to know, read in one transaction."""
+
+    study: Study
+    waiting: int
+    running: int
+    wanted_lanes: int
+    seconds_spent: float
+    ended: Sequence[Ended]
+    epochs: Mapping[int, Sequence[tuple[int, float]]]
+    """New epochs and their validation losses, by trial number."""
+    attempts: Mapping[int, tuple[int, int]]
+    """Trial id and attempt of the running trials, by number."""
+
+    @property
+    def out_of_time(self) -> bool:
+        """Whether the budget's seconds are used up."""
+        budget = self.study.budget_seconds
+        return budget is not None and self.seconds_spent >= budget
+
+
+class Conductor:
+    """Leads one study; made when its lock is won, thrown away when that is lost."""
+
+    def __init__(self, engine: Engine, url: str, settings: Settings, study: Study) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._study_id = study.study_id
+        self._prunes = study.spec.pruner.name != "none"
+        self._mirror = Mirror(study.spec)
+        self._mirror.restore(read_trials(url, study.name))
+
+    def round(self) -> None:
+        """Bring the study one step further; raise StaleView if the mirror has missed something."""
+        news = self._take_stock()
+        self._tell(news)
+        self._judge(news)
+        if not self._conclude(news):
+            self._suggest(news)
+
+    def _take_stock(self) -> News:
+        with database.transaction(self._engine) as session:
+            lost = leasing.expire(session, self._study_id, self._settings.max_attempts)
+        if lost:
+            log.warning("leases_lost", study_id=self._study_id, trials=len(lost))
+        with database.transaction(self._engine) as session:
+            return self._read(session)
+
+    def _read(self, session: Session) -> News:
+        study = studies.by_id(session, self._study_id)
+        counts = session.execute(text(_COUNTS), {"study_id": self._study_id}).one()
+        ended = self._read_ended(session)
+        epochs = self._read_epochs(session, ended) if self._prunes or ended else []
+        by_number: dict[int, list[tuple[int, float]]] = {}
+        for row in epochs:
+            by_number.setdefault(row.number, []).append((row.epoch, row.validation_loss))
+        return News(
+            study=study,
+            waiting=counts.waiting,
+            running=counts.running,
+            wanted_lanes=workers.wanted_lanes(
+                session,
+                study.spec.task.dataset,
+                study.spec.task.model,
+                self._settings.lease_seconds,
+            ),
+            seconds_spent=counts.seconds_spent,
+            ended=ended,
+            epochs=by_number,
+            attempts={row.number: (row.trial_id, row.attempt) for row in epochs},
+        )
+
+    def _read_ended(self, session: Session) -> Sequence[Ended]:
+        rows = session.execute(
+            text(_ENDED), {"study_id": self._study_id, "open": list(self._mirror.open_numbers)}
+        )
+        return [Ended(**row._mapping) for row in rows]
+
+    def _read_epochs(self, session: Session, ended: Sequence[Ended]) -> Sequence[EpochRow]:
+        """Read the epochs that the mirror has not seen: all for a pruner, else of pruned trials.
+
+        Without a pruner only a diverged trial is pruned, and the sampler sees its last epochs.
+        """
+        numbers = (
+            self._mirror.open_numbers
+            if self._prunes
+            else [trial.number for trial in ended if trial.state == "pruned"]
+        )
+        seen = [
+            {"number": number, "epoch": self._mirror.judged_epochs.get(number, 0)}
+            for number in numbers
+        ]
+        if not seen:
+            return []
+        rows = session.execute(
+            text(_EPOCHS), {"study_id": self._study_id, "seen": json.dumps(seen)}
+        )
+        return [EpochRow(**row._mapping) for row in rows]
+
+    def _tell(self, news: News) -> None:
+        """Tell the mirror what has ended, and keep what its pruner has noted on those trials."""
+        notes = {}
+        for trial in news.ended:
+            self._mirror.report(trial.number, news.epochs.get(trial.number, ()))
+            notes[trial.trial_id] = self._mirror.tell(
+                trial.number, _OPTUNA_STATES[trial.state], trial.value
+            )
+        if self._prunes and notes:
+            rows = [
+                {"trial_id": trial_id, "key": key, "value": json.dumps(value)}
+                for trial_id, attrs in notes.items()
+                for key, value in attrs.items()
+            ]
+            with database.transaction(self._engine) as session:
+                session.execute(text(_KEEP_NOTES), {"rows": json.dumps(rows)})
+
+    def _judge(self, news: News) -> None:
+        over = {trial.number for trial in news.ended}
+        verdicts = {}
+        for number, epochs in news.epochs.items():
+            if number in over:
+                continue
+            stop_at = self._mirror.report(number, epochs)
+            if stop_at is not None:
+                trial_id, attempt = news.attempts[number]
+                name = news.study.spec.pruner.name
+                verdicts[trial_id] = (attempt, f"pruned by {name} at epoch {stop_at}")
+        if verdicts:
+            with database.transaction(self._engine) as session:
+                reporting.request_stop(session, self._study_id, verdicts)
+
+    def _conclude(self, news: News) -> bool:
+        """End the study if it is done, as far as that can be seen now; return whether it is."""
+        with database.transaction(self._engine) as session:
+            # Looked at again under the study's lock: a client may stop or cancel it meanwhile.
+            study = studies.lock(session, self._study_id)
+            if not study.live:
+                return True
+            if study.state == "stopping" or news.out_of_time:
+                studies.withdraw_waiting(session, self._study_id, "the budget was cut short")
+            ending = self._ending(session, study, news)
+            if ending is None:
+                return False
+            state, reason = ending
+            if state == "failed":
+                studies.cancel_open(session, self._study_id, reason)
+            studies.end(session, self._study_id, state, reason, ACTOR)
+            log.info("study_ended", study=study.name, state=state, reason=reason)
+            return True
+
+    def _ending(self, session: Session, study: Study, news: News) -> tuple[str, str] | None:
+        counts = session.execute(text(_COUNTS), {"study_id": self._study_id}).one()
+        limit = self._settings.max_consecutive_failures
+        if any(trial.state == "failed" for trial in news.ended):
+            row = session.execute(
+                text(_LAST_OUTCOMES), {"study_id": self._study_id, "limit": limit}
+            ).one()
+            if row.failed >= limit:
+                return "failed", f"{limit} trials failed in a row; the last one: {row.reason}"
+        if counts.waiting or counts.running:
+            return None
+        if study.state == "stopping":
+            return "stopped", study.reason or "stopped by request"
+        if study.appended == study.budget_trials or news.out_of_time:
+            if counts.failed and counts.failed == counts.ended:
+                return "failed", "every trial failed"
+            used_up = (
+                f"all {study.budget_trials} trials have ended"
+                if study.appended == study.budget_trials
+                else f"the budget of {study.budget_seconds:g} seconds is used up"
+            )
+            return "completed", used_up
+        return None
+
+    def _suggest(self, news: News) -> None:
+        room = news.study.budget_trials - self._mirror.next_number
+        count = min(room, news.wanted_lanes - news.waiting, MAX_SUGGESTIONS)
+        if news.study.state != "active" or news.out_of_time or count <= 0:
+            return
+        expected = self._mirror.next_number
+        suggestions = self._mirror.suggest(count)
+        with database.transaction(self._engine) as session:
+            appended = leasing.append(
+                session, self._study_id, suggestions, expected=expected, actor=ACTOR
+            )
+        if len(appended) != count:
+            raise StaleView("the study was paused or stopped while its next trials were chosen")
+
+
+_COUNTS = """
+SELECT count(*) FILTER (WHERE state = 'waiting') AS waiting,
+       count(*) FILTER (WHERE state = 'running') AS running,
+       count(*) FILTER (WHERE state = 'failed') AS failed,
+       count(*) FILTER (WHERE state NOT IN ('waiting', 'running')) AS ended,
+       coalesce(extract(epoch FROM now() - min(started_at)), 0)::float AS seconds_spent
+FROM regtune.trials WHERE study_id = :study_id
+"""
+
+_ENDED = """
+SELECT number, trial_id, state, value FROM regtune.trials
+WHERE study_id = :study_id AND number = ANY(:open) AND state NOT IN ('waiting', 'running')
+ORDER BY finished_at, number
+"""
+
+_EPOCHS = """
+SELECT t.number, t.trial_id, t.attempt, e.epoch, e.validation_loss
+FROM json_to_recordset(cast(:seen AS json)) AS seen(number int, epoch int)
+JOIN regtune.trials t ON t.study_id = :study_id AND t.number = seen.number
+JOIN regtune.epochs e ON e.trial_id = t.trial_id AND e.attempt = t.attempt
+WHERE e.epoch > seen.epoch
+ORDER BY e.epoch, t.number
+"""
+
+_LAST_OUTCOMES = """
+SELECT count(*) FILTER (WHERE state = 'failed') AS failed,
+       (array_agg(reason ORDER BY finished_at DESC, number DESC))[1] AS reason
+FROM (SELECT * FROM regtune.trials
+      WHERE study_id = :study_id AND state IN ('complete', 'pruned', 'failed')
+      ORDER BY finished_at DESC, number DESC LIMIT :limit) last
+"""
+
+_KEEP_NOTES = """
+INSERT INTO public.trial_system_attributes (trial_id, key, value_json)
+SELECT trial_id, key, value
+FROM json_to_recordset(cast(:rows AS json)) AS r(trial_id int, key text, value text)
+ON CONFLICT (trial_id, key) DO UPDATE SET value_json = excluded.value_json
+"""

@@ -1,0 +1,73 @@
+"""Which replica leads which study: one advisory lock a study, all on one connection.
+
+These locks need a session of their own, so a proxy that pools transactions cannot stand between
+the service and the database for this connection. When the connection is lost, so are the locks,
+and another replica leads within its next poll.
+"""
+
+from collections.abc import Iterable
+
+from sqlalchemy import Connection, Engine, text
+
+_LOCK_CLASS = 0x7274
+"""First key of the two-key advisory locks; the second is the study's id."""
+
+
+class Leadership:
+    """The studies that this process leads."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._connection: Connection | None = None
+        self._led: set[int] = set()
+
+    def claim(self, live: Iterable[int]) -> set[int]:
+        """Let go of studies that are over, try to lead the other live ones; return those led.
+
+        Raise the driver's error if the connection is lost; nothing is led from then on.
+        """
+        wanted = set(live)
+        try:
+            connection = self._connected()
+            self._unlock(connection, self._led - wanted)
+            self._led |= self._try_lock(connection, wanted - self._led)
+        except BaseException:
+            self.give_up()
+            raise
+        return set(self._led)
+
+    def give_up(self) -> None:
+        """Lead nothing any more."""
+        self._led.clear()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            # Closing for good, not back into the pool, is what frees the locks.
+            connection.invalidate()
+            connection.close()
+
+    def _connected(self) -> Connection:
+        if self._connection is None:
+            self._connection = self._engine.connect().execution_options(
+                isolation_level="AUTOCOMMIT"
+            )
+        return self._connection
+
+    def _unlock(self, connection: Connection, ended: set[int]) -> None:
+        # Also the proof, at every claim, that the connection and so the locks are still there.
+        connection.execute(
+            text("SELECT pg_advisory_unlock(:class, id) FROM unnest(cast(:ids AS int[])) AS id"),
+            {"class": _LOCK_CLASS, "ids": sorted(ended)},
+        )
+        self._led -= ended
+
+    def _try_lock(self, connection: Connection, ids: set[int]) -> set[int]:
+        if not ids:
+            return set()
+        rows = connection.execute(
+            text(
+                "SELECT id, pg_try_advisory_lock(:class, id) AS got"
+                " FROM unnest(cast(:ids AS int[])) AS id"
+            ),
+            {"class": _LOCK_CLASS, "ids": sorted(ids)},
+        )
+        return {row.id for row in rows if row.got}

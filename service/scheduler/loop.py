@@ -1,0 +1,107 @@
+"""The scheduler: one thread a service process; it leads what no other replica leads."""
+
+import threading
+import time
+
+import structlog
+from sqlalchemy import Engine
+from sqlalchemy.exc import DBAPIError, TimeoutError
+
+from regtune import database, studies
+from regtune.errors import NotFound, StaleView
+from regtune.settings import Settings
+from regtune.studies import Study
+from regtune.workers import ANY_STUDY
+from service.scheduler.conductor import Conductor
+from service.scheduler.leadership import Leadership
+
+log = structlog.get_logger()
+
+MAX_ERRORS = 5
+"""A study whose sampler raises so many times in a row fails; the others go on."""
+
+_SLICE_SECONDS = 0.5
+
+
+class Scheduler:
+    """Conducts studies from ``start()`` to ``stop()``; any number of replicas may run."""
+
+    def __init__(self, engine: Engine, url: str, settings: Settings) -> None:
+        self._engine = engine
+        self._url = url
+        self._settings = settings
+        self._leadership = Leadership(engine)
+        self._conductors: dict[int, Conductor] = {}
+        self._errors: dict[int, int] = {}
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop, let go of all studies, and wait for the thread to end."""
+        self._stopping.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        with database.Listener(self._url, database.NEWS) as listener:
+            due = 0.0
+            news: set[int] = set()
+            while not self._stopping.is_set():
+                everyone = time.monotonic() >= due or ANY_STUDY in news
+                if everyone:
+                    due = time.monotonic() + self._settings.poll_seconds
+                if everyone or news:
+                    self._attend(None if everyone else news)
+                news = listener.wait(min(_SLICE_SECONDS, max(0.0, due - time.monotonic())))
+        self._leadership.give_up()
+
+    def _attend(self, news: set[int] | None) -> None:
+        """Conduct the studies of which there is news, all of them if None."""
+        try:
+            with database.transaction(self._engine) as session:
+                live = {study.study_id: study for study in studies.live(session)}
+            led = self._leadership.claim(live)
+        except (DBAPIError, TimeoutError) as error:
+            self._lose_touch(error)
+            return
+        self._conductors = {id_: c for id_, c in self._conductors.items() if id_ in led}
+        for study_id in sorted(led if news is None else led & news):
+            self._conduct(live[study_id])
+
+    def _conduct(self, study: Study) -> None:
+        """Give one study a round; whatever goes wrong with it stays with it."""
+        try:
+            if study.study_id not in self._conductors:
+                self._conductors[study.study_id] = Conductor(
+                    self._engine, self._url, self._settings, study
+                )
+            self._conductors[study.study_id].round()
+            self._errors.pop(study.study_id, None)
+        except (StaleView, NotFound) as error:
+            log.info("mirror_stale", study=study.name, reason=str(error))
+            self._conductors.pop(study.study_id, None)
+        except (DBAPIError, TimeoutError) as error:
+            self._lose_touch(error)
+        except Exception as error:  # noqa: BLE001 - a sampler may raise anything
+            self._conductors.pop(study.study_id, None)
+            self._count_error(study, error)
+
+    def _count_error(self, study: Study, error: Exception) -> None:
+        log.exception("round_failed", study=study.name)
+        count = self._errors[study.study_id] = self._errors.get(study.study_id, 0) + 1
+        if count < MAX_ERRORS:
+            return
+        reason = f"the scheduler failed {count} times: {type(error).__name__}: {error}"
+        with database.transaction(self._engine) as session:
+            if studies.lock(session, study.study_id).live:
+                studies.cancel_open(session, study.study_id, reason)
+                studies.end(session, study.study_id, "failed", reason, "scheduler")
+
+    def _lose_touch(self, error: Exception) -> None:
+        """Forget everything that rested on the database connection; the next poll starts anew."""
+        log.warning("database_lost", error=str(error).splitlines()[0])
+        self._leadership.give_up()
+        self._conductors.clear()

@@ -1,0 +1,136 @@
+"""The mirror: an Optuna study in memory that has seen every trial of one in the database.
+
+Suggestions come from it and results are told to it, through Optuna's public API, so that a
+sampler never waits for the database. It is rebuilt from the database whenever it may have missed
+something; nothing is lost with it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import optuna
+from optuna.storages import InMemoryStorage, RDBStorage
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy import NullPool
+
+from regtune.leasing import Suggestion
+from regtune.spec import StudySpec
+from service.scheduler.pruning import make_pruner
+from service.scheduler.suggestion import (
+    as_suggestion,
+    distributions,
+    kind_of,
+    make_sampler,
+    predetermined,
+)
+
+
+class Mirror:
+    """An in-memory Optuna study, and its trials that have not ended, by number."""
+
+    def __init__(self, spec: StudySpec) -> None:
+        self.spec = spec
+        self._storage = InMemoryStorage()
+        # Hyperband hashes the study's name, so the mirror bears the same.
+        self._study = optuna.create_study(
+            study_name=spec.name, storage=self._storage, pruner=make_pruner(spec)
+        )
+        self._study_id = self._storage.get_study_id_from_name(spec.name)
+        self._distributions = distributions(spec)
+        self._open: dict[int, optuna.Trial] = {}
+        self._judged: dict[int, int] = {}
+        self._next = 0
+
+    @property
+    def next_number(self) -> int:
+        """The number that the next suggestion gets."""
+        return self._next
+
+    @property
+    def open_numbers(self) -> Sequence[int]:
+        """The trials that it has not seen end."""
+        return list(self._open)
+
+    @property
+    def judged_epochs(self) -> Mapping[int, int]:
+        """The last epoch that the pruner has seen, by trial number."""
+        return self._judged
+
+    def suggest(self, count: int) -> Sequence[Suggestion]:
+        """Return the next suggestions; the mirror takes them for running from here on."""
+        return [self._suggest_one() for _ in range(count)]
+
+    def report(self, number: int, epochs: Sequence[tuple[int, float]]) -> int | None:
+        """Show the pruner new epochs of an open trial; return the epoch at which it says stop."""
+        trial = self._open[number]
+        for epoch, loss in epochs:
+            if epoch <= self._judged.get(number, 0):
+                continue
+            trial.report(loss, epoch)
+            self._judged[number] = epoch
+            if kind_of(number) == "suggested" and trial.should_prune():
+                return epoch
+        return None
+
+    def tell(self, number: int, state: TrialState, value: float | None) -> Mapping[str, Any]:
+        """Let an open trial end; return the notes that sampler and pruner have made on it.
+
+        A pruned trial counts with the last epoch that was reported of it.
+        """
+        trial = self._open.pop(number)
+        self._judged.pop(number, None)
+        self._study.tell(trial, value if state is TrialState.COMPLETE else None, state=state)
+        return self._notes(number)
+
+    def restore(self, trials: Sequence[FrozenTrial]) -> None:
+        """Take over the trials of a study in the database, ordered by number."""
+        for trial in trials:
+            if trial.state.is_finished():
+                self._study.add_trial(trial)
+                self._next += 1
+            else:
+                self._reopen(trial)
+
+    def _suggest_one(self) -> Suggestion:
+        number = self._next
+        point = predetermined(self.spec, number)
+        if point is not None:
+            self._study.enqueue_trial(point)
+        self._study.sampler = make_sampler(self.spec, number)
+        trial = self._study.ask(self._distributions)
+        self._next += 1
+        self._open[number] = trial
+        return as_suggestion(self.spec, number, trial.params, self._notes(number))
+
+    def _reopen(self, trial: FrozenTrial) -> None:
+        """Add an open trial, and show the pruner its epochs again, one by one, as it saw them."""
+        number = self._next
+        self._study.add_trial(
+            create_trial(
+                state=TrialState.RUNNING,
+                params=trial.params,
+                distributions=trial.distributions,
+                system_attrs=trial.system_attrs,
+            )
+        )
+        self._next += 1
+        self._open[number] = optuna.Trial(self._study, self._trial_id(number))
+        self.report(number, sorted(trial.intermediate_values.items()))
+
+    def _notes(self, number: int) -> Mapping[str, Any]:
+        return self._storage.get_trial_system_attrs(self._trial_id(number))
+
+    def _trial_id(self, number: int) -> int:
+        return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
+
+
+def read_trials(url: str, name: str) -> Sequence[FrozenTrial]:
+    """Read all trials of a study from Optuna's tables, ordered by number."""
+    storage = RDBStorage(url, engine_kwargs={"poolclass": NullPool}, skip_table_creation=True)
+    try:
+        study_id = storage.get_study_id_from_name(name)
+        trials = storage.get_all_trials(study_id, deepcopy=False)
+        return sorted(trials, key=lambda trial: trial.number)
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()

@@ -1,0 +1,27 @@
+"""Who stops trials early. Reference points are never pruned: the answer is measured by them."""
+
+import optuna
+from optuna.pruners import BasePruner
+
+from regtune.spec import StudySpec
+
+
+def make_pruner(spec: StudySpec) -> BasePruner:
+    """Return the pruner of a study; none acts before ``spec.first_prunable_epoch``."""
+    first = spec.first_prunable_epoch
+    match spec.pruner.name:
+        case "median":
+            return optuna.pruners.MedianPruner(
+                n_startup_trials=spec.pruner.startup_trials, n_warmup_steps=first
+            )
+        case "asha":
+            return optuna.pruners.SuccessiveHalvingPruner(
+                min_resource=first, reduction_factor=spec.pruner.reduction_factor
+            )
+        case "hyperband":
+            return optuna.pruners.HyperbandPruner(
+                min_resource=first,
+                max_resource=spec.training.max_epochs,
+                reduction_factor=spec.pruner.reduction_factor,
+            )
+    return optuna.pruners.NopPruner()

@@ -1,0 +1,182 @@
+"""What to try next: two reference points first, then whatever the sampler says.
+
+A sampler is made anew for each trial from the study's seed and the trial's number, so that a
+suggestion never depends on which replica was asked, or for how long that one had been running.
+"""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.samplers import BaseSampler
+
+from regtune.leasing import Suggestion
+from regtune.space import Choices, Fixed, Range
+from regtune.spec import REFERENCE_TRIALS, StudySpec, grid_values
+
+COMMON_DROPOUT = 0.2
+COMMON_PATIENCE = 10
+COMMON_DECOUPLED_DECAY = 0.01
+"""The default of ``torch.optim.AdamW``."""
+COMMON_COUPLED_DECAY = 1e-4
+"""He et al. 2016, arXiv 1512.03385, and most recipes for SGD since."""
+
+STARTUP_TRIALS = 10
+"""Random trials before a model-based sampler has anything to go by; fewer in a small study."""
+
+
+def distributions(spec: StudySpec) -> dict[str, BaseDistribution]:
+    """Return how Optuna sees the search space of a study."""
+    return {name: parameter.distribution() for name, parameter in spec.search.searched().items()}
+
+
+def kind_of(number: int) -> str:
+    """Return whether a trial is a reference point, and which, or one that a sampler suggests."""
+    return ("baseline", "default")[number] if number < REFERENCE_TRIALS else "suggested"
+
+
+def predetermined(spec: StudySpec, number: int) -> dict[str, float] | None:
+    """Return the point of a trial that its number alone decides; None where a sampler must say.
+
+    These are the reference points, the grid and the quasi-Monte Carlo sequence.
+    """
+    match kind_of(number), spec.sampler.name:
+        case "baseline", _:
+            return _everything_off(spec)
+        case "default", _:
+            return _common_default(spec)
+        case _, "grid":
+            return _grid_point(spec, number - REFERENCE_TRIALS)
+        case _, "qmc":
+            return _sobol_point(spec, number - REFERENCE_TRIALS)
+    return None
+
+
+def make_sampler(spec: StudySpec, number: int) -> BaseSampler:
+    """Return the sampler that suggests the trial of this number."""
+    seed = int(np.random.SeedSequence([spec.sampler.seed, number]).generate_state(1)[0])
+    startup = min(STARTUP_TRIALS, max(REFERENCE_TRIALS, spec.budget.trials // 4))
+    match spec.sampler.name:
+        case "tpe":
+            return optuna.samplers.TPESampler(
+                seed=seed, n_startup_trials=startup, multivariate=True, constant_liar=True
+            )
+        case "gp":
+            return optuna.samplers.GPSampler(
+                seed=seed, n_startup_trials=startup, deterministic_objective=False
+            )
+        case "cmaes":
+            return optuna.samplers.CmaEsSampler(
+                seed=seed,
+                n_startup_trials=REFERENCE_TRIALS,
+                independent_sampler=optuna.samplers.RandomSampler(seed=seed),
+                warn_independent_sampling=False,
+            )
+    return optuna.samplers.RandomSampler(seed=seed)
+
+
+def as_suggestion(
+    spec: StudySpec,
+    number: int,
+    suggested: Mapping[str, float],
+    system_attrs: Mapping[str, object],
+) -> Suggestion:
+    """Return the trial to append for what was suggested, with the values that will be used."""
+    return Suggestion(
+        kind=kind_of(number),
+        suggested=suggested,
+        distributions=distributions(spec),
+        params=_used(spec, suggested),
+        system_attrs=system_attrs,
+    )
+
+
+def _used(spec: StudySpec, suggested: Mapping[str, float]) -> dict[str, float]:
+    return {
+        name: parameter.root if isinstance(parameter, Fixed) else parameter.used(suggested[name])
+        for name, parameter in spec.search.parameters().items()
+    }
+
+
+def _everything_off(spec: StudySpec) -> dict[str, float]:
+    return {
+        name: parameter.highest() if name == "patience" else parameter.lowest()
+        for name, parameter in spec.search.searched().items()
+    }
+
+
+def _common_default(spec: StudySpec) -> dict[str, float]:
+    decoupled = spec.training.optimizer == "adamw"
+    common = {
+        "weight_decay": COMMON_DECOUPLED_DECAY if decoupled else COMMON_COUPLED_DECAY,
+        "dropout": COMMON_DROPOUT,
+        "l1_lambda": 0.0,
+        "patience": COMMON_PATIENCE,
+    }
+    return {
+        name: parameter.nearest(common[name]) for name, parameter in spec.search.searched().items()
+    }
+
+
+def _grid_point(spec: StudySpec, index: int) -> dict[str, float]:
+    """Return a point of the grid, in an order shuffled by the study's seed.
+
+    Optuna's own sampler holds the whole product in memory; a thousand choices of each of four
+    parameters would be 10^12 points.
+    """
+    axes = {name: grid_values(parameter) for name, parameter in spec.search.searched().items()}
+    size = math.prod(len(axis) for axis in axes.values())
+    order = np.random.default_rng(spec.sampler.seed).choice(
+        size, size=min(size, spec.budget.trials), replace=False
+    )
+    position = int(order[index])
+    point = {}
+    for name, axis in axes.items():
+        position, step = divmod(position, len(axis))
+        point[name] = axis[step]
+    return point
+
+
+def _sobol_point(spec: StudySpec, index: int) -> dict[str, float]:
+    """Return a point of the scrambled Sobol sequence of the study's seed.
+
+    Optuna's own sampler counts its position in the study's attributes and draws at random until
+    the first trial has finished; here the number is the position.
+    """
+    from scipy.stats import qmc
+
+    searched = spec.search.searched()
+    sequence = qmc.Sobol(d=len(searched), scramble=True, rng=spec.sampler.seed)
+    if index:
+        sequence.fast_forward(index)
+    units = sequence.random(1)[0]
+    return {
+        name: _at(parameter, float(unit))
+        for (name, parameter), unit in zip(searched.items(), units, strict=True)
+    }
+
+
+def _at(parameter: Range[float] | Range[int] | Choices[float] | Choices[int], unit: float) -> float:
+    """Return the value at a place in [0, 1) of a parameter."""
+    match parameter.distribution():
+        case CategoricalDistribution(choices=choices):
+            return float(choices[int(unit * len(choices))])  # type: ignore[arg-type]
+        case IntDistribution(low=low, high=high, log=log):
+            value = _between(low - 0.5, high + 0.5, log, unit)
+            return min(max(round(value), low), high)
+        case FloatDistribution(low=low, high=high, log=log):
+            return min(max(_between(low, high, log, unit), low), high)
+    raise AssertionError("a parameter is a float, an integer, or a choice")
+
+
+def _between(low: float, high: float, log: bool, unit: float) -> float:
+    if log:
+        return math.exp(_between(math.log(low), math.log(high), False, unit))
+    return low + unit * (high - low)

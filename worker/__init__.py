@@ -1,0 +1,1 @@
+"""Leases trials and trains them together, as lanes of one batched model."""

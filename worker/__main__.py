@@ -1,0 +1,66 @@
+"""``python -m worker``: one worker process on one device; ``regtune worker`` starts it."""
+
+import argparse
+import sys
+
+import torch
+
+from regtune import database, logs
+from regtune.errors import RegtuneError
+from regtune.settings import Settings
+from worker.loop import Worker
+from worker.shutdown import Shutdown
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a worker until it is told to stop; return the exit code."""
+    options = _parser().parse_args(arguments)
+    settings = Settings()
+    if options.lanes is not None:
+        settings = settings.model_copy(update={"lanes": options.lanes})
+    logs.configure(settings)
+    shutdown = Shutdown()
+    shutdown.install()
+    try:
+        url = database.address(_required(settings.database_url))
+        Worker(url, settings, _device(options.device), options.name, shutdown).run()
+    except RegtuneError as error:
+        print(f"regtune worker: {error}", file=sys.stderr)  # noqa: T201 - a program's last word
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="regtune worker", description=__doc__)
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, …; default: auto")
+    parser.add_argument("--lanes", type=_positive, help="trials to train at once")
+    parser.add_argument("--name", help="unique name; default: host and process id")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _required(url: str | None) -> str:
+    if not url:
+        raise RegtuneError("set REGTUNE_DATABASE_URL to the database that the service uses")
+    return url
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RegtuneError(f"device {name!r}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+if __name__ == "__main__":
+    sys.exit(main())

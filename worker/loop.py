@@ -1,0 +1,162 @@
+"""The worker's loop: choose a study, build its engine, train its trials, until told to stop."""
+
+import os
+import socket
+import time
+import traceback
+
+import structlog
+import torch
+from sqlalchemy import Engine as Database
+from sqlalchemy.exc import DBAPIError
+
+from regtune import database, leasing, reporting, studies, task, workers
+from regtune.database import transaction
+from regtune.errors import DatabaseUnavailable, NotFound
+from regtune.reporting import Failed
+from regtune.settings import Settings
+from regtune.studies import Study
+from worker.heartbeat import Heartbeat
+from worker.shutdown import Interrupted, Shutdown
+from worker.stack import Stack
+from worker.training.capacity import default_lanes
+
+log = structlog.get_logger()
+
+_SLICE_SECONDS = 0.5
+
+
+class Worker:
+    """One process that trains on one device; any number may share a database."""
+
+    def __init__(
+        self,
+        url: str,
+        settings: Settings,
+        device: torch.device,
+        name: str | None = None,
+        shutdown: Shutdown | None = None,
+    ) -> None:
+        self.name = name or f"{socket.gethostname()}-{os.getpid()}"
+        self._url = url
+        self._settings = settings
+        self._device = device
+        self._lanes = settings.lanes or default_lanes(device)
+        self._offer = task.installed()
+        self._shutdown = shutdown or Shutdown()
+        self._database: Database = database.connect(url, pool_size=min(2, settings.pool_size))
+        self._stack: Stack | None = None
+
+    def run(self) -> None:
+        """Train until told to stop; then give back what is not finished.
+
+        Raise DatabaseUnavailable or UnknownSchema if the database is not there at the start.
+        """
+        database.check(self._database)
+        with transaction(self._database) as session:
+            workers.register(
+                session,
+                name=self.name,
+                host=socket.gethostname(),
+                pid=os.getpid(),
+                device=_describe(self._device),
+                lanes=self._lanes,
+                offer=self._offer,
+            )
+        log.info("worker_started", worker=self.name, device=str(self._device), lanes=self._lanes)
+        with database.Listener(self._url, database.WORK) as listener:
+            while not self._shutdown.requested:
+                if not self._train_next():
+                    self._wait(listener)
+        with transaction(self._database) as session:
+            workers.leave(session, self.name)
+        self._database.dispose()
+        log.info("worker_stopped", worker=self.name)
+
+    def _train_next(self) -> bool:
+        """Train the study whose turn it is for as long as it has trials; say if there was one."""
+        try:
+            study = self._choose()
+            if study is None:
+                return False
+            if self._stack is None or self._stack.study.study_id != study.study_id:
+                self._stack = None
+                self._stack = self._build_stack(study)
+            return self._stack is not None and self._train(self._stack)
+        except (DBAPIError, DatabaseUnavailable, NotFound) as error:
+            log.warning("database_lost", worker=self.name, error=str(error).splitlines()[0])
+            return False
+
+    def _choose(self) -> Study | None:
+        with transaction(self._database) as session:
+            study_id = workers.choose_study(session, self._offer)
+            if study_id is None:
+                workers.beat(session, self.name, wanted_lanes=self._lanes, study_id=None)
+                return None
+            return studies.by_id(session, study_id)
+
+    def _build_stack(self, study: Study) -> Stack | None:
+        """Build a study's stack; if the task's own code raises, a trial of it fails by that."""
+        try:
+            return Stack(
+                self._database,
+                self._settings,
+                study,
+                self.name,
+                self._offer,
+                self._device,
+                self._lanes,
+            )
+        except Exception as error:  # noqa: BLE001 - a user's crash is data
+            log.error("task_failed", study=study.name, error=str(error))
+            self._fail_one(study, error)
+            return None
+
+    def _fail_one(self, study: Study, error: Exception) -> None:
+        """Fail one trial alone: other workers may well have what this one lacks."""
+        failed = Failed(
+            reason=f"{type(error).__name__}: {error}",
+            error="".join(traceback.format_exception(error)),
+        )
+        with transaction(self._database) as session:
+            leases = leasing.lease(
+                session, study.study_id, self.name, 1, self._settings.lease_seconds
+            )
+            reporting.finish(session, [(lease, failed) for lease in leases], self.name)
+
+    def _train(self, stack: Stack) -> bool:
+        """Train until the study has no trial left for this worker; say if there was any."""
+        if not stack.meet() or not stack.training:
+            return False
+        heartbeat = Heartbeat(stack.renew, self._settings.lease_seconds / 3)
+
+        def progress() -> None:
+            heartbeat.step()
+            self._shutdown.check()
+
+        heartbeat.start()
+        try:
+            while not stack.idle:
+                self._shutdown.check()
+                if stack.training:
+                    stack.train_epoch(progress)
+                if not stack.meet() and not stack.training:
+                    time.sleep(_SLICE_SECONDS)
+        except Interrupted:
+            stack.release()
+        finally:
+            heartbeat.stop()
+        return True
+
+    def _wait(self, listener: database.Listener) -> None:
+        """Wait until there may be something to train, for one poll at most."""
+        due = time.monotonic() + self._settings.poll_seconds
+        while not self._shutdown.requested and time.monotonic() < due:
+            if listener.wait(min(_SLICE_SECONDS, self._settings.poll_seconds)):
+                return
+
+
+def _describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({torch.get_num_threads()} threads)"

@@ -1,0 +1,43 @@
+"""Polite stops: the first SIGTERM or Ctrl-C gives the trials back, the second one kills."""
+
+import os
+import signal
+import threading
+from types import FrameType
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupted(Exception):
+    """The worker was told to stop in the middle of an epoch."""
+
+
+class Shutdown:
+    """Whether this process was told to stop."""
+
+    def __init__(self) -> None:
+        self._requested = threading.Event()
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has come."""
+        return self._requested.is_set()
+
+    def install(self) -> None:
+        """Listen to signals from here on; only the main thread can."""
+        for number in _SIGNALS:
+            signal.signal(number, self._on_signal)
+
+    def request(self) -> None:
+        """Ask for a stop, as the first signal does."""
+        self._requested.set()
+
+    def check(self) -> None:
+        """Raise Interrupted once a stop was asked for."""
+        if self.requested:
+            raise Interrupted
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            os._exit(128 + number)
+        self.request()
