@@ -1,25 +1,19 @@
 """The command line: ``regtune …``."""
 
 import json
-import os
 import signal
-import socket
 import sys
-import time
-from contextlib import closing
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from regtune import answer, database, gpus, progress, workers
-from regtune.client import Client, Document, Refused, ServiceUnreachable, Verb, is_live
-from regtune.crew import Crew
-from regtune.errors import DatabaseUnavailable, InvalidSpec, RegtuneError
+from regtune import answer, database, gpus, programs, progress, supervisor
+from regtune.client import Client, Refused, ServiceUnreachable, Verb
+from regtune.errors import DatabaseUnavailable, FieldError, InvalidSpec, RegtuneError
 from regtune.settings import Settings
 from regtune.spec import StudySpec, parse_text
 
@@ -29,15 +23,31 @@ UNREACHABLE = 3
 NOT_FOUND = 4
 INTERRUPTED = 128 + signal.SIGINT
 
+_HELP = """
+Finds how strongly to regularize a neural network: weight decay, dropout, L1 and patience.
+
+Try it on this machine, with a database of its own:
+
+    regtune up --study examples/digits.yaml
+
+Or against a service that runs already (`REGTUNE_URL` says where):
+
+    regtune submit study.yaml --watch
+    regtune best my-study
+
+More workers make it faster; on any machine that reaches the database:
+
+    REGTUNE_DATABASE_URL=postgresql://… regtune worker --gpus all
+"""
+
 _EXIT_CODES = """
-Exit codes: 0 all went well · 1 refused, or the study failed · 2 the command, a setting or the
+**Exit codes**: 0 all went well · 1 refused, or something failed · 2 the command, a setting or a
 study's file is wrong · 3 the service or the database cannot be reached · 4 there is no such study,
 or no best trial yet · 130 ended by Ctrl-C.
 """
 
 app = typer.Typer(
-    name="regtune",
-    help="Finds how strongly to regularize a neural network.",
+    help=_HELP,
     epilog=_EXIT_CODES,
     no_args_is_help=True,
     add_completion=False,
@@ -45,24 +55,348 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-db = typer.Typer(no_args_is_help=True, help="The database's schema.")
+db = typer.Typer(no_args_is_help=True, help="Migrate the database, or check it.")
 app.add_typer(db, name="db")
 
-_out = Console()
-_err = Console(stderr=True)
+_out = Console(soft_wrap=True, highlight=False)
+_err = Console(soft_wrap=True, highlight=False, stderr=True)
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The study's name.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON, for scripts.")]
-Watch = Annotated[bool, typer.Option("--watch", help="Then show how it goes, until it is over.")]
 
 
 def main() -> None:
-    """Run the command line; what is expected to go wrong ends in one line and an exit code."""
+    """Run the command line; what is expected to go wrong ends in a few words and an exit code."""
     try:
         app()
     except RegtuneError as error:
-        _err.print(f"regtune: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        _err.print(f"regtune: {error}", style="red", markup=False)
         sys.exit(_exit_code(error))
-"""
 
-"""
+
+def _exit_code(error: RegtuneError) -> int:
+    match error:
+        case InvalidSpec() | InvalidSettings():
+            return USAGE
+        case ServiceUnreachable() | DatabaseUnavailable():
+            return UNREACHABLE
+        case Refused(status=404):
+            return NOT_FOUND
+        case _:
+            return FAILED
+
+
+@app.command()
+def up(
+    study: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Train this study, print its answer and end."),
+    ] = None,
+    count: Annotated[
+        int | None,
+        typer.Option(
+            "--workers",
+            metavar="N",
+            min=0,
+            help="How many. Default: one for each GPU; one on a machine without.",
+        ),
+    ] = None,
+) -> None:
+    """Run database, service and workers on this machine.
+
+    Until Ctrl-C, or with `--study` until its study is over. Everything is kept in `.regtune/`
+    (`REGTUNE_HOME`); the next `regtune up` goes on where this one stopped.
+
+        regtune up --study examples/digits.yaml
+        REGTUNE_PORT=8800 regtune up --workers 2
+    """
+    spec = None if study is None else _parsed(study)
+    if spec is not None and count == 0:
+        raise typer.BadParameter("a study needs at least one worker", param_hint="--workers")
+    raise typer.Exit(supervisor.up(_settings(), spec=spec, workers=count, console=_out))
+
+
+@app.command()
+def submit(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="The study, as YAML or JSON; - for stdin.")
+    ],
+    watch: Annotated[bool, typer.Option("--watch", help="Then show it until it is over.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Submit a study.
+
+    Submitting the same study again changes nothing.
+
+        regtune submit study.yaml --watch
+        regtune submit study.yaml --json | jq .state
+    """
+    with _client() as api:
+        study, is_new = api.submit(_text(file))
+        if watch:
+            _watch(api, study["name"], as_json)
+        elif as_json:
+            _write_json(study)
+        else:
+            what = "submitted" if is_new else f"is there already, {study['state']}"
+            _out.print(f"study {study['name']} {what}; see `regtune watch {study['name']}`")
+
+
+@app.command()
+def watch(name: Name, as_json: AsJson = False) -> None:
+    """Show how a study goes until it is over, then its answer.
+
+    With `--json`: the study, as the API gives it, one line each time it has changed. Ctrl-C ends
+    the watching and leaves the study running. Exit code 1 if the study fails or is cancelled.
+    """
+    with _client() as api:
+        _watch(api, name, as_json)
+
+
+@app.command()
+def best(name: Name, as_json: AsJson = False) -> None:
+    """Show the best trial of a study beside the one without regularization.
+
+    regtune best my-study --json | jq .params.weight_decay
+    """
+    with _client() as api:
+        if as_json:
+            _write_json(api.best(name))
+        else:
+            answer.show(api.best(name), _out)
+
+
+@app.command("list")
+def list_(
+    state: Annotated[str | None, typer.Option(help="Only these, for example active.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the studies, newest first."""
+    with _client() as api:
+        studies = list(api.studies(state))
+    if as_json:
+        _write_json(studies)
+        return
+    table = Table("study", "state", "trials", "best loss", box=None, pad_edge=False)
+    for study in studies:
+        trials = f"{progress.ended(study)}/{study['budget_trials']}"
+        loss = study["best_validation_loss"]
+        best = "–" if loss is None else f"{loss:.4g}"
+        table.add_row(study["name"], study["state"], trials, best)
+    _out.print(table if studies else "no studies; `regtune submit FILE` makes one")
+
+
+@app.command()
+def pause(name: Name) -> None:
+    """Start no more trials of a study and keep its budget; running ones finish."""
+    _act(name, "pause")
+
+
+@app.command()
+def resume(name: Name) -> None:
+    """Let a paused study go on."""
+    _act(name, "resume")
+
+
+@app.command()
+def stop(name: Name) -> None:
+    """End a study after its running trials."""
+    _act(name, "stop")
+
+
+@app.command()
+def cancel(name: Name) -> None:
+    """End a study and its running trials now."""
+    _act(name, "cancel")
+
+
+@app.command()
+def delete(name: Name) -> None:
+    """Delete a study that is over, with all its records."""
+    with _client() as api:
+        api.delete(name)
+    _out.print(f"study {name} is deleted")
+
+
+@app.command()
+def workers(as_json: AsJson = False) -> None:
+    """List the workers, living ones first."""
+    with _client() as api:
+        known = list(api.workers())
+    if as_json:
+        _write_json(known)
+        return
+    table = Table("worker", "alive", "device", "lanes", "study", box=None, pad_edge=False)
+    for worker in known:
+        alive = "yes" if worker["alive"] else "no"
+        lanes = str(worker["lanes"])
+        table.add_row(worker["name"], alive, worker["device"], lanes, worker["study"] or "")
+    _out.print(table if known else "no workers; `regtune worker` starts one")
+
+
+@app.command()
+def service() -> None:
+    """Run the service: REST, dashboard and scheduler.
+
+    Any number of replicas may share a database. `REGTUNE_DATABASE_URL` says which database,
+    `REGTUNE_HOST` and `REGTUNE_PORT` where to listen.
+    """
+    _settings()
+    programs.become("service")
+
+
+@app.command()
+def worker(
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="N|free", help="One GPU; free: the one that the fewest workers use."),
+    ] = None,
+    every_gpu: Annotated[
+        str | None, typer.Option("--gpus", metavar="all", help="One process for each GPU.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Any device of PyTorch, for example cpu.")
+    ] = None,
+    lanes: Annotated[
+        int | None, typer.Option(min=1, help="How many trials to train at once.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="A unique name. Default: host and process id.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only say whether a worker of this host is alive.")
+    ] = False,
+) -> None:
+    """Run a worker: it trains what waits in the database that `REGTUNE_DATABASE_URL` names.
+
+    By default on the first GPU, or on the CPU of a machine without. SIGTERM and Ctrl-C release
+    the trials in training, for others to go on with; a second one kills.
+
+        regtune worker --gpu 0
+        regtune worker --gpus all
+        regtune worker --device cpu --lanes 8
+    """
+    if sum(option is not None for option in (gpu, every_gpu, device)) > 1:
+        raise typer.BadParameter("name one of --gpu, --gpus and --device")
+    settings = _settings()
+    url = _database_url(settings)
+    if check:
+        _check_worker(url, settings.lease_seconds)
+    elif every_gpu is not None and (devices := _devices(every_gpu)):
+        workers = [
+            _options(device=device, lanes=lanes, name=name and f"{name}-{number}")
+            for number, device in enumerate(devices)
+        ]
+        raise typer.Exit(programs.run_workers(workers))
+    else:
+        chosen = device or (None if gpu is None else _device(gpu, settings.home))
+        programs.become("worker", *_options(device=chosen, lanes=lanes, name=name))
+
+
+@db.command()
+def upgrade() -> None:
+    """Bring the schema up to date; safe at any time, and from several places at once."""
+    database.upgrade(_database_url(_settings()))
+    _out.print("the database's schema is up to date")
+
+
+@db.command("check")
+def check_() -> None:
+    """Say whether the database is there, and its schema the one that this version knows."""
+    engine = database.connect(_database_url(_settings()))
+    try:
+        database.check(engine)
+    finally:
+        engine.dispose()
+    _out.print("the database's schema is as it should be")
+
+
+class InvalidSettings(RegtuneError):
+    """A REGTUNE_* environment variable is not what it should be."""
+
+
+def _settings() -> Settings:
+    try:
+        return Settings()
+    except ValidationError as error:
+        wrong = (f"REGTUNE_{str(e['loc'][0]).upper()}: {e['msg']}" for e in error.errors())
+        raise InvalidSettings("; ".join(wrong)) from None
+
+
+def _database_url(settings: Settings) -> str:
+    if not settings.database_url:
+        raise InvalidSettings("set REGTUNE_DATABASE_URL to the database of the service")
+    return database.address(settings.database_url)
+
+
+def _client() -> Client:
+    return Client(_settings().url)
+
+
+def _parsed(file: Path) -> StudySpec:
+    try:
+        return parse_text(_text(file))
+    except InvalidSpec as error:
+        raise InvalidSpec(
+            tuple(FieldError(f"{file}: {e.field}".rstrip(": "), e.message) for e in error.errors)
+        ) from None
+
+
+def _text(file: Path) -> str:
+    try:
+        return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"{file} cannot be read: {error}", param_hint="FILE") from None
+
+
+def _act(name: str, verb: Verb) -> None:
+    with _client() as api:
+        study = api.act(name, verb)
+    _out.print(f"study {name} is {study['state']}")
+
+
+def _watch(api: Client, name: str, as_json: bool) -> None:
+    """Show a study until it is over, then its answer; exit with 1 unless that is good."""
+    try:
+        study = (
+            progress.show_json(api, name, typer.echo) if as_json else progress.show(api, name, _out)
+        )
+    except KeyboardInterrupt:
+        _err.print(f"\nthe study goes on; see `regtune watch {name}`")
+        raise typer.Exit(INTERRUPTED) from None
+    if not as_json and study["best"]:
+        answer.show(api.best(name), _out)
+    raise typer.Exit(FAILED if study["state"] in ("failed", "cancelled") else 0)
+
+
+def _devices(every_gpu: str) -> list[str]:
+    if every_gpu != "all":
+        raise typer.BadParameter(f"all, not {every_gpu!r}; one alone: --gpu N", param_hint="--gpus")
+    return [f"cuda:{number}" for number in range(gpus.count())]
+
+
+def _device(gpu: str, home: Path) -> str:
+    if gpu == "free":
+        claimed = gpus.claim(home)
+        return "cpu" if claimed is None else f"cuda:{claimed}"
+    if not gpu.isdecimal():
+        raise typer.BadParameter(f"a number or free, not {gpu!r}", param_hint="--gpu")
+    return f"cuda:{gpu}"
+
+
+def _options(**options: Any) -> list[str]:
+    return [part for name, value in options.items() if value for part in (f"--{name}", str(value))]
+
+
+def _check_worker(url: str, alive_seconds: float) -> None:
+    if not programs.has_living_worker(url, alive_seconds):
+        raise RegtuneError("no worker of this host is alive")
+    _out.print("a worker of this host is alive")
+
+
+def _write_json(document: Any) -> None:
+    typer.echo(json.dumps(document))
+
+
+if __name__ == "__main__":
+    main()

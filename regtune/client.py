@@ -85,17 +85,17 @@ class Client:
         return self._pages("/v1/studies", state=state)
 
     def trials(
-        self, name: str, state: str | None = None, order: str | None = None
+        self, name: str, state: str | None = None, order_by: str | None = None
     ) -> Iterator[Document]:
-        """Yield a study's trials, by number or, with ``order="value"``, the best first."""
-        return self._pages(f"{_path(name)}/trials", state=state, order=order)
+        """Yield a study's trials, by number or, with ``order_by="value"``, the best first."""
+        return self._pages(f"{_path(name)}/trials", state=state, order_by=order_by)
 
     def trial(self, name: str, number: int) -> Document:
         """Return one trial with its epochs."""
         return self._get(f"{_path(name)}/trials/{number}")
 
     def best(self, name: str) -> Document:
-        """Return the best trial; Refused with status 404 until there is one."""
+        """Return the best trial and the baseline; Refused with status 404 until there is one."""
         return self._get(f"{_path(name)}/best")
 
     def act(self, name: str, verb: Verb) -> Document:
@@ -130,9 +130,9 @@ class Client:
                 for event in self._stream(f"{_path(name)}/events", after):
                     after = event["cursor"]
                     yield event
-                    if event["kind"] == "study_ended":
-                        return
-            except httpx.TransportError:
+                if not is_live(self.study(name)):
+                    return
+            except (httpx.TransportError, ServiceUnreachable):
                 pass
             time.sleep(_RECONNECT_SECONDS)
 

@@ -16,6 +16,7 @@ from regtune import guard
 from regtune.errors import RegtuneError
 
 TAIL_LINES = 20
+_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,12 @@ class Child:
     def ended(self) -> bool:
         """Whether it has ended, by itself or not."""
         return self.process.poll() is not None
+
+    @property
+    def exit_code(self) -> int:
+        """Its exit code, as a shell would have it, once it has ended."""
+        code = self.process.wait()
+        return 128 - code if code < 0 else code
 
     def kill(self) -> None:
         """Kill it and whatever it has started, also if it has ended itself."""
@@ -63,7 +70,7 @@ class Crew:
     def __init__(self, *, home: Path | None = None, lock: int | None = None) -> None:
         self.children: list[Child] = []
         self._guard = subprocess.Popen(
-            [sys.executable, "-m", guard.__name__, *([str(home.resolve())] if home else [])],
+            [sys.executable, "-P", "-m", guard.__name__, *([str(home.resolve())] if home else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -96,6 +103,11 @@ class Crew:
         self.children.append(child)
         return child
 
+    @property
+    def working(self) -> bool:
+        """Whether any child has not ended."""
+        return not all(child.ended for child in self.children)
+
     def check(self) -> None:
         """Raise ChildDied if any child has ended."""
         for child in self.children:
@@ -121,7 +133,7 @@ class Crew:
         while not all(child.ended for child in children):
             if time.monotonic() > due or hurry():
                 break
-            time.sleep(0.05)
+            time.sleep(_POLL_SECONDS)
         for child in children:
             child.kill()
         self.children = [child for child in self.children if child not in children]

@@ -62,3 +62,7 @@ class UnknownSchema(RegtuneError):
 
 class DatabaseUnavailable(RegtuneError):
     """The database cannot be reached."""
+
+
+class AddressTaken(RegtuneError):
+    """The service cannot listen on its address."""

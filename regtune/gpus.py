@@ -1,7 +1,10 @@
-"""How many GPUs this machine has, found without torch."""
+"""Which GPUs this machine has and which of them is free, found without torch."""
 
+import fcntl
+import itertools
 import os
 import subprocess
+from pathlib import Path
 
 
 def count() -> int:
@@ -16,6 +19,28 @@ def count() -> int:
     except (OSError, subprocess.SubprocessError):
         return 0
     return sum(line.startswith("GPU ") for line in listing.splitlines())
+
+
+def claim(folder: Path) -> int | None:
+    """Return the GPU that the fewest processes have claimed in a folder; None without any.
+
+    The claim is a lock that lasts as long as this process, also through ``exec``.
+    """
+    known = count()
+    if not known:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in itertools.count():  # of every GPU the first, then of every GPU the second, …
+        gpu = place % known
+        claim = os.open(folder / f"gpu-{gpu}-{place // known}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(claim)
+        else:
+            os.set_inheritable(claim, True)
+            return gpu
+    raise AssertionError("there is always one more place")
 
 
 def _listed(visible: str) -> int:

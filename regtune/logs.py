@@ -3,6 +3,7 @@
 import logging
 import sys
 
+import optuna
 import structlog
 
 from regtune.settings import Settings
@@ -10,6 +11,7 @@ from regtune.settings import Settings
 
 def configure(settings: Settings) -> None:
     """Set up logging for a program; called once, at its start."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     level = logging.getLevelNamesMapping()[settings.log_level.upper()]
     as_json = settings.log_format == "json"
     structlog.configure(

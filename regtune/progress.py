@@ -2,12 +2,11 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.progress import Task as Row
-from rich.text import Text
 
 from regtune.client import Client, Document, is_live
 
@@ -21,94 +20,91 @@ Pause = Callable[[float], None]
 
 def show(api: Client, name: str, console: Console, pause: Pause = time.sleep) -> Document:
     """Show how a study goes until it is over; return it."""
-    studies = _changes(api, name, pause)
-    return _as_bar(studies, console) if console.is_terminal else _as_lines(studies, console)
+    looks = _looks(api, name, pause)
+    return _as_bar(looks, console) if console.is_terminal else _as_lines(looks, console)
 
 
 def show_json(api: Client, name: str, write: Callable[[str], None]) -> Document:
     """Write a study as one line of JSON whenever it has changed, until it is over; return it."""
-    for study in _changes(api, name, time.sleep):
+    for study in _changes(_looks(api, name, time.sleep)):
         write(json.dumps(study))
     return study
 
 
-def in_words(study: Document) -> str:
-    """Say how far a study is, on one line."""
-    parts = [f"{_ended(study)} of {_budget(study)} trials done"]
-    if study["trials"]["running"]:
-        parts.append(f"{study['trials']['running']} running")
-    if study["best"]:
-        parts.append(f"best validation loss {study['best']['validation_loss']:.4g}")
-    if study["eta_seconds"] is not None:
-        parts.append(f"about {duration(study['eta_seconds'])} left")
-    if not is_live(study):
-        parts.append(study["state"])
-    elif study["warning"]:
-        parts.append(study["warning"])
-    return ", ".join(parts)
+def ended(study: Document) -> int:
+    """Return how many trials of a study will not change any more."""
+    counts: dict[str, int] = study["counts"]
+    return sum(counts[state] for state in ("complete", "pruned", "failed", "cancelled"))
+
+
+def seconds_taken(study: Document) -> float:
+    """Return how long a study that is over has taken, from its POST on."""
+    since, until = (datetime.fromisoformat(study[key]) for key in ("created_at", "finished_at"))
+    return (until - since).total_seconds()
 
 
 def duration(seconds: float) -> str:
     """Return seconds as a person would say them."""
-    minutes, left = divmod(round(seconds), 60)
+    minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
         return f"{hours} h {minutes} min"
-    return f"{minutes} min {left} s" if minutes else f"{left} s"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def _changes(api: Client, name: str, pause: Pause) -> Iterator[Document]:
-    """Yield a study whenever it has changed in more than the time left; last, when it is over."""
-    known = None
+def _looks(api: Client, name: str, pause: Pause) -> Iterator[Document]:
+    """Yield a study again and again; last, when it is over."""
     while True:
         study = api.study(name)
-        if (seen := {**study, "eta_seconds": None}) != known:
-            known = seen
-            yield study
+        yield study
         if not is_live(study):
             return
         pause(_LOOK_SECONDS)
 
 
-def _as_bar(studies: Iterator[Document], console: Console) -> Document:
-    columns = TextColumn("{task.description}"), BarColumn(), _Words()
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("")
-        for study in studies:
-            bar.update(
-                task,
+def _changes(looks: Iterable[Document]) -> Iterator[Document]:
+    """Leave out the looks at which nothing but the time left has changed."""
+    known = None
+    for study in looks:
+        if (seen := study | {"eta_seconds": None}) != known:
+            known = seen
+            yield study
+
+
+def _as_bar(looks: Iterable[Document], console: Console) -> Document:
+    columns = TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[words]}")
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("", words="")
+        for study in looks:
+            progress.update(
+                bar,
                 description=study["name"],
-                completed=_ended(study),
-                total=_budget(study),
-                words=in_words(study),
+                completed=ended(study),
+                total=study["budget_trials"],
+                words=_in_words(study),
             )
     return study
 
 
-class _Words(TextColumn):
-    """What ``in_words`` says, cut off where the terminal ends."""
-
-    def __init__(self) -> None:
-        super().__init__("{task.fields[words]}")
-
-    def render(self, task: Row) -> Text:
-        return Text(task.fields.get("words", ""), overflow="ellipsis", no_wrap=True)
-
-
-def _as_lines(studies: Iterator[Document], console: Console) -> Document:
+def _as_lines(looks: Iterable[Document], console: Console) -> Document:
     due = time.monotonic()
-    for study in studies:
+    for study in _changes(looks):
         if time.monotonic() >= due or not is_live(study):
-            console.print(f"{study['name']}: {in_words(study)}", soft_wrap=True, highlight=False)
+            console.print(f"{study['name']}: {_in_words(study)}")
             due = time.monotonic() + _LINE_SECONDS
     return study
 
 
-def _ended(study: Document) -> int:
-    counts: dict[str, int] = study["trials"]
-    return sum(counts[state] for state in ("complete", "pruned", "failed", "cancelled"))
-
-
-def _budget(study: Document) -> int:
-    trials: int = study["spec"]["budget"]["trials"]
-    return trials
+def _in_words(study: Document) -> str:
+    parts = [f"{ended(study)} of {study['budget_trials']} trials done"]
+    if study["counts"]["running"]:
+        parts.append(f"{study['counts']['running']} running")
+    if study["best_validation_loss"] is not None:
+        parts.append(f"best validation loss {study['best_validation_loss']:.4g}")
+    if study["eta_seconds"] is not None:
+        parts.append(f"about {duration(study['eta_seconds'])} left")
+    if study["warning"]:
+        parts.append(study["warning"])
+    if study["state"] != "active":
+        parts.append(study["state"])
+    return ", ".join(parts)

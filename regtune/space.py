@@ -31,13 +31,16 @@ class Range(BaseModel, Generic[Number]):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    low: Number = Field(description="Smallest value, included.")
-    high: Number = Field(description="Largest value, included.")
-    log: bool = Field(False, description="Search on a logarithmic scale; needs low > 0.")
+    low: Number = Field(description="Smallest value, included.", examples=[5])
+    high: Number = Field(description="Largest value, included.", examples=[25])
+    log: bool = Field(
+        False, description="Search on a logarithmic scale; needs low > 0.", examples=[False]
+    )
     or_zero: bool = Field(
         False,
         description="Also try exactly 0, which switches the parameter off; needs log: true "
         "(a linear range can simply start at 0).",
+        examples=[False],
     )
 
     @validate_model(mode="after")

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 from pydantic import field_validator as validate_field
 from pydantic import model_validator as validate_model
 from pydantic_core import ErrorDetails, PydanticCustomError
+from yaml.constructor import ConstructorError
 
 from regtune.errors import FieldError, InvalidSpec
 from regtune.space import (
@@ -44,6 +45,17 @@ class _SpecModel(BaseModel):
     )
 
 
+def _with_computed_defaults(*names: str) -> Callable[[dict[str, Any]], None]:
+    """Let a JSON schema say that fields may be left out whose defaults depend on other fields."""
+
+    def change(schema: dict[str, Any]) -> None:
+        schema["required"] = [name for name in schema.get("required", ()) if name not in names]
+        for name in names:
+            schema["properties"][name].pop("default", None)
+
+    return change
+
+
 class MlpSettings(_SpecModel):
     """Settings of the model ``mlp``: linear, norm, ReLU and dropout per hidden layer."""
 
@@ -51,7 +63,7 @@ class MlpSettings(_SpecModel):
         tuple[Annotated[int, Field(ge=1, le=65_536)], ...], Strict(False), Field(max_length=64)
     ] = Field((128,), description="Width of each hidden layer.", examples=[[128], [512, 512]])
     norm: Literal["batch", "layer", "none"] = Field(
-        "batch", description="Normalization before each ReLU."
+        "batch", description="Normalization before each ReLU.", examples=["batch"]
     )
 
 
@@ -97,10 +109,13 @@ class TaskSpec(BaseModel):
 class Training(_SpecModel):
     """How each trial is trained; the same for all trials."""
 
+    model_config = ConfigDict(json_schema_extra=_with_computed_defaults("learning_rate"))
+
     optimizer: Optimizer = Field(
         "adamw",
         description="Weight decay is decoupled in AdamW, and coupled (added to the gradient) in "
         "the others. SGD uses momentum 0.9.",
+        examples=["adamw"],
     )
     learning_rate: float = Field(
         0.0,
@@ -110,26 +125,33 @@ class Training(_SpecModel):
         description="Step size η at the start. Default: 0.001, or 0.01 for sgd.",
         examples=[0.001],
     )
-    batch_size: int = Field(128, ge=1, le=1_000_000, description="Rows per step.")
-    max_epochs: int = Field(50, ge=1, le=100_000, description="Longest training of a trial.")
+    batch_size: int = Field(128, ge=1, le=1_000_000, description="Rows per step.", examples=[128])
+    max_epochs: int = Field(
+        50, ge=1, le=100_000, description="Longest training of a trial.", examples=[50]
+    )
     schedule: Literal["constant", "cosine"] = Field(
-        "constant", description="Learning rate over max_epochs; cosine ends at zero."
+        "constant",
+        description="Learning rate over max_epochs; cosine ends at zero.",
+        examples=["constant"],
     )
     min_delta: float = Field(
         0.0,
         ge=0,
         description="Early stopping counts only an improvement of the validation loss by more.",
+        examples=[0.0],
     )
     l1: Literal["proximal", "subgradient"] = Field(
         "proximal",
         description="proximal: soft threshold by η·λ₁ after each step, which gives true zeros; "
         "subgradient: λ₁·‖w‖₁ is part of the loss (its useful λ₁ is about 1000 times smaller).",
+        examples=["proximal"],
     )
     seed: int = Field(
         0,
         ge=0,
         lt=2**31,
         description="Seed of initial weights, data order, dropout and the validation rows.",
+        examples=[0],
     )
 
     @validate_model(mode="after")
@@ -141,6 +163,12 @@ class Training(_SpecModel):
 
 class Search(_SpecModel):
     """What is searched. A parameter that is left out gets its default range."""
+
+    model_config = ConfigDict(
+        json_schema_extra=_with_computed_defaults(
+            "weight_decay", "dropout", "l1_lambda", "patience"
+        )
+    )
 
     weight_decay: Parameter = Field(
         description="λ₂ ≥ 0. Default: zero or 1e-4…3 (log) for AdamW, whose decay below "
@@ -240,18 +268,25 @@ class Validation(_SpecModel):
     """Which training rows are held out to choose by."""
 
     fraction: float = Field(
-        0.2, gt=0, lt=1, description="Share of the training rows, stratified, the same for all."
+        0.2,
+        gt=0,
+        lt=1,
+        description="Share of the training rows, stratified, the same for all.",
+        examples=[0.2],
     )
 
 
 class Budget(_SpecModel):
     """When the study is done; whichever comes first."""
 
+    model_config = ConfigDict(json_schema_extra=_with_computed_defaults("trials"))
+
     trials: int = Field(
         100_000,
         ge=1,
         le=100_000,
-        description="How many trials, exactly; the two reference points count.",
+        description="How many trials, exactly; the two reference points count. Default: as many "
+        "as the seconds allow.",
         examples=[40],
     )
     seconds: float | None = Field(
@@ -259,6 +294,7 @@ class Budget(_SpecModel):
         gt=0,
         le=366 * 86_400,
         description="Wall-clock seconds from the first lease; then no trial starts any more.",
+        examples=[600.0],
     )
 
     @validate_model(mode="after")
@@ -271,45 +307,78 @@ class Budget(_SpecModel):
 class Sampler(_SpecModel):
     """Who suggests what to try next."""
 
-    name: SamplerName = Field("tpe", description="grid needs a list or whole numbers everywhere.")
-    seed: int = Field(0, ge=0, lt=2**31, description="Seed of the suggestions.")
+    name: SamplerName = Field(
+        "tpe",
+        description="Which algorithm; grid needs a list or whole numbers everywhere.",
+        examples=["tpe"],
+    )
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of the suggestions.", examples=[0])
 
 
 class Pruner(_SpecModel):
     """Who stops trials early that look bad."""
 
-    name: PrunerName = Field("none", description="Which of Optuna's pruners.")
+    name: PrunerName = Field("none", description="Which of Optuna's pruners.", examples=["none"])
     first_epoch: int | None = Field(
         None,
         ge=1,
         description="No trial is pruned before it. Default: a third of max_epochs, because "
         "strong regularization looks worse early and wins late.",
+        examples=[16],
     )
-    startup_trials: int = Field(5, ge=0, description="median: trials that are never pruned.")
+    startup_trials: int = Field(
+        5, ge=0, description="median: trials that are never pruned.", examples=[5]
+    )
     reduction_factor: int = Field(
-        3, ge=2, le=100, description="asha and hyperband: one in so many goes on at each rung."
+        3,
+        ge=2,
+        le=100,
+        description="asha and hyperband: one in so many goes on at each rung.",
+        examples=[3],
     )
 
 
 class StudySpec(_SpecModel):
     """A study: what is trained, what is searched, and how far."""
 
+    model_config = ConfigDict(json_schema_extra=_with_computed_defaults("search"))
+
     name: str = Field(pattern=NAME_PATTERN, description="Unique name.", examples=["digits"])
-    task: TaskSpec
-    training: Training = Field(default_factory=Training, description="How each trial is trained.")
-    search: Search = Field(description="What is searched. Default: sensible ranges of all four.")
-    validation: Validation = Field(
-        default_factory=Validation, description="Which rows are held out to choose by."
+    task: TaskSpec = Field(
+        description="What is trained: a data set, a model, and the model's own settings.",
+        examples=[{"dataset": "digits", "model": "mlp", "hidden": [128], "norm": "batch"}],
     )
-    budget: Budget
+    training: Training = Field(
+        default_factory=Training,
+        description="How each trial is trained.",
+        examples=[{"optimizer": "adamw", "max_epochs": 50}],
+    )
+    search: Search = Field(
+        description="What is searched. Default: sensible ranges of all four.",
+        examples=[{"dropout": {"low": 0.0, "high": 0.5}, "l1_lambda": 0.0}],
+    )
+    validation: Validation = Field(
+        default_factory=Validation,
+        description="Which rows are held out to choose by.",
+        examples=[{"fraction": 0.2}],
+    )
+    budget: Budget = Field(description="When the study is done.", examples=[{"trials": 40}])
     sampler: Sampler = Field(
-        default_factory=Sampler, description="Who suggests; a name alone will do."
+        default_factory=Sampler,
+        description="Who suggests; a name alone will do.",
+        examples=[{"name": "tpe"}],
     )
     pruner: Pruner = Field(
-        default_factory=Pruner, description="Who stops trials early; a name alone will do."
+        default_factory=Pruner,
+        description="Who stops trials early; a name alone will do.",
+        examples=[{"name": "none"}],
     )
     priority: int = Field(
-        1, ge=1, le=1000, description="Weight by which studies share the workers."
+        1,
+        ge=1,
+        le=1000,
+        description="Weight by which studies share the workers.",
+        examples=[1],
     )
 
     @validate_field("sampler", "pruner", mode="before")
@@ -410,18 +479,28 @@ def load_yaml(text: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, RecursionError, *_BROKEN_TAGS) as error:
         raise InvalidSpec((FieldError("", f"not valid YAML: {_first_line(error)}"),)) from None
 
 
+_BROKEN_TAGS = (ValueError, LookupError, AttributeError)
+"""What PyYAML lets through when a tag such as ``!!int`` stands before something else."""
+
+
 class _Loader(yaml.SafeLoader):
-    """A safe loader that reads ``1e-4`` as a number, and knows no aliases."""
+    """A safe loader that reads ``1e-4`` as a number, and knows no aliases and no field twice."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         # Nested aliases can make a few bytes stand for gigabytes; a study has no use for them.
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("aliases are not supported")
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            raise ConstructorError(problem="a field is given twice", problem_mark=node.start_mark)
+        return mapping
 
 
 _Loader.yaml_implicit_resolvers = {

@@ -278,7 +278,9 @@ WITH picked AS (
     RETURNING t.trial_id, t.number
 ), public_trials AS (
     UPDATE public.trials o
-    SET state = 'FAIL', datetime_complete = now() AT TIME ZONE 'utc'
+    SET state = 'FAIL', datetime_complete = now() AT TIME ZONE 'utc',
+        -- Optuna refuses an ended trial that never started.
+        datetime_start = coalesce(o.datetime_start, now() AT TIME ZONE 'utc')
     FROM cancelled WHERE o.trial_id = cancelled.trial_id
 ), attributes AS (
     INSERT INTO public.trial_user_attributes (trial_id, key, value_json)

@@ -10,7 +10,6 @@ import fcntl
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -19,10 +18,10 @@ from types import FrameType
 
 from rich.console import Console
 
-from regtune import answer, database, gpus, guard, progress
+from regtune import answer, database, gpus, guard, programs, progress
 from regtune.client import Client, Document, Refused, ServiceUnreachable, is_live
 from regtune.crew import Child, ChildDied, Crew
-from regtune.errors import RegtuneError
+from regtune.errors import AddressTaken, RegtuneError
 from regtune.settings import Settings
 from regtune.spec import StudySpec
 
@@ -39,10 +38,6 @@ class FolderInUse(RegtuneError):
     """Another ``regtune up`` runs in this folder."""
 
 
-class PortInUse(RegtuneError):
-    """Another program listens on this port."""
-
-
 class NotReady(RegtuneError):
     """The service and its workers did not become ready in time."""
 
@@ -55,19 +50,20 @@ class Interrupted(Exception):
         self.exit_code = 128 + signum
 
 
-def up(
-    settings: Settings, *, spec: StudySpec | None, workers: int | None, console: Console
-) -> int:
+def up(settings: Settings, *, spec: StudySpec | None, workers: int | None, console: Console) -> int:
     """Run everything on this machine; return the exit code.
 
     With a study, until that is over; else until a signal. ``workers`` is by default as many as
-    there are GPUs, or one without. Raise FolderInUse, PortInUse, NotReady, DatabaseUnavailable.
+    there are GPUs, or one without. Raise FolderInUse, AddressTaken, NotReady, DatabaseUnavailable.
     """
     try:
-        with _signals(console) as signals, _claimed(settings.home, signals) as lock:
-            with closing(Site(_on_free_port(settings), lock, signals, console)) as site:
-                site.start(_devices(workers))
-                return _stay(site, console) if spec is None else _train(site, spec, console)
+        with (
+            _signals(console) as signals,
+            _claimed(settings.home, signals) as lock,
+            closing(Site(_on_free_port(settings), lock, signals, console)) as site,
+        ):
+            site.start(_devices(workers))
+            return _stay(site, console) if spec is None else _train(site, spec, console)
     except Interrupted as interrupted:
         return 0 if spec is None else interrupted.exit_code
     except ChildDied as death:
@@ -180,7 +176,7 @@ class Site:
     def _start(self, name: str, program: str, *options: str) -> Child:
         return self._crew.start(
             name,
-            [sys.executable, "-P", "-m", program, *options],
+            programs.command(program, *options),
             self._environment(),
             log=self.logs / f"{name}.log",
         )
@@ -244,7 +240,7 @@ def _is_running(holder: str) -> bool:
 
 
 def _on_free_port(settings: Settings) -> Settings:
-    """Return the settings with a port that is free now; raise PortInUse if theirs is not."""
+    """Return the settings with a port that is free now; raise AddressTaken if theirs is not."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -252,10 +248,10 @@ def _on_free_port(settings: Settings) -> Settings:
             probe.bind((settings.host, settings.port))
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
-                raise PortInUse(
+                raise AddressTaken(
                     f"cannot listen on {settings.host}:{settings.port}: {error.strerror}"
                 ) from None
-            raise PortInUse(
+            raise AddressTaken(
                 f"port {settings.port} of {settings.host} is taken by another program; "
                 f"end that, or name another port: REGTUNE_PORT={settings.port + 1}"
             ) from None
@@ -283,9 +279,7 @@ def _stay(site: Site, console: Console) -> int:
         f"  API           {site.url}/docs\n"
         f"  database      {database.normalized(site.database_url)!r}\n"
         f"  logs          {site.logs}\n"
-        f"  submit        REGTUNE_URL={site.url} regtune submit examples/digits.yaml --watch",
-        soft_wrap=True,
-        highlight=False,
+        f"  submit        REGTUNE_URL={site.url} regtune submit examples/digits.yaml --watch"
     )
     while True:
         site.pause(1.0)
@@ -294,15 +288,14 @@ def _stay(site: Site, console: Console) -> int:
 def _train(site: Site, spec: StudySpec, console: Console) -> int:
     """Submit a study, show how it goes, and print its answer."""
     with Client(site.url) as api, _blaming_children(site):
+        console.print(f"dashboard, while this runs: {site.url}/dashboard")
         name = _submit(api, spec, console)["name"]
         study = progress.show(api, name, console, site.pause)
-        answer.show(api, study, console)
-    console.print(
-        f"Everything is kept in {site.logs.parent}. To look at it, run `regtune up` "
-        f"and open {site.url}/dashboard",
-        soft_wrap=True,
-        highlight=False,
-    )
+        if study["best"]:
+            answer.show(api.best(name), console)
+    taken = progress.duration(progress.seconds_taken(study))
+    console.print(f"\nstudy {name} {study['state']} ({study['reason']}) in {taken}")
+    console.print(f"to look again: `regtune up`, then {site.url}/dashboard")
     return 0 if study["state"] == "completed" else 1
 
 
@@ -347,7 +340,5 @@ def _numbered(name: str, number: int) -> str:
 
 
 def _show(death: ChildDied, console: Console) -> None:
-    console.print(f"{death.child.tail()}\n", markup=False, highlight=False, soft_wrap=True)
-    console.print(
-        f"[red]{death}[/red]; the end of {death.child.log} is above", soft_wrap=True
-    )
+    console.print(f"{death.child.tail()}\n", markup=False)
+    console.print(f"{death}; above is the end of {death.child.log}", style="red", markup=False)

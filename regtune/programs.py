@@ -1,0 +1,67 @@
+"""The service and the workers as programs of their own: this package imports neither."""
+
+import importlib.util
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from types import FrameType
+from typing import NoReturn
+
+from regtune import database, workers
+from regtune.crew import Crew
+from regtune.errors import RegtuneError
+
+_NEEDS = {"service": "fastapi", "worker": "torch"}
+_POLL_SECONDS = 0.1
+
+
+class NotInstalled(RegtuneError):
+    """A part of regtune is not installed."""
+
+
+def command(program: str, *options: str) -> list[str]:
+    """Return the command line of a program; raise NotInstalled if it could not run."""
+    if importlib.util.find_spec(_NEEDS[program]) is None:
+        raise NotInstalled(f"the {program} is not installed here: pip install 'regtune[{program}]'")
+    # -P: a folder named `worker` where the person happens to be is not ours.
+    return [sys.executable, "-P", "-m", program, *options]
+
+
+def become(program: str, *options: str) -> NoReturn:
+    """Turn this process into a program, so that signals go straight to it."""
+    os.execv(sys.executable, command(program, *options))
+
+
+def run_workers(options: Sequence[Sequence[str]]) -> int:
+    """Run a worker for each list of options until all have ended; return the worst exit code.
+
+    SIGTERM and SIGINT are passed on to all.
+    """
+    received: list[int] = []
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, note)
+    with closing(Crew()) as crew:
+        for number, own in enumerate(options):
+            crew.start(f"worker-{number}", command("worker", *own), os.environ)
+        while crew.working:
+            time.sleep(_POLL_SECONDS)
+            while received:
+                crew.forward(received.pop(0))
+        return max(child.exit_code for child in crew.children)
+
+
+def has_living_worker(url: str, alive_seconds: float) -> bool:
+    """Say whether a worker of this host beats in the database."""
+    engine = database.connect(url)
+    with database.reachable(), database.transaction(engine) as session:
+        known = workers.everyone(session, alive_seconds)
+    engine.dispose()
+    return any(worker.alive and worker.host == socket.gethostname() for worker in known)

@@ -1,0 +1,133 @@
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from sqlalchemy import Engine, text
+from sqlalchemy.exc import IntegrityError
+
+from regtune import leasing, studies
+from regtune.database import transaction
+from regtune.errors import StaleView
+from tests import builders
+from tests.audit import audit
+
+LATER = datetime.now(UTC) + timedelta(hours=1)
+
+
+def test_the_budget_is_exact_however_many_are_suggested(engine: Engine) -> None:
+    study = builders.create(engine, budget={"trials": 5})
+    assert len(builders.append(engine, study, 3)) == 3
+    assert len(builders.append(engine, study, 3)) == 2
+    assert builders.append(engine, study, 3) == []
+    assert builders.states(engine, study) == ["waiting"] * 5
+    assert audit(engine) == {}
+
+
+def test_the_database_itself_refuses_a_trial_over_the_budget(engine: Engine) -> None:
+    study = builders.create(engine, budget={"trials": 1})
+    with engine.connect() as connection, pytest.raises(IntegrityError, match="within_budget"):
+        connection.execute(text("UPDATE regtune.studies SET appended = 2"))
+    assert builders.append(engine, study, 2)[1:] == []
+
+
+def test_of_two_schedulers_that_append_the_same_number_one_is_told_so(engine: Engine) -> None:
+    study = builders.create(engine, budget={"trials": 50})
+
+    def append(_: int) -> int:
+        with transaction(engine) as session:
+            suggestions = [builders.suggestion(study)] * 3
+            return len(leasing.append(session, study.study_id, suggestions, expected=0))
+
+    with ThreadPoolExecutor(8) as pool:
+        futures = [pool.submit(append, i) for i in range(8)]
+    outcomes = [type(future.exception()) for future in futures]
+    assert sorted(outcome.__name__ for outcome in outcomes) == ["NoneType"] + ["StaleView"] * 7
+    assert audit(engine) == {}
+    with pytest.raises(StaleView, match="trial 0"):
+        append(0)
+
+
+def test_no_trial_is_leased_twice_by_many_workers_at_once(engine: Engine) -> None:
+    study = builders.create(engine, budget={"trials": 60})
+    builders.append(engine, study, 60)
+    with ThreadPoolExecutor(12) as pool:
+        batches = list(pool.map(lambda i: builders.lease(engine, study, 7, f"w{i}"), range(12)))
+    leased = [lease.number for batch in batches for lease in batch]
+    assert sorted(leased) == sorted(set(leased))
+    rest = builders.lease(engine, study, 60)
+    assert sorted(leased + [lease.number for lease in rest]) == list(range(60))
+    assert audit(engine) == {}
+
+
+def test_a_lease_names_the_trial_and_the_values_to_train(engine: Engine) -> None:
+    study = builders.create(engine, search={"dropout": [0.1, 0.3], "patience": 4})
+    builders.append(engine, study, 3)
+    leases = builders.lease(engine, study, 2)
+    assert [lease.number for lease in leases] == [0, 1]
+    assert leases[0].attempt == 1
+    assert set(leases[0].params) == {"weight_decay", "dropout", "l1_lambda", "patience"}
+    assert leases[0].params["patience"] == 4
+
+
+def test_a_lost_lease_makes_the_same_trial_leasable_again(engine: Engine) -> None:
+    study = builders.create(engine)
+    builders.append(engine, study, 1)
+    (lost,) = builders.lease(engine, study, worker="gone")
+    with transaction(engine) as session:
+        assert leasing.expire(session, study.study_id, max_attempts=3) == []
+        assert leasing.expire(session, study.study_id, 3, now=LATER) == [lost.trial_id]
+    (again,) = builders.lease(engine, study, worker="next")
+    assert (again.number, again.attempt) == (0, 2)
+    assert again.token != lost.token
+    assert audit(engine) == {}
+
+
+def test_a_trial_that_loses_too_many_leases_fails_and_says_why(engine: Engine) -> None:
+    study = builders.create(engine)
+    builders.append(engine, study, 1)
+    for _ in range(3):
+        assert builders.states(engine, study) == ["waiting"]
+        builders.lease(engine, study)
+        with transaction(engine) as session:
+            leasing.expire(session, study.study_id, max_attempts=3, now=LATER)
+    assert builders.states(engine, study) == ["failed"]
+    with engine.connect() as connection:
+        reason = connection.execute(text("SELECT reason FROM regtune.trials")).scalar()
+    assert reason == "lost 3 leases; the last one: its lease ran out"
+    assert audit(engine) == {}
+
+
+def test_a_released_trial_waits_again_at_no_cost(engine: Engine) -> None:
+    study = builders.create(engine)
+    builders.append(engine, study, 2)
+    for _ in range(5):
+        leases = builders.lease(engine, study, 2)
+        with transaction(engine) as session:
+            assert len(leasing.release(session, leases, "w")) == 2
+            assert leasing.release(session, leases, "w") == []
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT max(lost_leases) FROM regtune.trials")).scalar() == 0
+    assert builders.states(engine, study) == ["waiting"] * 2
+
+
+@pytest.mark.parametrize("verb", ["pause", "stop", "cancel"])
+def test_nothing_is_leased_or_appended_in_a_study_that_does_not_go_on(
+    engine: Engine, verb: studies.Verb
+) -> None:
+    study = builders.create(engine)
+    builders.append(engine, study, 2)
+    with transaction(engine) as session:
+        studies.act(session, study.name, verb, "test")
+    assert builders.lease(engine, study, 2) == []
+    assert builders.append(engine, study, 1) == []
+
+
+def test_a_trial_given_back_to_a_stopping_study_is_cancelled(engine: Engine) -> None:
+    study = builders.create(engine)
+    builders.append(engine, study, 2)
+    released, lost = builders.lease(engine, study, 2)
+    with transaction(engine) as session:
+        studies.act(session, study.name, "stop", "test")
+        leasing.release(session, [released], "w")
+        assert leasing.expire(session, study.study_id, 3, now=LATER) == [lost.trial_id]
+    assert builders.states(engine, study) == ["cancelled"] * 2

@@ -1,0 +1,154 @@
+import math
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+
+import optuna
+import pytest
+from sqlalchemy import Engine, text
+
+from regtune import leasing, reporting, studies
+from regtune.database import transaction
+from regtune.leasing import Lease
+from regtune.reporting import Epoch, Failed, Pruned
+from tests import builders
+from tests.audit import audit
+from tests.builders import epoch
+
+LATER = datetime.now(UTC) + timedelta(hours=1)
+
+
+@pytest.fixture
+def leases(engine: Engine) -> Sequence[Lease]:
+    study = builders.create(engine)
+    builders.append(engine, study, 3)
+    return builders.lease(engine, study, 3)
+
+
+def flush(
+    engine: Engine, leases: Sequence[Lease], epochs: dict[int, list[Epoch]]
+) -> reporting.Verdicts:
+    with transaction(engine) as session:
+        return reporting.flush(session, leases, epochs, 30)
+
+
+def count(engine: Engine, table: str) -> int:
+    with engine.connect() as connection:
+        return connection.execute(text(f"SELECT count(*) FROM {table}")).scalar_one()
+
+
+def lose(engine: Engine, lease: Lease) -> None:
+    with transaction(engine) as session:
+        leasing.expire(session, lease.study_id, 9, now=LATER)
+
+
+def test_one_flush_records_epochs_of_many_trials_once(
+    engine: Engine, leases: Sequence[Lease]
+) -> None:
+    first, second, _ = leases
+    epochs = {first.trial_id: [epoch(1), epoch(2)], second.trial_id: [epoch(1)]}
+    assert flush(engine, leases, epochs).held == {lease.trial_id for lease in leases}
+    flush(engine, leases, epochs)
+    assert count(engine, "regtune.epochs") == 3
+    assert count(engine, "public.trial_intermediate_values") == 3
+
+
+def test_a_flush_renews_the_leases(engine: Engine, leases: Sequence[Lease]) -> None:
+    with transaction(engine) as session:
+        reporting.flush(session, leases[:2], {}, 7200)
+        assert leasing.expire(session, leases[0].study_id, 9, now=LATER) == [leases[2].trial_id]
+
+
+def test_losses_that_are_not_finite_are_kept_as_they_are(
+    engine: Engine, leases: Sequence[Lease]
+) -> None:
+    losses = [math.nan, math.inf, -math.inf, 0.1]
+    epochs = [epoch(i + 1, loss) for i, loss in enumerate(losses)]
+    flush(engine, leases, {leases[0].trial_id: epochs})
+    study = optuna.load_study(study_name="study", storage=_url(engine))
+    shown = study.get_trials()[0].intermediate_values
+    assert repr(list(shown.values())) == repr(losses)
+    with engine.connect() as connection:
+        ours = connection.execute(
+            text("SELECT validation_loss FROM regtune.epochs ORDER BY epoch")
+        ).scalars()
+        assert repr(list(ours)) == repr(losses)
+
+
+def test_a_worker_that_lost_a_lease_can_write_nothing_for_that_trial(
+    engine: Engine, leases: Sequence[Lease]
+) -> None:
+    lose(engine, leases[0])
+    verdicts = flush(engine, leases, {leases[0].trial_id: [epoch(1)]})
+    assert verdicts.held == frozenset()
+    with transaction(engine) as session:
+        assert reporting.finish(session, [(leases[0], builders.completed())], "w") == frozenset()
+        assert leasing.release(session, leases, "w") == []
+    assert count(engine, "regtune.epochs") == 0
+    assert count(engine, "public.trial_values") == 0
+
+
+def test_a_zombie_cannot_write_into_its_trials_next_attempt(
+    engine: Engine, leases: Sequence[Lease]
+) -> None:
+    zombie = leases[0]
+    flush(engine, leases, {zombie.trial_id: [epoch(1, 9.0)]})
+    lose(engine, zombie)
+    with transaction(engine) as session:
+        study = studies.by_id(session, zombie.study_id)
+    (heir, *_) = builders.lease(engine, study, 3, "heir")
+    assert heir.trial_id == zombie.trial_id
+    flush(engine, [heir], {heir.trial_id: [epoch(1, 0.5)]})
+    assert flush(engine, [zombie], {zombie.trial_id: [epoch(2, 9.0)]}).held == frozenset()
+    builders.complete(engine, [heir])
+    with engine.connect() as connection:
+        rows = connection.execute(
+            text("SELECT attempt, epoch, validation_loss FROM regtune.epochs ORDER BY 1, 2")
+        )
+        assert [tuple(row) for row in rows] == [(1, 1, 9.0), (2, 1, 0.5)]
+    assert audit(engine) == {}
+
+
+def test_one_lost_lane_leaves_the_others_alone(engine: Engine, leases: Sequence[Lease]) -> None:
+    with transaction(engine) as session:
+        leasing.release(session, leases[:1], "w")
+    verdicts = flush(engine, leases, {lease.trial_id: [epoch(1)] for lease in leases})
+    assert verdicts.held == {leases[1].trial_id, leases[2].trial_id}
+    assert count(engine, "regtune.epochs") == 2
+
+
+def test_a_verdict_reaches_the_worker_with_its_next_flush(
+    engine: Engine, leases: Sequence[Lease]
+) -> None:
+    judged = {leases[0].trial_id: (1, "pruned by median at epoch 9")}
+    other_attempt = {leases[1].trial_id: (2, "meant for another attempt")}
+    with transaction(engine) as session:
+        reporting.request_stop(session, leases[0].study_id, judged | other_attempt)
+    verdicts = flush(engine, leases, {})
+    assert verdicts.stop == {leases[0].trial_id: "pruned by median at epoch 9"}
+
+
+def test_each_outcome_is_kept_with_its_reason(engine: Engine, leases: Sequence[Lease]) -> None:
+    outcomes = [
+        builders.completed(0.25),
+        Pruned("diverged"),
+        Failed("ValueError: no", "Traceback …\nValueError: no"),
+    ]
+    flush(engine, leases, {lease.trial_id: [epoch(1, 0.25)] for lease in leases})
+    with transaction(engine) as session:
+        pairs = list(zip(leases, outcomes, strict=True))
+        assert len(reporting.finish(session, pairs, "w")) == 3
+        assert reporting.finish(session, pairs, "w") == frozenset()
+    with engine.connect() as connection:
+        rows = connection.execute(
+            text("SELECT state, reason, value, error FROM regtune.trials ORDER BY number")
+        )
+        assert [tuple(row) for row in rows] == [
+            ("complete", "finished", 0.25, None),
+            ("pruned", "diverged", None, None),
+            ("failed", "ValueError: no", None, "Traceback …\nValueError: no"),
+        ]
+    assert audit(engine) == {}
+
+
+def _url(engine: Engine) -> str:
+    return engine.url.render_as_string(hide_password=False)

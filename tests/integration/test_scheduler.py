@@ -1,0 +1,446 @@
+"""The scheduler against a real database, with a stand-in for training that costs nothing."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, text
+
+from regtune import database, leasing, reporting, studies, workers
+from regtune.database import transaction
+from regtune.errors import StaleView
+from regtune.leasing import Lease
+from regtune.reporting import Epoch, Failed, Outcome, Pruned
+from regtune.settings import Settings
+from regtune.studies import Study
+from regtune.task import Offer
+from service.scheduler.conductor import Conductor
+from service.scheduler.loop import Scheduler
+from tests import builders
+from tests.audit import audit
+
+DEADLINE_SECONDS = 60
+SETTINGS = Settings(poll_seconds=0.2, lease_seconds=60, max_consecutive_failures=4)
+
+Trainer = Callable[[Lease], tuple[list[float], Outcome | None]]
+"""From a lease to the validation losses of its epochs and, unless it completes, its outcome."""
+
+
+def bowl(lease: Lease) -> tuple[list[float], None]:
+    """Loss that is best at a dropout of 0.3 and falls with the epochs."""
+    floor = (lease.params["dropout"] - 0.3) ** 2
+    return [floor + 1 / epoch for epoch in range(1, 6)], None
+
+
+@contextmanager
+def scheduler(
+    engine: Engine, url: str, settings: Settings = SETTINGS, replicas: int = 1
+) -> Iterator[None]:
+    running = [Scheduler(engine, url, settings) for _ in range(replicas)]
+    for replica in running:
+        replica.start()
+    try:
+        yield
+    finally:
+        for replica in running:
+            replica.stop()
+
+
+class HandWorker:
+    """Leases and finishes trials in a thread; it trains nothing."""
+
+    def __init__(self, engine: Engine, name: str, lanes: int, train: Trainer = bowl) -> None:
+        self.engine, self.name, self.lanes, self.train = engine, name, lanes, train
+        self.stopping = threading.Event()
+        self.thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> "HandWorker":
+        with transaction(self.engine) as session:
+            workers.register(
+                session,
+                name=self.name,
+                host="here",
+                pid=1,
+                device="none",
+                lanes=self.lanes,
+                offer=Offer(frozenset({"digits"}), frozenset({"mlp"})),
+            )
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stopping.set()
+        self.thread.join()
+
+    def _run(self) -> None:
+        while not self.stopping.is_set():
+            with transaction(self.engine) as session:
+                offer = Offer(frozenset({"digits"}), frozenset({"mlp"}))
+                study_id = workers.choose_study(session, offer)
+                leases = (
+                    leasing.lease(session, study_id, self.name, self.lanes, 30) if study_id else []
+                )
+                workers.beat(session, self.name, wanted_lanes=self.lanes, study_id=study_id)
+            for lease in leases:
+                self._train(lease)
+            self.stopping.wait(0.01)
+
+    def _train(self, lease: Lease) -> None:
+        losses, outcome = self.train(lease)
+        for number, loss in enumerate(losses, start=1):
+            with transaction(self.engine) as session:
+                epochs = {lease.trial_id: [Epoch(number, loss, loss, 0.5, 0, 0, 0.01)]}
+                verdicts = reporting.flush(session, [lease], epochs, 30, judged=True)
+            if lease.trial_id in verdicts.stop:
+                outcome = Pruned(verdicts.stop[lease.trial_id])
+                break
+        best = min(losses)
+        ending = outcome or builders.completed(best, losses.index(best) + 1)
+        with transaction(self.engine) as session:
+            reporting.finish(session, [(lease, ending)], self.name)
+
+
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"timed out: {what}"
+        time.sleep(0.02)
+
+
+def over(engine: Engine, study: Study) -> Callable[[], bool]:
+    return lambda: builders.study_state(engine, study) not in ("active", "paused", "stopping")
+
+
+def rows(engine: Engine, query: str) -> list[tuple[Any, ...]]:
+    with engine.connect() as connection:
+        return [tuple(row) for row in connection.execute(text(query))]
+
+
+def test_a_study_of_forty_trials_with_three_workers_trains_exactly_forty(
+    engine: Engine, database_url: str
+) -> None:
+    study = builders.create(engine, budget={"trials": 40})
+    with (
+        scheduler(engine, database_url),
+        HandWorker(engine, "a", 4),
+        HandWorker(engine, "b", 3),
+        HandWorker(engine, "c", 1),
+    ):
+        wait_until(over(engine, study), "the study")
+    assert builders.study_state(engine, study) == "completed"
+    assert builders.states(engine, study) == ["complete"] * 40
+    assert rows(engine, "SELECT DISTINCT attempt FROM regtune.trials") == [(1,)]
+    assert audit(engine) == {}
+
+
+def test_three_replicas_and_many_workers_keep_the_budget(engine: Engine, database_url: str) -> None:
+    names = [f"study-{i}" for i in range(4)]
+    made = [builders.create(engine, name, budget={"trials": 25}) for name in names]
+    with (
+        scheduler(engine, database_url, replicas=3),
+        HandWorker(engine, "a", 5),
+        HandWorker(engine, "b", 5),
+    ):
+        for study in made:
+            wait_until(over(engine, study), study.name)
+    for study in made:
+        assert builders.states(engine, study) == ["complete"] * 25
+    assert audit(engine) == {}
+
+
+def test_another_replica_takes_over_and_goes_on_where_the_first_stopped(
+    engine: Engine, database_url: str
+) -> None:
+    study = builders.create(engine, budget={"trials": 30})
+    with HandWorker(engine, "a", 2):
+        with scheduler(engine, database_url):
+            wait_until(lambda: "complete" in builders.states(engine, study), "a first trial")
+        with scheduler(engine, database_url):
+            wait_until(over(engine, study), "the study")
+    assert builders.states(engine, study) == ["complete"] * 30
+    assert audit(engine) == {}
+
+
+def test_reference_points_come_first_and_are_marked(engine: Engine, database_url: str) -> None:
+    study = builders.create(engine, budget={"trials": 4})
+    with scheduler(engine, database_url), HandWorker(engine, "a", 4):
+        wait_until(over(engine, study), "the study")
+    kinds = rows(engine, "SELECT kind, params FROM regtune.trials ORDER BY number")
+    assert [kind for kind, _ in kinds] == ["baseline", "default", "suggested", "suggested"]
+    assert kinds[0][1] == {"weight_decay": 0.0, "dropout": 0.0, "l1_lambda": 0.0, "patience": 25}
+    assert kinds[1][1] == {"weight_decay": 0.01, "dropout": 0.2, "l1_lambda": 0.0, "patience": 10}
+
+
+def test_no_more_trials_wait_than_workers_want_lanes(engine: Engine, database_url: str) -> None:
+    study = builders.create(engine, budget={"trials": 50})
+    with transaction(engine) as session:
+        workers.register(
+            session,
+            name="idle",
+            host="here",
+            pid=1,
+            device="none",
+            lanes=6,
+            offer=Offer(frozenset({"digits"}), frozenset({"mlp"})),
+        )
+        workers.register(
+            session,
+            name="without the task",
+            host="here",
+            pid=1,
+            device="none",
+            lanes=60,
+            offer=Offer(frozenset({"mnist"}), frozenset({"mlp"})),
+        )
+    conductor = Conductor(engine, database_url, SETTINGS, study)
+    for _ in range(3):
+        conductor.round()
+    assert builders.states(engine, study) == ["waiting"] * 6
+
+
+def run_one_by_one(engine: Engine, url: str, study: Study, rebuild: bool) -> list[Any]:
+    """Conduct a study by hand, one trial at a time; return the parameters in order."""
+    with transaction(engine) as session:
+        workers.register(
+            session,
+            name="one",
+            host="here",
+            pid=1,
+            device="none",
+            lanes=1,
+            offer=Offer(frozenset({"digits"}), frozenset({"mlp"})),
+        )
+    conductor = Conductor(engine, url, SETTINGS, study)
+    for _ in range(study.budget_trials):
+        if rebuild:
+            conductor = Conductor(engine, url, SETTINGS, study)
+        conductor.round()
+        (lease,) = builders.lease(engine, study)
+        losses, _ = bowl(lease)
+        builders.complete(engine, [lease], losses[-1])
+    conductor.round()
+    assert builders.study_state(engine, study) == "completed"
+    query = f"SELECT params FROM regtune.trials WHERE study_id = {study.study_id} ORDER BY number"
+    return [params for (params,) in rows(engine, query)]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "qmc", "cmaes"])
+def test_suggestions_depend_on_the_seed_and_on_results_not_on_the_replica(
+    engine: Engine, database_url: str, sampler: str
+) -> None:
+    changes: dict[str, Any] = {"budget": {"trials": 12}}
+    seeded = {"sampler": {"name": sampler, "seed": 3}}
+    other = {"sampler": {"name": sampler, "seed": 4}}
+    steady = run_one_by_one(
+        engine, database_url, builders.create(engine, "a", **changes, **seeded), rebuild=False
+    )
+    rebuilt = run_one_by_one(
+        engine, database_url, builders.create(engine, "b", **changes, **seeded), rebuild=True
+    )
+    reseeded = run_one_by_one(
+        engine, database_url, builders.create(engine, "c", **changes, **other), rebuild=False
+    )
+    assert steady == rebuilt
+    assert steady[2:] != reseeded[2:]
+    assert len({str(params) for params in steady}) == 12
+
+
+def test_the_grid_is_searched_whole_and_nothing_twice(engine: Engine, database_url: str) -> None:
+    search = {
+        "weight_decay": [0.0, 0.1],
+        "dropout": [0.0, 0.2, 0.4],
+        "l1_lambda": 0,
+        "patience": {"low": 2, "high": 3},
+    }
+    study = builders.create(engine, search=search, sampler="grid", budget={"trials": 14})
+    params = run_one_by_one(engine, database_url, study, rebuild=True)
+    assert len({str(point) for point in params[2:]}) == 12
+
+
+def test_gp_suggests_where_torch_is_installed(engine: Engine, database_url: str) -> None:
+    study = builders.create(engine, sampler="gp", budget={"trials": 5})
+    assert len(run_one_by_one(engine, database_url, study, rebuild=False)) == 5
+
+
+@pytest.mark.parametrize("pruner", ["median", "asha", "hyperband"])
+def test_a_pruner_stops_bad_trials_but_never_a_reference_point(
+    engine: Engine, database_url: str, pruner: str
+) -> None:
+    study = builders.create(
+        engine,
+        budget={"trials": 20},
+        training={"max_epochs": 9},
+        pruner={"name": pruner, "first_epoch": 2, "startup_trials": 3},
+    )
+
+    def slow(lease: Lease) -> tuple[list[float], None]:
+        base = 10.0 * (1 if lease.number < 2 else lease.number)
+        wait_until(lambda: lease.number < 2 or has_ended(engine, 0), "the baseline")
+        return [base + 1 / epoch for epoch in range(1, 200)], None
+
+    with scheduler(engine, database_url), HandWorker(engine, "a", 2, slow):
+        wait_until(over(engine, study), "the study")
+    reasons = rows(engine, "SELECT number, state, reason FROM regtune.trials ORDER BY number")
+    pruned = [number for number, state, _ in reasons if state == "pruned"]
+    assert pruned
+    assert not {0, 1} & set(pruned)
+    assert all(
+        reason.startswith(f"pruned by {pruner} at epoch")
+        for _, s, reason in reasons
+        if s == "pruned"
+    )
+    assert audit(engine) == {}
+
+
+def has_ended(engine: Engine, number: int) -> bool:
+    query = f"SELECT finished_at IS NOT NULL FROM regtune.trials WHERE number = {number}"
+    return rows(engine, query) == [(True,)]
+
+
+def test_a_study_whose_every_trial_fails_is_stopped_and_says_why(
+    engine: Engine, database_url: str
+) -> None:
+    def crash(_: Lease) -> tuple[list[float], Outcome]:
+        return [1.0], Failed("ValueError: no such column", "Traceback …")
+
+    study = builders.create(engine, budget={"trials": 100})
+    with scheduler(engine, database_url), HandWorker(engine, "a", 2, crash):
+        wait_until(over(engine, study), "the study")
+    with transaction(engine) as session:
+        ended = studies.by_id(session, study.study_id)
+    assert ended.state == "failed"
+    assert ended.reason is not None
+    assert "4 trials failed in a row" in ended.reason
+    assert "no such column" in ended.reason
+    assert builders.states(engine, study).count("failed") < 20
+    assert audit(engine) == {}
+
+
+def test_a_small_study_whose_every_trial_fails_has_failed(
+    engine: Engine, database_url: str
+) -> None:
+    def crash(_: Lease) -> tuple[list[float], Outcome]:
+        return [1.0], Failed("ValueError", "Traceback …")
+
+    study = builders.create(engine, budget={"trials": 2})
+    with scheduler(engine, database_url), HandWorker(engine, "a", 2, crash):
+        wait_until(over(engine, study), "the study")
+    assert builders.study_state(engine, study) == "failed"
+
+
+def test_diverged_trials_teach_the_sampler_and_do_not_fail_the_study(
+    engine: Engine, database_url: str
+) -> None:
+    def diverge(lease: Lease) -> tuple[list[float], Outcome | None]:
+        if lease.params["dropout"] > 0.3:
+            return [1.0, float("nan")], Pruned("diverged")
+        return bowl(lease)
+
+    study = builders.create(engine, budget={"trials": 30})
+    with scheduler(engine, database_url), HandWorker(engine, "a", 1, diverge):
+        wait_until(over(engine, study), "the study")
+    assert builders.study_state(engine, study) == "completed"
+    assert set(builders.states(engine, study)) == {"complete", "pruned"}
+    assert audit(engine) == {}
+
+
+def test_the_budgets_seconds_end_a_study(engine: Engine, database_url: str) -> None:
+    study = builders.create(engine, budget={"seconds": 0.5})
+    with scheduler(engine, database_url), HandWorker(engine, "a", 1):
+        wait_until(over(engine, study), "the study")
+    with transaction(engine) as session:
+        ended = studies.by_id(session, study.study_id)
+    assert (ended.state, ended.reason) == ("completed", "the budget of 0.5 seconds is used up")
+    assert 0 < ended.appended < 1000
+    assert audit(engine) == {}
+
+
+def test_a_stopped_study_ends_when_its_last_trial_has(engine: Engine, database_url: str) -> None:
+    study = builders.create(engine)
+    builders.append(engine, study, 3)
+    running = builders.lease(engine, study)
+    with transaction(engine) as session:
+        studies.act(session, study.name, "stop", "test")
+    with scheduler(engine, database_url):
+        builders.complete(engine, running)
+        wait_until(over(engine, study), "the study")
+    assert builders.study_state(engine, study) == "stopped"
+    assert builders.states(engine, study) == ["complete", "cancelled", "cancelled"]
+    assert audit(engine) == {}
+
+
+def test_a_lost_worker_is_replaced_under_the_same_numbers(
+    engine: Engine, database_url: str
+) -> None:
+    study = builders.create(engine, budget={"trials": 6})
+    builders.append(engine, study, 2)
+    with transaction(engine) as session:
+        leasing.lease(session, study.study_id, "gone", 2, 0.1)
+    with scheduler(engine, database_url), HandWorker(engine, "a", 2):
+        wait_until(over(engine, study), "the study")
+    attempts = rows(engine, "SELECT attempt, lost_leases FROM regtune.trials ORDER BY number")
+    assert attempts == [(2, 1)] * 2 + [(1, 0)] * 4
+    assert audit(engine) == {}
+
+
+def test_the_scheduler_rides_out_a_cut_connection(engine: Engine, database_url: str) -> None:
+    study = builders.create(engine, budget={"trials": 40})
+    own = database.connect(database_url)
+    with scheduler(own, database_url), HandWorker(engine, "a", 2):
+        wait_until(lambda: "complete" in builders.states(engine, study), "a first trial")
+        with engine.begin() as connection:
+            connection.execute(
+                text(
+                    "SELECT pg_terminate_backend(pid) FROM pg_locks"
+                    " WHERE locktype = 'advisory' AND database ="
+                    " (SELECT oid FROM pg_database WHERE datname = current_database())"
+                )
+            )
+        wait_until(over(engine, study), "the study")
+    own.dispose()
+    assert builders.states(engine, study) == ["complete"] * 40
+    assert audit(engine) == {}
+
+
+def test_a_study_that_the_sampler_cannot_handle_fails_alone(
+    engine: Engine, database_url: str
+) -> None:
+    good = builders.create(engine, "good", budget={"trials": 5})
+    bad = builders.create(engine, "bad", budget={"trials": 5})
+    with engine.begin() as connection:
+        connection.execute(
+            text("UPDATE public.studies SET study_name = 'renamed' WHERE study_id = :id"),
+            {"id": bad.study_id},
+        )
+    with scheduler(engine, database_url), HandWorker(engine, "a", 2):
+        wait_until(over(engine, good), "the good study")
+        wait_until(over(engine, bad), "the bad study")
+    assert builders.study_state(engine, good) == "completed"
+    assert builders.study_state(engine, bad) == "failed"
+
+
+def test_two_conductors_of_one_study_never_append_the_same_number(
+    engine: Engine, database_url: str
+) -> None:
+    study = builders.create(engine, budget={"trials": 30})
+    with HandWorker(engine, "a", 3):
+        rivals = [Conductor(engine, database_url, SETTINGS, study) for _ in range(2)]
+
+        def conduct(index: int) -> int:
+            stale = 0
+            while not over(engine, study)():
+                try:
+                    rivals[index].round()
+                except StaleView:
+                    stale += 1
+                    rivals[index] = Conductor(engine, database_url, SETTINGS, study)
+            return stale
+
+        with ThreadPoolExecutor(2) as pool:
+            assert sum(pool.map(conduct, range(2))) > 0
+    assert builders.states(engine, study) == ["complete"] * 30
+    assert audit(engine) == {}
