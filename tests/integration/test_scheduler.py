@@ -1,7 +1,6 @@
 """The scheduler against a real database, with a stand-in for training that costs nothing."""
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from service.scheduler.conductor import Conductor
 from service.scheduler.loop import Scheduler
 from tests import builders
 from tests.audit import audit
+from tests.waiting import wait_until
 
 DEADLINE_SECONDS = 60
 SETTINGS = Settings(poll_seconds=0.2, lease_seconds=60, max_consecutive_failures=4)
@@ -104,13 +104,6 @@ class HandWorker:
             reporting.finish(session, [(lease, ending)], self.name)
 
 
-def wait_until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"timed out: {what}"
-        time.sleep(0.02)
-
-
 def over(engine: Engine, study: Study) -> Callable[[], bool]:
     return lambda: builders.study_state(engine, study) not in ("active", "paused", "stopping")
 
@@ -130,7 +123,7 @@ def test_a_study_of_forty_trials_with_three_workers_trains_exactly_forty(
         HandWorker(engine, "b", 3),
         HandWorker(engine, "c", 1),
     ):
-        wait_until(over(engine, study), "the study")
+        wait_until(over(engine, study), DEADLINE_SECONDS)
     assert builders.study_state(engine, study) == "completed"
     assert builders.states(engine, study) == ["complete"] * 40
     assert rows(engine, "SELECT DISTINCT attempt FROM regtune.trials") == [(1,)]
@@ -146,7 +139,7 @@ def test_three_replicas_and_many_workers_keep_the_budget(engine: Engine, databas
         HandWorker(engine, "b", 5),
     ):
         for study in made:
-            wait_until(over(engine, study), study.name)
+            wait_until(over(engine, study), DEADLINE_SECONDS)
     for study in made:
         assert builders.states(engine, study) == ["complete"] * 25
     assert audit(engine) == {}
@@ -158,9 +151,9 @@ def test_another_replica_takes_over_and_goes_on_where_the_first_stopped(
     study = builders.create(engine, budget={"trials": 30})
     with HandWorker(engine, "a", 2):
         with scheduler(engine, database_url):
-            wait_until(lambda: "complete" in builders.states(engine, study), "a first trial")
+            wait_until(lambda: "complete" in builders.states(engine, study), DEADLINE_SECONDS)
         with scheduler(engine, database_url):
-            wait_until(over(engine, study), "the study")
+            wait_until(over(engine, study), DEADLINE_SECONDS)
     assert builders.states(engine, study) == ["complete"] * 30
     assert audit(engine) == {}
 
@@ -168,7 +161,7 @@ def test_another_replica_takes_over_and_goes_on_where_the_first_stopped(
 def test_reference_points_come_first_and_are_marked(engine: Engine, database_url: str) -> None:
     study = builders.create(engine, budget={"trials": 4})
     with scheduler(engine, database_url), HandWorker(engine, "a", 4):
-        wait_until(over(engine, study), "the study")
+        wait_until(over(engine, study), DEADLINE_SECONDS)
     kinds = rows(engine, "SELECT kind, params FROM regtune.trials ORDER BY number")
     assert [kind for kind, _ in kinds] == ["baseline", "default", "suggested", "suggested"]
     assert kinds[0][1] == {"weight_decay": 0.0, "dropout": 0.0, "l1_lambda": 0.0, "patience": 25}
@@ -279,11 +272,11 @@ def test_a_pruner_stops_bad_trials_but_never_a_reference_point(
 
     def slow(lease: Lease) -> tuple[list[float], None]:
         base = 10.0 * (1 if lease.number < 2 else lease.number)
-        wait_until(lambda: lease.number < 2 or has_ended(engine, 0), "the baseline")
+        wait_until(lambda: lease.number < 2 or has_ended(engine, 0), DEADLINE_SECONDS)
         return [base + 1 / epoch for epoch in range(1, 200)], None
 
     with scheduler(engine, database_url), HandWorker(engine, "a", 2, slow):
-        wait_until(over(engine, study), "the study")
+        wait_until(over(engine, study), DEADLINE_SECONDS)
     reasons = rows(engine, "SELECT number, state, reason FROM regtune.trials ORDER BY number")
     pruned = [number for number, state, _ in reasons if state == "pruned"]
     assert pruned
@@ -309,7 +302,7 @@ def test_a_study_whose_every_trial_fails_is_stopped_and_says_why(
 
     study = builders.create(engine, budget={"trials": 100})
     with scheduler(engine, database_url), HandWorker(engine, "a", 2, crash):
-        wait_until(over(engine, study), "the study")
+        wait_until(over(engine, study), DEADLINE_SECONDS)
     with transaction(engine) as session:
         ended = studies.by_id(session, study.study_id)
     assert ended.state == "failed"
@@ -328,7 +321,7 @@ def test_a_small_study_whose_every_trial_fails_has_failed(
 
     study = builders.create(engine, budget={"trials": 2})
     with scheduler(engine, database_url), HandWorker(engine, "a", 2, crash):
-        wait_until(over(engine, study), "the study")
+        wait_until(over(engine, study), DEADLINE_SECONDS)
     assert builders.study_state(engine, study) == "failed"
 
 
@@ -342,7 +335,7 @@ def test_diverged_trials_teach_the_sampler_and_do_not_fail_the_study(
 
     study = builders.create(engine, budget={"trials": 30})
     with scheduler(engine, database_url), HandWorker(engine, "a", 1, diverge):
-        wait_until(over(engine, study), "the study")
+        wait_until(over(engine, study), DEADLINE_SECONDS)
     assert builders.study_state(engine, study) == "completed"
     assert set(builders.states(engine, study)) == {"complete", "pruned"}
     assert audit(engine) == {}
@@ -351,7 +344,7 @@ def test_diverged_trials_teach_the_sampler_and_do_not_fail_the_study(
 def test_the_budgets_seconds_end_a_study(engine: Engine, database_url: str) -> None:
     study = builders.create(engine, budget={"seconds": 0.5})
     with scheduler(engine, database_url), HandWorker(engine, "a", 1):
-        wait_until(over(engine, study), "the study")
+        wait_until(over(engine, study), DEADLINE_SECONDS)
     with transaction(engine) as session:
         ended = studies.by_id(session, study.study_id)
     assert (ended.state, ended.reason) == ("completed", "the budget of 0.5 seconds is used up")
@@ -367,7 +360,7 @@ def test_a_stopped_study_ends_when_its_last_trial_has(engine: Engine, database_u
         studies.act(session, study.name, "stop", "test")
     with scheduler(engine, database_url):
         builders.complete(engine, running)
-        wait_until(over(engine, study), "the study")
+        wait_until(over(engine, study), DEADLINE_SECONDS)
     assert builders.study_state(engine, study) == "stopped"
     assert builders.states(engine, study) == ["complete", "cancelled", "cancelled"]
     assert audit(engine) == {}
@@ -381,7 +374,7 @@ def test_a_lost_worker_is_replaced_under_the_same_numbers(
     with transaction(engine) as session:
         leasing.lease(session, study.study_id, "gone", 2, 0.1)
     with scheduler(engine, database_url), HandWorker(engine, "a", 2):
-        wait_until(over(engine, study), "the study")
+        wait_until(over(engine, study), DEADLINE_SECONDS)
     attempts = rows(engine, "SELECT attempt, lost_leases FROM regtune.trials ORDER BY number")
     assert attempts == [(2, 1)] * 2 + [(1, 0)] * 4
     assert audit(engine) == {}
@@ -391,7 +384,7 @@ def test_the_scheduler_rides_out_a_cut_connection(engine: Engine, database_url: 
     study = builders.create(engine, budget={"trials": 40})
     own = database.connect(database_url)
     with scheduler(own, database_url), HandWorker(engine, "a", 2):
-        wait_until(lambda: "complete" in builders.states(engine, study), "a first trial")
+        wait_until(lambda: "complete" in builders.states(engine, study), DEADLINE_SECONDS)
         with engine.begin() as connection:
             connection.execute(
                 text(
@@ -400,7 +393,7 @@ def test_the_scheduler_rides_out_a_cut_connection(engine: Engine, database_url: 
                     " (SELECT oid FROM pg_database WHERE datname = current_database())"
                 )
             )
-        wait_until(over(engine, study), "the study")
+        wait_until(over(engine, study), DEADLINE_SECONDS)
     own.dispose()
     assert builders.states(engine, study) == ["complete"] * 40
     assert audit(engine) == {}
@@ -417,8 +410,8 @@ def test_a_study_that_the_sampler_cannot_handle_fails_alone(
             {"id": bad.study_id},
         )
     with scheduler(engine, database_url), HandWorker(engine, "a", 2):
-        wait_until(over(engine, good), "the good study")
-        wait_until(over(engine, bad), "the bad study")
+        wait_until(over(engine, good), DEADLINE_SECONDS)
+        wait_until(over(engine, bad), DEADLINE_SECONDS)
     assert builders.study_state(engine, good) == "completed"
     assert builders.study_state(engine, bad) == "failed"
 

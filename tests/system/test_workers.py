@@ -1,0 +1,133 @@
+"""Whole studies: real worker processes, a real scheduler, real training on real digits."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import optuna
+import pytest
+from sqlalchemy import Engine, text
+
+from regtune import workers
+from regtune.database import transaction
+from regtune.settings import Settings
+from service.scheduler.loop import Scheduler
+from tests import builders
+from tests.audit import audit
+from tests.waiting import wait_until
+from tests.working import worker_process
+
+SECONDS = 120
+SHORT = {"max_epochs": 6, "batch_size": 256}
+LEASE_SECONDS = 3.0
+
+
+@pytest.fixture
+def scheduler(engine: Engine, database_url: str) -> Iterator[None]:
+    settings = Settings(lease_seconds=LEASE_SECONDS, poll_seconds=0.2, max_attempts=9)
+    scheduler = Scheduler(engine, database_url, settings)
+    scheduler.start()
+    yield
+    scheduler.stop()
+
+
+def is_over(engine: Engine, study: builders.Study) -> bool:
+    return builders.study_state(engine, study) != "active"
+
+
+def column(engine: Engine, query: str) -> list[Any]:
+    with engine.connect() as connection:
+        return list(connection.execute(text(query)).scalars())
+
+
+@pytest.mark.usefixtures("scheduler")
+def test_forty_trials_on_three_workers_are_forty_and_none_is_trained_twice(
+    engine: Engine, database_url: str
+) -> None:
+    study = builders.create(engine, budget={"trials": 40}, training=SHORT)
+    with ExitStack() as stack:
+        for name in ("a", "b", "c"):
+            stack.enter_context(worker_process(database_url, name, lanes=4))
+        wait_until(lambda: is_over(engine, study), SECONDS)
+    assert builders.study_state(engine, study) == "completed"
+    assert column(engine, "SELECT number FROM regtune.trials ORDER BY 1") == list(range(40))
+    assert column(engine, "SELECT DISTINCT attempt FROM regtune.trials") == [1]
+    assert audit(engine) == {}
+    read = optuna.load_study(study_name="study", storage=database_url)
+    assert read.best_value < 2.3
+    assert read.best_trial.user_attrs["test_score"] > 0.5
+
+
+@pytest.mark.usefixtures("scheduler")
+def test_trials_of_a_killed_worker_are_trained_again_under_the_same_numbers(
+    engine: Engine, database_url: str
+) -> None:
+    study = builders.create(engine, budget={"trials": 12}, training={"max_epochs": 30})
+    leases = str(LEASE_SECONDS)
+    with worker_process(database_url, "doomed", lanes=4, REGTUNE_LEASE_SECONDS=leases) as doomed:
+        wait_until(lambda: column(engine, "SELECT 1 FROM regtune.epochs LIMIT 1"), SECONDS)
+        doomed.send_signal(signal.SIGKILL)
+        doomed.wait()
+        lost = column(engine, "SELECT number FROM regtune.trials WHERE state = 'running'")
+        assert lost
+        with worker_process(database_url, "heir", lanes=6, REGTUNE_LEASE_SECONDS=leases):
+            wait_until(lambda: is_over(engine, study), SECONDS)
+    assert builders.study_state(engine, study) == "completed"
+    again = "SELECT number FROM regtune.trials WHERE lost_leases = 1 AND attempt = 2 ORDER BY 1"
+    assert column(engine, again) == sorted(lost)
+    assert set(builders.states(engine, study)) == {"complete"}
+    assert audit(engine) == {}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.usefixtures("scheduler")
+def test_a_polite_stop_gives_the_trials_back_at_once(
+    engine: Engine, database_url: str, number: signal.Signals
+) -> None:
+    study = builders.create(engine, budget={"trials": 8}, training={"max_epochs": 5000})
+    with worker_process(database_url, "polite", lanes=4) as worker:
+        wait_until(lambda: column(engine, "SELECT 1 FROM regtune.epochs LIMIT 1"), SECONDS)
+        worker.send_signal(number)
+        assert worker.wait(10) == 0
+    assert builders.states(engine, study).count("running") == 0
+    assert column(engine, "SELECT max(lost_leases) FROM regtune.trials") == [0]
+    with transaction(engine) as session:
+        assert [worker.alive for worker in workers.everyone(session, 60)] == [False]
+    assert audit(engine) == {}
+
+
+@pytest.mark.usefixtures("scheduler")
+def test_a_zombie_is_refused_lane_by_lane_and_goes_on_with_other_trials(
+    engine: Engine, database_url: str
+) -> None:
+    study = builders.create(engine, budget={"trials": 8}, training={"max_epochs": 100})
+    leases = str(LEASE_SECONDS)
+    with worker_process(database_url, "zombie", lanes=4, REGTUNE_LEASE_SECONDS=leases) as zombie:
+        wait_until(lambda: column(engine, "SELECT 1 FROM regtune.epochs LIMIT 1"), SECONDS)
+        zombie.send_signal(signal.SIGSTOP)
+        lost = "SELECT 1 FROM regtune.trials WHERE lost_leases > 0"
+        wait_until(lambda: len(column(engine, lost)) == 4, SECONDS)
+        with worker_process(database_url, "heir", lanes=4, REGTUNE_LEASE_SECONDS=leases):
+            heirs = "SELECT 1 FROM regtune.trials WHERE worker = 'heir' AND state = 'running'"
+            wait_until(lambda: len(column(engine, heirs)) >= 4, SECONDS)
+            zombie.send_signal(signal.SIGCONT)
+            wait_until(lambda: is_over(engine, study), SECONDS)
+    assert set(builders.states(engine, study)) == {"complete"}
+    assert audit(engine) == {}
+
+
+def test_a_worker_without_its_database_says_so_in_one_line() -> None:
+    process = subprocess.run(
+        [*(sys.executable, "-m", "worker"), "--device", "cpu"],
+        env={**os.environ, "REGTUNE_DATABASE_URL": "postgresql://nobody@127.0.0.1:1/nothing"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 1
+    assert process.stderr.startswith("regtune worker: the database cannot be reached")
+    assert "Traceback" not in process.stderr

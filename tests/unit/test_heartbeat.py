@@ -1,0 +1,49 @@
+import threading
+
+from worker.heartbeat import Heartbeat
+
+
+def test_it_renews_while_training_makes_progress() -> None:
+    renewed = threading.Event()
+    heartbeat = Heartbeat(renewed.set, 0.01)
+    heartbeat.start()
+    while not renewed.wait(0.001):
+        heartbeat.step()
+    heartbeat.stop()
+
+
+def test_it_does_not_renew_for_a_worker_that_hangs() -> None:
+    renewals = 0
+    renewed = threading.Event()
+
+    def renew() -> None:
+        nonlocal renewals
+        renewals += 1
+        renewed.set()
+
+    heartbeat = Heartbeat(renew, 0.01)
+    heartbeat.start()
+    heartbeat.step()
+    assert renewed.wait(30)
+    beats = threading.Event()
+    assert not beats.wait(0.2)
+    heartbeat.stop()
+    assert renewals == 1
+
+
+def test_a_renewal_that_fails_is_tried_again() -> None:
+    failures = 0
+    recovered = threading.Event()
+
+    def renew() -> None:
+        nonlocal failures
+        failures += 1
+        if failures < 3:
+            raise ConnectionError("gone")
+        recovered.set()
+
+    heartbeat = Heartbeat(renew, 0.01)
+    heartbeat.start()
+    while not recovered.wait(0.001):
+        heartbeat.step()
+    heartbeat.stop()

@@ -1,0 +1,212 @@
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from regtune.errors import InvalidSpec
+from regtune.space import Range
+from regtune.spec import StudySpec, load_yaml, parse_spec, parse_text
+from tests.builders import BASE, spec
+
+
+def refusal(**changes: Any) -> list[tuple[str, str]]:
+    with pytest.raises(InvalidSpec) as refused:
+        spec(**changes)
+    return [(error.field, error.message) for error in refused.value.errors]
+
+
+def test_name_task_and_budget_are_enough() -> None:
+    minimal = spec()
+    assert minimal.training.optimizer == "adamw"
+    assert minimal.task.settings == {"hidden": [128], "norm": "batch"}
+    assert minimal.validation.fraction == 0.2
+    assert (minimal.sampler.name, minimal.pruner.name) == ("tpe", "none")
+
+
+@pytest.mark.parametrize(
+    ("training", "decay", "l1"),
+    [
+        ({"optimizer": "adamw"}, (1e-4, 3.0), (1e-4, 0.3)),
+        ({"optimizer": "adam"}, (1e-6, 1e-2), (1e-4, 0.3)),
+        ({"optimizer": "sgd"}, (1e-6, 1e-2), (1e-4, 0.3)),
+        ({"optimizer": "rmsprop"}, (1e-6, 1e-2), (1e-4, 0.3)),
+        ({"l1": "subgradient"}, (1e-4, 3.0), (1e-7, 1e-3)),
+    ],
+)
+def test_default_ranges_fit_the_training(
+    training: dict[str, Any], decay: tuple[float, float], l1: tuple[float, float]
+) -> None:
+    search = spec(training=training).search
+    for parameter, bounds in ((search.weight_decay, decay), (search.l1_lambda, l1)):
+        assert isinstance(parameter, Range)
+        assert (parameter.low, parameter.high) == bounds
+        assert parameter.log
+        assert parameter.or_zero
+    assert search.dropout.numbers() == (0.0, 0.7)
+
+
+@pytest.mark.parametrize(
+    ("max_epochs", "patience"), [(50, (5, 25)), (100, (10, 50)), (1, (1, 2)), (5, (1, 2))]
+)
+def test_patience_defaults_from_a_tenth_to_half_of_the_epochs(
+    max_epochs: int, patience: tuple[int, int]
+) -> None:
+    assert spec(training={"max_epochs": max_epochs}).search.patience.numbers() == patience
+
+
+def test_a_parameter_that_is_left_out_keeps_its_default_range() -> None:
+    search = spec(search={"dropout": 0.5}).search
+    assert set(search.searched()) == {"weight_decay", "l1_lambda", "patience"}
+
+
+def test_the_learning_rate_defaults_by_optimizer() -> None:
+    assert spec().training.learning_rate == 0.001
+    assert spec(training={"optimizer": "sgd"}).training.learning_rate == 0.01
+    assert spec(training={"optimizer": "sgd", "learning_rate": 0.3}).training.learning_rate == 0.3
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "says"),
+    [
+        ({"flavour": 1}, "flavour", "unknown field; known: name, task, training"),
+        ({"search": {"dropuot": 0.1}}, "search.dropuot", "known: weight_decay, dropout"),
+        ({"search": {"dropout": {"low": 0, "high": 0.5, "lgo": 1}}}, "search.dropout.lgo", "log"),
+        ({"task": {**BASE["task"], "hiden": [9]}}, "task.hiden", "hidden, norm"),
+        ({"task": {**BASE["task"], "hidden": ["a"]}}, "task.hidden.0", "valid integer"),
+        ({"task": {**BASE["task"], "hidden": [0]}}, "task.hidden.0", "greater than or equal to 1"),
+        ({"task": {**BASE["task"], "norm": "group"}}, "task.norm", "'batch', 'layer' or 'none'"),
+        ({"task": {"dataset": "digits"}}, "task.model", "is required"),
+        ({"search": {"dropout": {"low": 0.5, "high": 0.1}}}, "search.dropout", "low must be below"),
+        ({"search": {"dropout": {"low": 0.5, "high": 0.5}}}, "search.dropout", "low must be below"),
+        (
+            {"search": {"weight_decay": {"low": 0, "high": 1, "log": True}}},
+            "search.weight_decay",
+            "log: true needs low > 0",
+        ),
+        (
+            {"search": {"weight_decay": {"low": 0.1, "high": 1, "or_zero": True}}},
+            "search.weight_decay",
+            "or_zero: true needs log: true",
+        ),
+        ({"search": {"dropout": {"low": 0, "high": 1}}}, "search.dropout", "must be in [0, 1)"),
+        ({"search": {"dropout": -0.1}}, "search.dropout", "must be in [0, 1)"),
+        ({"search": {"dropout": [0.1, 1.0]}}, "search.dropout", "must be in [0, 1)"),
+        ({"search": {"dropout": True}}, "search.dropout", "one number"),
+        ({"search": {"dropout": []}}, "search.dropout", "at least 1 item"),
+        ({"search": {"dropout": [0.1, 0.1]}}, "search.dropout", "only once"),
+        ({"search": {"weight_decay": -1e-9}}, "search.weight_decay", "must not be negative"),
+        ({"search": {"l1_lambda": [-1.0]}}, "search.l1_lambda", "must not be negative"),
+        ({"search": {"weight_decay": math.nan}}, "search.weight_decay", "finite"),
+        ({"search": {"weight_decay": math.inf}}, "search.weight_decay", "finite"),
+        ({"search": {"patience": 0}}, "search.patience", "must be at least 1"),
+        ({"search": {"patience": {"low": 0, "high": 3}}}, "search.patience", "must be at least 1"),
+        ({"search": {"patience": 2.5}}, "search.patience", "valid integer"),
+        ({"search": {}}, "search", "names no parameter"),
+        (
+            {"search": {"weight_decay": 0, "dropout": 0, "l1_lambda": 0, "patience": 3}},
+            "search",
+            "nothing to search",
+        ),
+        ({"training": {"optimizer": "lion"}}, "training.optimizer", "'adam', 'adamw', 'sgd'"),
+        ({"training": {"learning_rate": 0}}, "training.learning_rate", "greater than 0"),
+        ({"training": {"max_epochs": 0}}, "training.max_epochs", "greater than or equal to 1"),
+        ({"sampler": "magic"}, "sampler.name", "'tpe', 'random', 'grid', 'qmc', 'cmaes' or 'gp'"),
+        ({"pruner": {"name": "magic"}}, "pruner.name", "'none', 'median', 'asha' or 'hyperband'"),
+        ({"budget": {"trials": 0}}, "budget.trials", "greater than or equal to 1"),
+        ({"budget": {"trials": 10**7}}, "budget.trials", "less than or equal to 100000"),
+        ({"budget": {"seconds": 0}}, "budget.seconds", "greater than 0"),
+        ({"budget": {"seconds": 1e12}}, "budget.seconds", "less than or equal to"),
+        ({"budget": {}}, "budget", "name trials, seconds, or both"),
+        ({"budget": {"trials": "4"}}, "budget.trials", "valid integer"),
+        ({"validation": {"fraction": 1.0}}, "validation.fraction", "less than 1"),
+        ({"priority": 0}, "priority", "greater than or equal to 1"),
+        ({"sampler": "grid"}, "", "search.weight_decay is a range"),
+    ],
+)
+def test_what_is_wrong_is_named_with_what_would_be_right(
+    changes: dict[str, Any], field: str, says: str
+) -> None:
+    found = refusal(**changes)
+    assert [name for name, _ in found] == [field]
+    assert says in found[0][1]
+
+
+@pytest.mark.parametrize("name", ["", "-a", ".a", "a b", "a/b", "ä", "a" * 101, "a\n", "a\x00"])
+def test_a_name_must_be_fit_for_an_address(name: str) -> None:
+    assert refusal(name=name)[0][0] == "name"
+
+
+@pytest.mark.parametrize("name", ["a", "0", "A.b_c-9", "a" * 100])
+def test_such_names_are_fine(name: str) -> None:
+    assert spec(name=name).name == name
+
+
+def test_every_mistake_is_named_at_once() -> None:
+    found = refusal(budget={"trials": 0}, priority=0, training={"batch_size": 0})
+    assert {name for name, _ in found} == {"budget.trials", "priority", "training.batch_size"}
+
+
+@pytest.mark.parametrize("data", [None, 3, "study", [1], []])
+def test_a_study_must_be_a_mapping(data: Any) -> None:
+    with pytest.raises(InvalidSpec, match="mapping of fields"):
+        parse_spec(data)
+
+
+def test_a_grid_cannot_be_asked_for_more_trials_than_it_has() -> None:
+    search = {"weight_decay": [0, 1], "dropout": [0, 0.5], "l1_lambda": 0, "patience": 3}
+    assert spec(search=search, sampler="grid", budget={"trials": 6}).budget.trials == 6
+    found = refusal(search=search, sampler="grid", budget={"trials": 7})
+    assert "the grid has 4 points" in found[0][1]
+    assert "at most 6 trials" in found[0][1]
+    assert spec(search=search, sampler="grid", budget={"seconds": 9}).budget.trials == 6
+
+
+def test_numbers_may_be_written_as_in_json_and_python() -> None:
+    text = "{a: 1e-4, b: .5E+3, c: 1.5e3, d: -2e1, e: 2026-11-21, f: 12}"
+    assert load_yaml(text) == {
+        "a": 1e-4, "b": 500.0, "c": 1500.0, "d": -20.0, "e": "2026-11-21", "f": 12,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text", ["a: [", "{", "a: &x [1]\nb: *x", "!!python/object:os.system {}", "\x00", "? [" * 9999]
+)
+def test_broken_or_hostile_yaml_is_refused(text: str) -> None:
+    with pytest.raises(InvalidSpec, match="not valid YAML"):
+        parse_text(text)
+
+
+def test_every_default_is_filled_in_and_read_back_the_same() -> None:
+    first = spec(budget={"seconds": 60}, pruner="asha")
+    assert parse_spec(first.canonical()).canonical() == first.canonical()
+    assert parse_text(json.dumps(first.canonical())) == first
+
+
+_fractions = st.floats(0.01, 0.98)
+
+
+@given(
+    low=_fractions,
+    width=st.floats(0.001, 0.01),
+    choices=st.lists(st.integers(1, 99), min_size=1, unique=True),
+    trials=st.integers(1, 100_000),
+    optimizer=st.sampled_from(["adam", "adamw", "sgd", "rmsprop"]),
+)
+def test_reading_back_is_the_identity(
+    low: float, width: float, choices: list[int], trials: int, optimizer: str
+) -> None:
+    study = spec(
+        search={"dropout": {"low": low, "high": low + width}, "patience": choices},
+        budget={"trials": trials},
+        training={"optimizer": optimizer},
+    )
+    again = StudySpec.model_validate(json.loads(json.dumps(study.canonical())))
+    assert again.canonical() == study.canonical()
+
+
+def test_unknown_models_keep_their_settings_for_the_worker_to_check() -> None:
+    study = spec(task={"dataset": "mine", "model": "mine", "depth": 4})
+    assert study.task.settings == {"depth": 4}

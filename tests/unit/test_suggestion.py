@@ -1,0 +1,89 @@
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from optuna.trial import create_trial
+
+from service.scheduler.suggestion import as_suggestion, distributions, predetermined
+from tests.builders import spec
+
+CHOICES = {
+    "weight_decay": [0.3, 0.1],
+    "dropout": [0.4, 0.1],
+    "l1_lambda": [1e-3, 1e-2],
+    "patience": [3, 7],
+}
+
+
+def used(number: int, **changes: Any) -> dict[str, float]:
+    study = spec(**changes)
+    point = predetermined(study, number)
+    assert point is not None
+    return dict(as_suggestion(study, number, point, {}).params)
+
+
+def test_the_baseline_has_everything_off() -> None:
+    assert used(0) == {"weight_decay": 0, "dropout": 0, "l1_lambda": 0, "patience": 25}
+
+
+def test_the_baseline_is_at_the_low_end_where_a_range_has_no_zero() -> None:
+    assert used(0, search=CHOICES) == {
+        "weight_decay": 0.1,
+        "dropout": 0.1,
+        "l1_lambda": 1e-3,
+        "patience": 7,
+    }
+
+
+@pytest.mark.parametrize(("optimizer", "decay"), [("adamw", 0.01), ("sgd", 1e-4), ("adam", 1e-4)])
+def test_the_common_default_is_what_most_people_would_set(optimizer: str, decay: float) -> None:
+    assert used(1, training={"optimizer": optimizer, "max_epochs": 40}) == {
+        "weight_decay": decay,
+        "dropout": 0.2,
+        "l1_lambda": 0,
+        "patience": 10,
+    }
+
+
+def test_fixed_values_are_used_and_not_suggested() -> None:
+    study = spec(search={"weight_decay": 0.25, "l1_lambda": 0})
+    assert set(distributions(study)) == {"dropout", "patience"}
+    assert used(0, search={"weight_decay": 0.25, "l1_lambda": 0})["weight_decay"] == 0.25
+
+
+def test_a_sampler_must_say_where_the_number_alone_does_not_decide() -> None:
+    assert predetermined(spec(), 2) is None
+
+
+@given(seed=st.integers(0, 2**31 - 1), number=st.integers(2, 500))
+def test_sobol_points_lie_in_the_space(seed: int, number: int) -> None:
+    study = spec(sampler={"name": "qmc", "seed": seed}, search={"dropout": [0.1, 0.2, 0.3]})
+    point = predetermined(study, number)
+    assert point is not None
+    # Optuna raises for a value outside its distribution.
+    create_trial(value=0.0, params=point, distributions=distributions(study))
+
+
+def test_sobol_points_cover_the_space_evenly() -> None:
+    study = spec(sampler="qmc", budget={"trials": 66})
+    dropouts = [predetermined(study, number)["dropout"] for number in range(2, 66)]  # type: ignore[index]
+    for lower in range(8):
+        inside = [p for p in dropouts if lower * 0.0875 <= p < (lower + 1) * 0.0875]
+        assert len(inside) == 8
+
+
+def test_a_grid_of_a_million_million_points_costs_no_memory() -> None:
+    many = [float(i) for i in range(1000)]
+    study = spec(
+        sampler="grid",
+        search={
+            "weight_decay": many,
+            "dropout": [i / 1000 for i in range(1000)],
+            "l1_lambda": many,
+            "patience": list(range(1, 1001)),
+        },
+        budget={"trials": 50},
+    )
+    points = {str(predetermined(study, number)) for number in range(2, 50)}
+    assert len(points) == 48
