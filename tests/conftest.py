@@ -24,7 +24,12 @@ def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("server")
     server = database.EmbeddedServer(folder)
     try:
-        yield server.start()
+        url = server.start()
+        # A test's database need not outlive a power cut.
+        for setting in ("fsync", "synchronous_commit", "full_page_writes"):
+            _administer(url, f"ALTER SYSTEM SET {setting} = off")
+        _administer(url, "SELECT pg_reload_conf()")
+        yield url
     finally:
         server.stop()
         shutil.rmtree(folder, ignore_errors=True)
