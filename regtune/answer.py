@@ -4,6 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from regtune.client import Document
+from regtune.spec import Search
 
 _NOTHING = "–"
 
@@ -16,9 +17,9 @@ def show(best: Document, console: Console) -> None:
     table.add_column(f"best (trial {best['number']})", justify="right")
     table.add_column("no regularization", justify="right")
     table.add_column("gain", justify="right")
-    for name, value in best["params"].items():
+    for name in Search.model_fields:
         unregularized = _number(baseline["params"][name]) if baseline else _NOTHING
-        table.add_row(name.replace("_", " "), _number(value), unregularized)
+        table.add_row(name.replace("_", " "), _number(best["params"][name]), unregularized)
     table.add_section()
     table.add_row("validation loss", *_losses(best, baseline))
     table.add_row("test accuracy", *_scores(best, baseline))

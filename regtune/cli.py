@@ -58,8 +58,9 @@ app = typer.Typer(
 db = typer.Typer(no_args_is_help=True, help="Migrate the database, or check it.")
 app.add_typer(db, name="db")
 
-_out = Console(soft_wrap=True, highlight=False)
-_err = Console(soft_wrap=True, highlight=False, stderr=True)
+_PIPE_WIDTH = 200
+_out = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+_err = Console(stderr=True)
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The study's name.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON, for scripts.")]
@@ -70,7 +71,7 @@ def main() -> None:
     try:
         app()
     except RegtuneError as error:
-        _err.print(f"regtune: {error}", style="red", markup=False)
+        _err.out(f"regtune: {error}", style="red")
         sys.exit(_exit_code(error))
 
 
@@ -139,7 +140,7 @@ def submit(
             _write_json(study)
         else:
             what = "submitted" if is_new else f"is there already, {study['state']}"
-            _out.print(f"study {study['name']} {what}; see `regtune watch {study['name']}`")
+            _out.out(f"study {study['name']} {what}; see `regtune watch {study['name']}`")
 
 
 @app.command()
@@ -183,7 +184,7 @@ def list_(
         loss = study["best_validation_loss"]
         best = "–" if loss is None else f"{loss:.4g}"
         table.add_row(study["name"], study["state"], trials, best)
-    _out.print(table if studies else "no studies; `regtune submit FILE` makes one")
+    _show(table, "no studies; `regtune submit FILE` makes one")
 
 
 @app.command()
@@ -215,7 +216,7 @@ def delete(name: Name) -> None:
     """Delete a study that is over, with all its records."""
     with _client() as api:
         api.delete(name)
-    _out.print(f"study {name} is deleted")
+    _out.out(f"study {name} is deleted")
 
 
 @app.command()
@@ -231,7 +232,7 @@ def workers(as_json: AsJson = False) -> None:
         alive = "yes" if worker["alive"] else "no"
         lanes = str(worker["lanes"])
         table.add_row(worker["name"], alive, worker["device"], lanes, worker["study"] or "")
-    _out.print(table if known else "no workers; `regtune worker` starts one")
+    _show(table, "no workers; `regtune worker` starts one")
 
 
 @app.command()
@@ -297,7 +298,7 @@ def worker(
 def upgrade() -> None:
     """Bring the schema up to date; safe at any time, and from several places at once."""
     database.upgrade(_database_url(_settings()))
-    _out.print("the database's schema is up to date")
+    _out.out("the database's schema is up to date")
 
 
 @db.command("check")
@@ -308,7 +309,7 @@ def check_() -> None:
         database.check(engine)
     finally:
         engine.dispose()
-    _out.print("the database's schema is as it should be")
+    _out.out("the database's schema is as it should be")
 
 
 class InvalidSettings(RegtuneError):
@@ -352,7 +353,7 @@ def _text(file: Path) -> str:
 def _act(name: str, verb: Verb) -> None:
     with _client() as api:
         study = api.act(name, verb)
-    _out.print(f"study {name} is {study['state']}")
+    _out.out(f"study {name} is {study['state']}")
 
 
 def _watch(api: Client, name: str, as_json: bool) -> None:
@@ -362,7 +363,7 @@ def _watch(api: Client, name: str, as_json: bool) -> None:
             progress.show_json(api, name, typer.echo) if as_json else progress.show(api, name, _out)
         )
     except KeyboardInterrupt:
-        _err.print(f"\nthe study goes on; see `regtune watch {name}`")
+        _err.out(f"\nthe study goes on; see `regtune watch {name}`")
         raise typer.Exit(INTERRUPTED) from None
     if not as_json and study["best"]:
         answer.show(api.best(name), _out)
@@ -391,7 +392,14 @@ def _options(**options: Any) -> list[str]:
 def _check_worker(url: str, alive_seconds: float) -> None:
     if not programs.has_living_worker(url, alive_seconds):
         raise RegtuneError("no worker of this host is alive")
-    _out.print("a worker of this host is alive")
+    _out.out("a worker of this host is alive")
+
+
+def _show(table: Table, if_empty: str) -> None:
+    if table.row_count:
+        _out.print(table)
+    else:
+        _out.out(if_empty)
 
 
 def _write_json(document: Any) -> None:

@@ -25,7 +25,7 @@ Document = dict[str, Any]
 Verb = Literal["pause", "resume", "stop", "cancel"]
 
 _TIMEOUT = httpx.Timeout(30.0, connect=5.0)
-_SILENCE_SECONDS = 60.0
+_STREAM_TIMEOUT = httpx.Timeout(30.0, connect=5.0, read=60.0)
 """A stream of events that says nothing for so long, not even a ping, is opened again."""
 
 _RECONNECT_SECONDS = 1.0
@@ -168,8 +168,7 @@ class Client:
 
     def _stream(self, path: str, after: str | None) -> Iterator[Document]:
         headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": after} if after else {})
-        timeout = httpx.Timeout(_TIMEOUT, read=_SILENCE_SECONDS)
-        with self._http.stream("GET", path, headers=headers, timeout=timeout) as response:
+        with self._http.stream("GET", path, headers=headers, timeout=_STREAM_TIMEOUT) as response:
             if response.is_error:
                 response.read()
                 raise _refused(response)

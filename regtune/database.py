@@ -139,12 +139,14 @@ class EmbeddedServer:
             # Never started, so it holds nothing; but its making may have been cut short.
             shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._forget_reused_pid()
         self._server = server(self._folder, cleanup_mode=None)
         try:
             self._server.start()
         except (OSError, subprocess.SubprocessError) as error:
             raise DatabaseUnavailable(
-                f"the embedded database does not start ({error}); see {self._folder / 'log'}"
+                f"the embedded database does not start; {self._folder / 'log'} may say why "
+                f"({error.__context__ or error})"
             ) from error
         return str(normalized(self._server.get_uri()).render_as_string(hide_password=False))
 
@@ -157,6 +159,21 @@ class EmbeddedServer:
         if (self._folder / "postmaster.pid").exists():
             self.start()
             self.stop()
+
+    def _forget_reused_pid(self) -> None:
+        """Drop the pid file of a server that is gone, where another program has its pid by now.
+
+        As after a crash of the machine; the package would take that program for the server.
+        """
+        import psutil
+
+        pid_file = self._folder / "postmaster.pid"
+        try:
+            process = psutil.Process(int(pid_file.read_text().split()[0]))
+            if str(self._folder) not in process.cmdline():
+                pid_file.unlink()
+        except (OSError, ValueError, IndexError, psutil.Error):
+            return
 
 
 def _embedded_postgres() -> Any:

@@ -90,7 +90,7 @@ def _as_lines(looks: Iterable[Document], console: Console) -> Document:
     due = time.monotonic()
     for study in _changes(looks):
         if time.monotonic() >= due or not is_live(study):
-            console.print(f"{study['name']}: {_in_words(study)}")
+            console.out(f"{study['name']}: {_in_words(study)}")
             due = time.monotonic() + _LINE_SECONDS
     return study
 

@@ -29,6 +29,8 @@ from regtune.space import (
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 MAX_BODY_BYTES = 256 * 1024
+MAX_YAML_VALUES = 10_000
+"""Most values in a YAML text, which takes a few hundred times longer to read than JSON."""
 REFERENCE_TRIALS = 2
 """Every study first trains two reference points: everything off, and a common default."""
 
@@ -490,7 +492,14 @@ _BROKEN_TAGS = (ValueError, LookupError, AttributeError)
 class _Loader(yaml.SafeLoader):
     """A safe loader that reads ``1e-4`` as a number, and knows no aliases and no field twice."""
 
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._values = 0
+
     def compose_node(self, parent: Any, index: Any) -> Any:
+        self._values += 1
+        if self._values > MAX_YAML_VALUES:
+            raise yaml.YAMLError(f"more than {MAX_YAML_VALUES} values")
         # Nested aliases can make a few bytes stand for gigabytes; a study has no use for them.
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("aliases are not supported")

@@ -12,7 +12,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -65,6 +65,7 @@ def up(settings: Settings, *, spec: StudySpec | None, workers: int | None, conso
             site.start(_devices(workers))
             return _stay(site, console) if spec is None else _train(site, spec, console)
     except Interrupted as interrupted:
+        console.out("stopped; the next `regtune up` goes on where this one ended")
         return 0 if spec is None else interrupted.exit_code
     except ChildDied as death:
         _show(death, console)
@@ -145,14 +146,13 @@ class Site:
 
     def close(self) -> None:
         """Take everything down: the workers first, so that they can release their trials."""
-        with suppress(OSError):
-            self._console.print("taking everything down")
         hurry = self._signals.insistent
         workers = [child for child in self._crew.children if child is not self._service]
-        self._crew.end(workers, GRACE_SECONDS, hurry=hurry)
-        self._crew.end(self._crew.children, GRACE_SECONDS, hurry=hurry)
-        if self._embedded:
-            self._embedded.stop_leftover()
+        with self._console.status("taking everything down"):
+            self._crew.end(workers, GRACE_SECONDS, hurry=hurry)
+            self._crew.end(self._crew.children, GRACE_SECONDS, hurry=hurry)
+            if self._embedded:
+                self._embedded.stop_leftover()
         self._crew.close()
 
     def _start_database(self) -> None:
@@ -273,8 +273,8 @@ def _devices(workers: int | None) -> list[str]:
 
 def _stay(site: Site, console: Console) -> int:
     """Say where everything is, and wait for a signal."""
-    console.print(
-        f"[bold]regtune is up[/bold]; Ctrl-C ends it\n"
+    console.out(
+        "regtune is up; Ctrl-C ends it\n"
         f"  dashboard     {site.url}/dashboard\n"
         f"  API           {site.url}/docs\n"
         f"  database      {database.normalized(site.database_url)!r}\n"
@@ -288,14 +288,14 @@ def _stay(site: Site, console: Console) -> int:
 def _train(site: Site, spec: StudySpec, console: Console) -> int:
     """Submit a study, show how it goes, and print its answer."""
     with Client(site.url) as api, _blaming_children(site):
-        console.print(f"dashboard, while this runs: {site.url}/dashboard")
+        console.out(f"dashboard, while this runs: {site.url}/dashboard")
         name = _submit(api, spec, console)["name"]
         study = progress.show(api, name, console, site.pause)
         if study["best"]:
             answer.show(api.best(name), console)
     taken = progress.duration(progress.seconds_taken(study))
-    console.print(f"\nstudy {name} {study['state']} ({study['reason']}) in {taken}")
-    console.print(f"to look again: `regtune up`, then {site.url}/dashboard")
+    console.out(f"\nstudy {name} {study['state']} ({study['reason']}) in {taken}")
+    console.out(f"to look again: `regtune up`, then {site.url}/dashboard")
     return 0 if study["state"] == "completed" else 1
 
 
@@ -327,9 +327,9 @@ def _submit(api: Client, spec: StudySpec, console: Console) -> Document:
                 break
         taken += 1
     if taken:
-        console.print(f"a study {spec.name!r} is there already; this one is {name!r}")
+        console.out(f"a study {spec.name!r} is there already; this one is {name!r}")
     if not is_new:
-        console.print(f"study {name!r} goes on where it stopped")
+        console.out(f"study {name!r} goes on where it stopped")
     return study
 
 
@@ -340,5 +340,5 @@ def _numbered(name: str, number: int) -> str:
 
 
 def _show(death: ChildDied, console: Console) -> None:
-    console.print(f"{death.child.tail()}\n", markup=False)
-    console.print(f"{death}; above is the end of {death.child.log}", style="red", markup=False)
+    console.out(f"{death.child.tail()}\n")
+    console.out(f"{death}; above is the end of {death.child.log}", style="red")

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 
 from regtune.settings import Settings
 from service.app import create_app
-from tests.waiting import wait_until
+from tests.waiting import free_port, wait_until
 
 
 def app(url: str, **settings: object) -> FastAPI:
@@ -22,10 +22,10 @@ def app(url: str, **settings: object) -> FastAPI:
 
 
 @contextmanager
-def serving(app: FastAPI) -> Iterator[httpx.Client]:
+def serving(app: FastAPI, port: int = 0) -> Iterator[httpx.Client]:
     """A client of an app that is served in a thread."""
     config = uvicorn.Config(
-        app, port=0, log_level="critical", timeout_graceful_shutdown=1, access_log=False
+        app, port=port, log_level="critical", timeout_graceful_shutdown=1, access_log=False
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
@@ -40,18 +40,30 @@ def serving(app: FastAPI) -> Iterator[httpx.Client]:
         thread.join()
 
 
-@contextmanager
-def service_process(url: str, port: int) -> Iterator[subprocess.Popen[str]]:
-    """The service as a process, its scheduler included; killed in the end if it still runs."""
-    environment = os.environ | {
-        "REGTUNE_DATABASE_URL": url,
-        "REGTUNE_PORT": str(port),
-    }
-    process = subprocess.Popen(
+def start_service(url: str, port: int) -> subprocess.Popen[str]:
+    """Start the service as a process, its scheduler included."""
+    environment = os.environ | {"REGTUNE_DATABASE_URL": url, "REGTUNE_PORT": str(port)}
+    return subprocess.Popen(
         [sys.executable, "-m", "service"], env=environment, stderr=subprocess.PIPE, text=True
     )
+
+
+@contextmanager
+def service_process(url: str) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
+    """The service as a process, once it is ready, and a client of it; killed if it still runs."""
+    port = free_port()
+    process = start_service(url, port)
     try:
-        yield process
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+            wait_until(lambda: process.poll() is not None or _is_ready(client))
+            yield process, client
     finally:
         process.kill()
         process.communicate()
+
+
+def _is_ready(client: httpx.Client) -> bool:
+    try:
+        return client.get("/readyz").is_success
+    except httpx.ConnectError:
+        return False

@@ -88,7 +88,8 @@ def upgrade() -> None:
         ),
         sa.Column("finished_at", sa.DateTime(timezone=True), nullable=True),
         sa.CheckConstraint(
-            "state IN ('active', 'paused', 'stopping', 'completed', 'stopped', 'cancelled', 'failed')",
+            "state IN ('active', 'paused', 'stopping', 'completed', 'stopped', 'cancelled',"
+            " 'failed')",
             name="studies_state_known",
         ),
         sa.CheckConstraint("appended BETWEEN 0 AND budget_trials", name="studies_within_budget"),

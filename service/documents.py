@@ -1,0 +1,68 @@
+"""What several answers of the API have in common."""
+
+import math
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from service.records import Result
+
+
+def _finite_or_none(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+Measure = Annotated[float | None, BeforeValidator(_finite_or_none)]
+"""A figure that was measured; null where it is not a finite number, which JSON cannot write."""
+
+StudyState = Literal["active", "paused", "stopping", "completed", "stopped", "cancelled", "failed"]
+TrialState = Literal["waiting", "running", "complete", "pruned", "failed", "cancelled"]
+TrialKind = Literal["baseline", "default", "suggested"]
+
+PARAMS_EXAMPLE = {"weight_decay": 0.31, "dropout": 0.22, "l1_lambda": 0.0, "patience": 12}
+
+Params = dict[str, int | float]
+
+
+class Document(BaseModel):
+    """An answer, or a part of one."""
+
+    model_config = ConfigDict(frozen=True, from_attributes=True)
+
+
+class TrialResult(Document):
+    """What a complete trial measured, all at its best weights."""
+
+    number: int = Field(description="The trial's number, from 0.", examples=[17])
+    kind: TrialKind = Field(
+        description="baseline: everything off; default: common strengths; suggested: by the "
+        "sampler.",
+        examples=["suggested"],
+    )
+    params: Params = Field(
+        description="The values that were trained with, zeros and fixed ones included.",
+        examples=[PARAMS_EXAMPLE],
+    )
+    validation_loss: Measure = Field(
+        description="Loss on the validation rows, no penalty in it. It alone decides which trial "
+        "is best. Null if it is not a finite number.",
+        examples=[0.0731],
+    )
+    validation_score: Measure = Field(
+        description="Accuracy on the validation rows.", examples=[0.981]
+    )
+    test_loss: Measure = Field(
+        description="Loss on the test rows, computed once and never used for choosing; null if it "
+        "is not a finite number.",
+        examples=[0.0912],
+    )
+    test_score: Measure = Field(
+        description="Accuracy on the test rows, computed once and never used for choosing.",
+        examples=[0.9787],
+    )
+    epoch: int = Field(description="Epoch of the best weights, from 1.", examples=[31])
+
+    @classmethod
+    def of(cls, result: Result) -> Self:
+        """Return the document of a result."""
+        return cls.model_validate(result)

@@ -1,0 +1,73 @@
+"""What every request brings along: one transaction, the settings, and who is asking.
+
+The transaction commits here and nowhere else, and before the answer is sent: a client that was told
+201 will find its study.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Path, Request
+from sqlalchemy import Engine
+from sqlalchemy.orm import Session
+
+from regtune import database
+from regtune.errors import NotFound
+from regtune.settings import Settings
+from regtune.spec import NAME_PATTERN
+from regtune.task import Offer
+from service.bodies import read_within
+from service.newsroom import Newsroom
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the service shares between its requests."""
+
+    settings: Settings
+    engine: Engine
+    newsroom: Newsroom
+    installed: Offer
+
+
+def _context(request: Request) -> Context:
+    context: Context = request.app.state.context
+    return context
+
+
+InContext = Annotated[Context, Depends(_context)]
+
+
+def _transaction(context: InContext) -> Iterator[Session]:
+    with database.transaction(context.engine) as session:
+        yield session
+
+
+InTransaction = Annotated[Session, Depends(_transaction, scope="function")]
+
+
+def _study_name(
+    name: Annotated[str, Path(description="The study's name.", examples=["digits"])],
+) -> str:
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise NotFound(f"there is no study {name!a}: that is no name of one")
+    return name
+
+
+StudyName = Annotated[str, Depends(_study_name)]
+
+
+def _actor(request: Request) -> str:
+    return f"client {request.client.host}" if request.client else "client"
+
+
+Actor = Annotated[str, Depends(_actor)]
+
+
+async def _body(request: Request, context: InContext) -> bytes:
+    return await read_within(request, context.settings.max_body_bytes)
+
+
+Body = Annotated[bytes, Depends(_body)]

@@ -1,0 +1,31 @@
+"""Is the service there, and can it work? For supervisors and load balancers."""
+
+from typing import Literal
+
+from fastapi import APIRouter
+from pydantic import Field
+
+from regtune import database
+from service.documents import Document
+from service.edge import InContext
+
+router = APIRouter(tags=["health"])
+
+
+class Health(Document):
+    """A good answer; a bad one is a problem document."""
+
+    status: Literal["ok"] = Field("ok", description="Always ok.", examples=["ok"])
+
+
+@router.get("/healthz")
+def get_health() -> Health:
+    """Say that the process lives, whatever its database does."""
+    return Health()
+
+
+@router.get("/readyz")
+def get_readiness(context: InContext) -> Health:
+    """Say that the database is reachable and its schemas are known; else 503."""
+    database.check(context.engine)
+    return Health()

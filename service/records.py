@@ -1,0 +1,312 @@
+"""What the API reads: how studies stand, their trials, their best ones. Nothing here writes."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from optuna.distributions import json_to_distribution
+from sqlalchemy import ColumnElement, Row, and_, or_, select, text
+from sqlalchemy.orm import Session
+
+from regtune import tables
+from regtune.errors import NoBestYet, NotFound
+from regtune.studies import Study
+
+Params = Mapping[str, int | float]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a study is; all figures are of one moment."""
+
+    waiting: int
+    running: int
+    complete: int
+    pruned: int
+    failed: int
+    cancelled: int
+    best_value: float | None
+    seconds_spent: float | None
+    """Since the first lease; None before it."""
+
+    @property
+    def ended(self) -> int:
+        """How many trials will not change any more."""
+        return self.complete + self.pruned + self.failed + self.cancelled
+
+    def progress(self, study: Study) -> float:
+        """Return the share of the budget that is used up, of trials or seconds, whichever more."""
+        if study.state == "completed":
+            return 1.0
+        shares = [self.ended / study.budget_trials]
+        if study.live and study.budget_seconds and self.seconds_spent:
+            shares.append(self.seconds_spent / study.budget_seconds)
+        return min(1.0, max(shares))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a complete trial measured, all at its best weights."""
+
+    number: int
+    kind: str
+    params: Params
+    validation_loss: float
+    validation_score: float
+    test_loss: float
+    test_score: float
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial as it stands."""
+
+    number: int
+    kind: str
+    state: str
+    reason: str | None
+    params: Params
+    validation_loss: float | None
+    validation_score: float | None
+    epoch: int | None
+    attempts: int
+    worker: str | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+
+@dataclass(frozen=True)
+class Rest:
+    """What is told of a trial only when it is asked for by itself."""
+
+    trial_id: int
+    lost_leases: int
+    test_loss: float | None
+    test_score: float | None
+    error: str | None
+    suggested: Params
+
+
+@dataclass(frozen=True)
+class EpochRow:
+    """One epoch of one attempt at a trial."""
+
+    epoch: int
+    train_loss: float
+    validation_loss: float
+    validation_score: float
+    penalty: float
+    sparsity: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class After:
+    """The last trial of a page; the next page begins after it."""
+
+    number: int
+    value: float | None
+
+
+def standings(session: Session, study_ids: Iterable[int]) -> Mapping[int, Standing]:
+    """Return how studies stand, by id."""
+    rows = session.execute(text(_STANDINGS), {"study_ids": list(study_ids)}).mappings()
+    return {
+        row["study_id"]: Standing(**{key: row[key] for key in row if key != "study_id"})
+        for row in rows
+    }
+
+
+def standing(session: Session, study: Study) -> Standing:
+    """Return how a study stands; raise NotFound if it was deleted a moment ago."""
+    try:
+        return standings(session, [study.study_id])[study.study_id]
+    except KeyError:
+        raise NotFound(f"study {study.name!r} has been deleted") from None
+
+
+def eta_seconds(session: Session, study: Study, stands: Standing) -> float | None:
+    """Return the seconds until a study's budget is used up, at the pace of its latest trials.
+
+    None while that cannot be known: before the first trial has ended, or when none may start.
+    """
+    if study.state != "active":
+        return None
+    left = []
+    pace = session.execute(text(_PACE), {"study_id": study.study_id}).scalar()
+    if pace:
+        left.append((study.budget_trials - stands.ended) / pace)
+    if study.budget_seconds and stands.seconds_spent is not None:
+        left.append(max(0.0, study.budget_seconds - stands.seconds_spent))
+    return min(left, default=None)
+
+
+def best(session: Session, study: Study, stands: Standing) -> Result:
+    """Return the trial with the lowest validation loss, of equals the first; raise NoBestYet."""
+    row = session.execute(text(f"{_RESULTS} {_BEST}"), {"study_id": study.study_id}).one_or_none()
+    if row is None:
+        raise NoBestYet(
+            f"no trial of study {study.name!r} has completed yet: {stands.running} running, "
+            f"{stands.waiting} waiting, {stands.ended} ended otherwise; "
+            f"the study is {study.state}"
+        )
+    return Result(**row._mapping)
+
+
+def baseline(session: Session, study: Study) -> Result | None:
+    """Return the trial with everything off; None until it is complete."""
+    row = session.execute(
+        text(f"{_RESULTS} AND kind = 'baseline' ORDER BY number LIMIT 1"),
+        {"study_id": study.study_id},
+    ).one_or_none()
+    return Result(**row._mapping) if row else None
+
+
+def trials_by_number(
+    session: Session, study_id: int, state: str | None, after: After | None, up: bool, limit: int
+) -> Sequence[Trial]:
+    """Return a page of a study's trials, ordered by number."""
+    number = tables.trials.c.number
+    query = _trials(study_id, state).order_by(number.asc() if up else number.desc()).limit(limit)
+    if after:
+        query = query.where(number > after.number if up else number < after.number)
+    return [Trial(**row._mapping) for row in session.execute(query)]
+
+
+def trials_by_value(
+    session: Session, study_id: int, state: str | None, after: After | None, up: bool, limit: int
+) -> Sequence[Trial]:
+    """Return a page of a study's trials, ordered by validation loss; those without one come last.
+
+    A page begins where the last one ended, not at an offset: a trial that ends meanwhile neither
+    repeats nor hides another.
+    """
+    value, number = tables.trials.c.value, tables.trials.c.number
+    query = _trials(study_id, state).order_by(
+        (value.asc() if up else value.desc()).nulls_last(), number
+    )
+    if after:
+        query = query.where(_comes_after(after, up))
+    return [Trial(**row._mapping) for row in session.execute(query.limit(limit))]
+
+
+def trial(session: Session, study: Study, number: int) -> tuple[Trial, Rest]:
+    """Return one trial and all the rest of what is known of it; raise NotFound."""
+    t = tables.trials.c
+    row = session.execute(
+        _trials(study.study_id, None)
+        .where(t.number == number)
+        .add_columns(t.trial_id, t.lost_leases, t.test_loss, t.test_score, t.error)
+    ).one_or_none()
+    if row is None:
+        raise NotFound(f"study {study.name!r} has no trial {number}")
+    known = dict(row._mapping)
+    return (
+        Trial(**{name: known[name] for name in Trial.__dataclass_fields__}),
+        Rest(
+            **{name: known[name] for name in Rest.__dataclass_fields__ if name in known},
+            suggested=_suggested(session, row.trial_id),
+        ),
+    )
+
+
+def epochs(session: Session, trial_id: int, attempt: int) -> Sequence[EpochRow]:
+    """Return the epochs of one attempt at a trial."""
+    e = tables.epochs.c
+    rows = session.execute(
+        select(*(e[name] for name in EpochRow.__dataclass_fields__))
+        .where(e.trial_id == trial_id, e.attempt == attempt)
+        .order_by(e.epoch)
+    )
+    return [EpochRow(**row._mapping) for row in rows]
+
+
+def _trials(study_id: int, state: str | None) -> Any:
+    t = tables.trials.c
+    query = select(
+        t.number,
+        t.kind,
+        t.state,
+        t.reason,
+        t.params,
+        t.value.label("validation_loss"),
+        t.validation_score,
+        t.best_epoch.label("epoch"),
+        t.attempt.label("attempts"),
+        t.worker,
+        t.created_at,
+        t.started_at,
+        t.finished_at,
+    ).where(t.study_id == study_id)
+    return query.where(t.state == state) if state else query
+
+
+def _comes_after(after: After, up: bool) -> ColumnElement[bool]:
+    value, number = tables.trials.c.value, tables.trials.c.number
+    if after.value is None:
+        return and_(value.is_(None), number > after.number)
+    return or_(
+        value > after.value if up else value < after.value,
+        and_(value == after.value, number > after.number),
+        value.is_(None),
+    )
+
+
+def _suggested(session: Session, trial_id: int) -> Params:
+    rows: Sequence[Row[Any]] = session.execute(
+        text(
+            "SELECT param_name, param_value, distribution_json FROM public.trial_params"
+            " WHERE trial_id = :trial_id ORDER BY param_id"
+        ),
+        {"trial_id": trial_id},
+    ).all()
+    return {
+        row.param_name: json_to_distribution(row.distribution_json).to_external_repr(
+            row.param_value
+        )
+        for row in rows
+    }
+
+
+_STANDINGS = """
+SELECT s.study_id,
+       count(*) FILTER (WHERE t.state = 'waiting') AS waiting,
+       count(*) FILTER (WHERE t.state = 'running') AS running,
+       count(*) FILTER (WHERE t.state = 'complete') AS complete,
+       count(*) FILTER (WHERE t.state = 'pruned') AS pruned,
+       count(*) FILTER (WHERE t.state = 'failed') AS failed,
+       count(*) FILTER (WHERE t.state = 'cancelled') AS cancelled,
+       min(t.value) FILTER (WHERE t.state = 'complete' AND t.value < 'Infinity') AS best_value,
+       extract(epoch FROM now() - min(t.started_at))::float AS seconds_spent
+FROM regtune.studies s LEFT JOIN regtune.trials t USING (study_id)
+WHERE s.study_id = ANY(:study_ids)
+GROUP BY s.study_id
+"""
+
+# Over the latest 20, so that a study that was paused, or has got more workers, is soon told right.
+# Measured up to now: when nothing ends any more, the pace falls.
+_PACE = """
+WITH latest AS (
+    SELECT finished_at FROM regtune.trials
+    WHERE study_id = :study_id AND finished_at IS NOT NULL
+    ORDER BY finished_at DESC LIMIT 20
+), since AS (
+    SELECT coalesce(
+        (SELECT max(finished_at) FROM regtune.trials
+         WHERE study_id = :study_id AND finished_at < (SELECT min(finished_at) FROM latest)),
+        (SELECT min(started_at) FROM regtune.trials WHERE study_id = :study_id)) AS at
+)
+SELECT (SELECT count(*) FROM latest) / nullif(extract(epoch FROM now() - at), 0)::float FROM since
+"""
+
+_RESULTS = """
+SELECT number, kind, params, value AS validation_loss, validation_score, test_loss, test_score,
+       best_epoch AS epoch
+FROM regtune.trials
+WHERE study_id = :study_id AND state = 'complete'
+"""
+
+_BEST = "AND value < 'Infinity' ORDER BY value, number LIMIT 1"

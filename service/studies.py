@@ -1,0 +1,245 @@
+"""Studies over REST: post, list, look at, pause, resume, stop, cancel, delete."""
+
+from datetime import datetime
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy.orm import Session
+
+from regtune import studies
+from regtune.errors import NoBestYet
+from regtune.spec import StudySpec
+from regtune.studies import Study, Verb
+from service import admission, cursors, records
+from service.bodies import JSON_TYPES, YAML_TYPES, parse_study
+from service.documents import Document, Measure, StudyState, TrialResult
+from service.edge import Actor, Body, Context, InContext, InTransaction, StudyName
+from service.records import Standing
+
+router = APIRouter(prefix="/v1/studies", tags=["studies"])
+
+_SPEC_BODY = {
+    "requestBody": {
+        "required": True,
+        "description": "The study, as JSON or YAML.",
+        "content": {
+            media_type: {"schema": {"$ref": "#/components/schemas/StudySpec"}}
+            for media_type in JSON_TYPES + YAML_TYPES
+        },
+    }
+}
+
+
+class Counts(Document):
+    """How many trials are in which state."""
+
+    waiting: int = Field(description="For a worker to train them.", examples=[8])
+    running: int = Field(description="Being trained.", examples=[16])
+    complete: int = Field(description="Trained to their end.", examples=[14])
+    pruned: int = Field(description="Stopped early, or diverged.", examples=[1])
+    failed: int = Field(description="Ended by an error.", examples=[0])
+    cancelled: int = Field(description="Ended by request.", examples=[0])
+
+
+class StudySummary(Document):
+    """A study in a list."""
+
+    name: str = Field(description="Its unique name.", examples=["digits"])
+    state: StudyState = Field(
+        description="active, paused and stopping studies may still change.", examples=["active"]
+    )
+    reason: str | None = Field(
+        description="Why it is stopping or has ended.", examples=["all 40 trials have ended"]
+    )
+    created_at: datetime = Field(
+        description="When it was posted.", examples=["2026-03-01T12:00:00.000000Z"]
+    )
+    finished_at: datetime | None = Field(
+        description="When it ended.", examples=["2026-03-01T12:00:41.250000Z"]
+    )
+    budget_trials: int = Field(description="Most trials that it may have.", examples=[40])
+    counts: Counts = Field(description="Its trials by state.")
+    progress: float = Field(
+        description="Share of the budget that is used up, of trials or of seconds, whichever is "
+        "more; from 0 to 1.",
+        examples=[0.375],
+    )
+    best_validation_loss: Measure = Field(
+        description="Lowest validation loss so far; null before the first complete trial.",
+        examples=[0.0731],
+    )
+
+
+class StudyPage(Document):
+    """Some studies, newest first."""
+
+    items: list[StudySummary] = Field(description="The studies.")
+    next: str | None = Field(
+        description="The `cursor` of the next page; null on the last one.", examples=["Mjc"]
+    )
+
+
+class StudyDetail(StudySummary):
+    """A study and how it stands."""
+
+    spec: StudySpec = Field(
+        description="What was posted, every default filled in.",
+        examples=[
+            {
+                "name": "digits",
+                "task": {"dataset": "digits", "model": "mlp"},
+                "budget": {"trials": 40},
+            }
+        ],
+    )
+    eta_seconds: float | None = Field(
+        description="Seconds until the budget is used up, at the pace of the latest 20 trials; "
+        "null while that cannot be known.",
+        examples=[25.0],
+    )
+    best: TrialResult | None = Field(
+        description="The trial with the lowest validation loss so far; null before the first "
+        "complete one."
+    )
+    baseline: TrialResult | None = Field(
+        description="The trial with everything off; null until it is complete."
+    )
+    warning: str | None = Field(
+        description="Why nothing happens, if no living worker offers the study's task.",
+        examples=["no worker is alive; the study waits for one (start it with `regtune worker`)"],
+    )
+
+
+class StudiesQuery(BaseModel):
+    """Which studies to list."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    state: StudyState | None = Field(
+        None, description="Only studies in this state.", examples=["active"]
+    )
+    limit: int = Field(50, ge=1, le=500, description="Most studies on a page.", examples=[50])
+    cursor: str | None = Field(None, description="The `next` of the page before.", examples=["Mjc"])
+
+
+@router.post("", status_code=201, openapi_extra=_SPEC_BODY, responses={200: {"model": StudyDetail}})
+def post_study(
+    request: Request,
+    response: Response,
+    body: Body,
+    session: InTransaction,
+    context: InContext,
+    actor: Actor,
+) -> StudyDetail:
+    """Post a study: 201 if it is new, 200 if the same one is there already."""
+    spec = parse_study(body, request.headers.get("content-type", ""))
+    admission.check(session, spec, context.installed, context.settings.lease_seconds)
+    study, is_new = studies.create(session, spec, actor)
+    response.status_code = 201 if is_new else 200
+    response.headers["Location"] = f"/v1/studies/{study.name}"
+    return _detail(session, study, context)
+
+
+@router.get("")
+def list_studies(query: Annotated[StudiesQuery, Query()], session: InTransaction) -> StudyPage:
+    """List studies, newest first."""
+    before = _read_cursor(query.cursor) if query.cursor is not None else None
+    found = studies.page(session, state=query.state, before=before, limit=query.limit + 1)
+    page = found[: query.limit]
+    standings = records.standings(session, [study.study_id for study in page])
+    return StudyPage(
+        items=[
+            StudySummary(**_summary(study, standings[study.study_id]))
+            for study in page
+            if study.study_id in standings
+        ],
+        next=cursors.write(str(page[-1].study_id)) if len(found) > len(page) else None,
+    )
+
+
+@router.get("/{name}")
+def get_study(name: StudyName, session: InTransaction, context: InContext) -> StudyDetail:
+    """Look at a study: its spec, how far it is, and its best trial so far."""
+    return _detail(session, studies.find(session, name), context)
+
+
+@router.post("/{name}/pause")
+def pause_study(
+    name: StudyName, session: InTransaction, context: InContext, actor: Actor
+) -> StudyDetail:
+    """Start no more trials and keep the budget; running ones finish."""
+    return _act(name, "pause", session, context, actor)
+
+
+@router.post("/{name}/resume")
+def resume_study(
+    name: StudyName, session: InTransaction, context: InContext, actor: Actor
+) -> StudyDetail:
+    """Go on with a paused study."""
+    return _act(name, "resume", session, context, actor)
+
+
+@router.post("/{name}/stop")
+def stop_study(
+    name: StudyName, session: InTransaction, context: InContext, actor: Actor
+) -> StudyDetail:
+    """Let running trials finish, start no more, and end the study."""
+    return _act(name, "stop", session, context, actor)
+
+
+@router.post("/{name}/cancel")
+def cancel_study(
+    name: StudyName, session: InTransaction, context: InContext, actor: Actor
+) -> StudyDetail:
+    """Stop running trials now, and end the study."""
+    return _act(name, "cancel", session, context, actor)
+
+
+@router.delete("/{name}", status_code=204)
+def delete_study(name: StudyName, session: InTransaction) -> None:
+    """Delete a study that is over, with all its trials."""
+    studies.delete(session, name)
+
+
+def _act(name: str, verb: Verb, session: Session, context: Context, actor: str) -> StudyDetail:
+    return _detail(session, studies.act(session, name, verb, actor), context)
+
+
+def _detail(session: Session, study: Study, context: Context) -> StudyDetail:
+    standing = records.standing(session, study)
+    try:
+        best = TrialResult.of(records.best(session, study, standing))
+    except NoBestYet:
+        best = None
+    baseline = records.baseline(session, study)
+    alive_seconds = context.settings.lease_seconds
+    return StudyDetail(
+        **_summary(study, standing),
+        spec=study.spec,
+        eta_seconds=records.eta_seconds(session, study, standing),
+        best=best,
+        baseline=TrialResult.of(baseline) if baseline else None,
+        warning=admission.warning(session, study.spec.task, alive_seconds) if study.live else None,
+    )
+
+
+def _summary(study: Study, standing: Standing) -> dict[str, Any]:
+    return {
+        "name": study.name,
+        "state": study.state,
+        "reason": study.reason,
+        "created_at": study.created_at,
+        "finished_at": study.finished_at,
+        "budget_trials": study.budget_trials,
+        "counts": Counts.model_validate(standing),
+        "progress": standing.progress(study),
+        "best_validation_loss": standing.best_value,
+    }
+
+
+def _read_cursor(cursor: str) -> int:
+    (study_id,) = cursors.read(cursor, 1)
+    if not study_id.isascii() or not study_id.isdigit() or int(study_id) >= 2**31:
+        raise cursors.invalid(cursor)
+    return int(study_id)

@@ -1,0 +1,44 @@
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from regtune.task import DatasetLoader
+from worker.tasks.images import digits, fashion_mnist, mnist
+
+ARCHIVES = Path(
+    os.environ.get("REGTUNE_TEST_DATA", Path(__file__).parents[3].parent / "shared" / "data")
+)
+
+
+def test_the_digits_are_split_the_same_every_time_with_all_classes_in_both_parts():
+    first, again = digits(Path("unused")), digits(Path("unused"))
+    assert first.train_x.shape == (1437, 1, 8, 8)
+    assert first.test_x.shape == (360, 1, 8, 8)
+    assert (first.train_x.dtype, first.train_y.dtype) == (np.float32, np.int64)
+    assert first.train_x.max() == 16
+    np.testing.assert_array_equal(first.test_x, again.test_x)
+    for labels in (first.train_y, first.test_y):
+        shares = np.bincount(labels, minlength=first.classes) / len(labels)
+        np.testing.assert_allclose(shares, 0.1, atol=0.005)
+
+
+@pytest.mark.parametrize(
+    ("loader", "folder", "first_labels"),
+    [(mnist, "MNIST", [5, 0, 4, 1, 9]), (fashion_mnist, "FashionMNIST", [9, 0, 0, 3, 0])],
+)
+def test_archives_that_lie_there_are_verified_and_unpacked(
+    loader: DatasetLoader, folder: str, first_labels: list[int], tmp_path: Path
+):
+    raw = ARCHIVES / folder / "raw"
+    if not raw.is_dir():
+        pytest.skip(f"needs the original archives under {raw}; REGTUNE_TEST_DATA may say where")
+    shutil.copytree(raw, tmp_path / folder / "raw")
+    data = loader(tmp_path)
+    assert data.train_x.shape == (60_000, 1, 28, 28)
+    assert data.test_x.shape == (10_000, 1, 28, 28)
+    assert (data.train_x.dtype, data.train_y.dtype) == (np.uint8, np.int64)
+    assert data.train_y[:5].tolist() == first_labels
+    assert data.classes == 10

@@ -1,0 +1,89 @@
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from regtune.spec import TaskSpec, Training
+from regtune.task import Data
+from worker.tasks.models import mlp
+from worker.training import engine as engine_module
+from worker.training.engine import Engine
+from worker.training.lanes import LaneEpoch, LaneTrial
+
+CLASSES, FEATURES = 3, 6
+
+Curves = dict[int, list[LaneEpoch]]
+
+
+def overlapping_blobs(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Classes that overlap, so that a network that trains for long enough overfits."""
+    random = np.random.default_rng(seed)
+    y = np.arange(rows) % CLASSES
+    x = random.normal(size=(rows, FEATURES)) + 0.7 * np.eye(FEATURES)[y]
+    return x.astype(np.float32), y.astype(np.int64)
+
+
+def blobs(data_dir: Path) -> Data:
+    return Data(*overlapping_blobs(76, seed=1), *overlapping_blobs(40, seed=2), classes=CLASSES)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors gain nothing from threads, and processes that share the cores lose much."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def make_engine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
+    """Build engines on a small data set, with any model and any training."""
+
+    def make(
+        *,
+        model: Callable[..., nn.Module] = mlp,
+        settings: dict[str, Any] | None = None,
+        dtype: torch.dtype = torch.float64,
+        max_lanes: int = 8,
+        seed: int = 3,
+        **training: Any,
+    ) -> Engine:
+        monkeypatch.setattr(engine_module, "find_dataset", lambda name: blobs)
+        monkeypatch.setattr(engine_module, "find_model", lambda name: model)
+        defaults = {"batch_size": 16, "max_epochs": 12, "learning_rate": 0.01}
+        return Engine(
+            task=TaskSpec(dataset="blobs", model="own", **(settings or {"hidden": [16]})),
+            training=Training(**(defaults | training)),
+            validation_fraction=0.2,
+            seed=seed,
+            data_dir=Path("unused"),
+            device=torch.device("cpu"),
+            max_lanes=max_lanes,
+            dtype=dtype,
+        )
+
+    return make
+
+
+def trial(key: int = 0, **strengths: Any) -> LaneTrial:
+    defaults = {"weight_decay": 0.0, "dropout": 0.0, "l1_lambda": 0.0, "patience": 1000}
+    return LaneTrial(key=key, **(defaults | strengths))
+
+
+def train(engine: Engine, epochs: int) -> Curves:
+    """Train for some epochs, letting ended lanes leave; return each trial's epochs."""
+    curves: Curves = {}
+    for _ in range(epochs):
+        for epoch in engine.train_epoch():
+            curves.setdefault(epoch.key, []).append(epoch)
+        engine.leave([key for key in engine.lanes if curves[key][-1].ended])
+    return curves
+
+
+def losses(curve: list[LaneEpoch]) -> torch.Tensor:
+    return torch.tensor([[e.train_loss, e.validation_loss] for e in curve], dtype=torch.float64)

@@ -1,0 +1,332 @@
+"""What a trial's numbers may depend on, and what never touches them."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.model_selection import train_test_split
+from torch import nn
+
+from tests.unit.training.conftest import blobs, losses, train, trial
+from worker.training import engine as engine_module
+from worker.training import noise, recording
+from worker.training.early_stopping import replay
+from worker.training.engine import Engine
+from worker.training.model import loop
+
+STRONG = {"weight_decay": 0.3, "dropout": 0.4, "l1_lambda": 0.02}
+OTHERS = [
+    trial(1, weight_decay=1.0),
+    trial(2, dropout=0.9, patience=2),
+    trial(3, l1_lambda=0.3),
+]
+OPTIMIZERS = ["adam", "adamw", "sgd", "rmsprop"]
+EPOCHS = 12
+
+
+def alone(make_engine, **settings: Any) -> torch.Tensor:
+    engine = make_engine(**settings)
+    engine.join([trial(0, **STRONG)])
+    return losses(train(engine, EPOCHS)[0])
+
+
+@pytest.mark.parametrize("l1", ["proximal", "subgradient"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_trial_is_the_same_in_company_and_in_another_lane(make_engine, optimizer, l1):
+    settings = {"optimizer": optimizer, "l1": l1, "schedule": "cosine"}
+    engine = make_engine(**settings)
+    engine.join([*OTHERS, trial(0, **STRONG)])
+    company = losses(train(engine, EPOCHS)[0])
+    torch.testing.assert_close(company, alone(make_engine, **settings), rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_trial_is_the_same_refilled_into_a_running_stack(make_engine, optimizer):
+    settings = {"optimizer": optimizer, "schedule": "cosine"}
+    engine = make_engine(**settings)
+    engine.join(OTHERS)
+    train(engine, 5)
+    engine.leave([1])
+    engine.join([trial(0, **STRONG)])
+    refilled = losses(train(engine, EPOCHS)[0])
+    assert len(refilled) == EPOCHS
+    torch.testing.assert_close(refilled, alone(make_engine, **settings), rtol=1e-8, atol=0)
+
+
+def test_a_trial_is_the_same_through_the_loop_over_lanes(make_engine):
+    engine = make_engine()
+    engine._model._over_lanes = loop
+    engine.join([OTHERS[0]])
+    train(engine, 2)
+    engine.join([trial(0, **STRONG)])
+    looped = losses(train(engine, EPOCHS)[0])
+    torch.testing.assert_close(looped, alone(make_engine), rtol=1e-8, atol=0)
+
+
+def test_in_single_precision_the_first_epoch_is_the_same_to_rounding(make_engine):
+    engine = make_engine(dtype=torch.float32)
+    engine.join([*OTHERS, trial(0, **STRONG)])
+    company = losses(train(engine, 1)[0])
+    by_itself = alone(make_engine, dtype=torch.float32)[:1]
+    torch.testing.assert_close(company, by_itself, rtol=1e-5, atol=0)
+
+
+def test_a_trial_is_the_same_by_recorded_steps(make_engine, monkeypatch):
+    as_called = alone(make_engine, schedule="cosine")
+    monkeypatch.setattr(recording, "CALLS_BEFORE", 2)
+    engine = make_engine(schedule="cosine")
+    engine.join([trial(0, **STRONG)])
+    first = losses(train(engine, 3)[0])
+    engine.join(OTHERS)
+    curve = torch.cat([first, losses(train(engine, EPOCHS)[0])])
+    assert engine._model._recorder._recordings
+    torch.testing.assert_close(curve, as_called, rtol=1e-8, atol=0)
+
+
+def test_updating_lanes_in_blocks_changes_nothing(make_engine, monkeypatch):
+    whole = alone(make_engine)
+    monkeypatch.setattr(engine_module, "BLOCK_ELEMENTS", 1)
+    engine = make_engine()
+    engine.join([*OTHERS, trial(0, **STRONG)])
+    torch.testing.assert_close(losses(train(engine, EPOCHS)[0]), whole, rtol=1e-8, atol=0)
+
+
+def test_another_seed_is_another_training(make_engine):
+    assert not torch.allclose(alone(make_engine, seed=3), alone(make_engine, seed=4))
+
+
+def test_a_diverged_lane_ends_and_never_touches_its_neighbours(make_engine):
+    settings = {"optimizer": "sgd", "learning_rate": 0.1}
+    engine = make_engine(**settings)
+    engine.join([trial(9, weight_decay=1e6), trial(0, **STRONG)])
+    curves = train(engine, EPOCHS)
+    assert curves[9][-1].ended == "diverged"
+    assert len(curves[9]) < EPOCHS
+    assert [e.ended for e in curves[0]] == [None] * (EPOCHS - 1) + ["finished"]
+    torch.testing.assert_close(losses(curves[0]), alone(make_engine, **settings), rtol=1e-8, atol=0)
+
+
+def test_a_trial_without_a_finite_epoch_has_no_result(make_engine):
+    engine = make_engine(optimizer="sgd", learning_rate=100.0)
+    engine.join([trial(9, weight_decay=1e300)])
+    assert engine.train_epoch()[0].ended == "diverged"
+    with pytest.raises(ValueError, match="no epoch with a finite validation loss"):
+        engine.results([9])
+
+
+def test_each_lane_stops_by_its_own_patience_as_replay_of_the_longest_says(make_engine):
+    settings = {"max_epochs": 60, "learning_rate": 0.05, "min_delta": 0.01}
+    engine = make_engine(**settings)
+    engine.join([trial(p, patience=p) for p in (2, 5, 60)])
+    curves = train(engine, 60)
+    recorded = [epoch.validation_loss for epoch in curves[60]]
+    assert len(recorded) == 60
+    for patience in (2, 5):
+        assert curves[patience][-1].ended == "early_stopped"
+        assert len(curves[patience]) == replay(recorded, patience, min_delta=0.01).epoch < 60
+
+
+def test_the_result_is_that_of_the_best_weights_which_were_copied_when_they_were_best(make_engine):
+    settings = {"max_epochs": 60, "learning_rate": 0.05}
+    engine = make_engine(**settings)
+    engine.join([trial(0, patience=20), trial(1, dropout=0.5)])
+    epochs = []
+    while not epochs or epochs[-1].ended is None:
+        epochs.append(engine.train_epoch()[0])
+    (result,) = engine.results([0])
+    best = min(epochs, key=lambda e: e.validation_loss)
+    assert best.epoch == len(epochs) - 20
+    assert result.best_epoch == best.epoch
+    assert result.validation_loss == best.validation_loss < epochs[-1].validation_loss
+    assert result.validation_score == best.validation_score
+
+    stopped_there = make_engine(**settings)
+    stopped_there.join([trial(0, patience=20)])
+    train(stopped_there, best.epoch)
+    (expected,) = stopped_there.results([0])
+    assert result.test_loss == pytest.approx(expected.test_loss, rel=1e-8)
+    assert result.test_score == expected.test_score
+
+
+def test_results_come_in_the_order_asked_for_and_change_nothing(make_engine):
+    engine, twin = make_engine(), make_engine()
+    for e in (engine, twin):
+        e.join([trial(1), trial(2, **STRONG)])
+        train(e, 4)
+    first, second = engine.results([2, 1])
+    assert (first.key, second.key) == (2, 1)
+    (alone,) = engine.results([1])
+    assert alone.test_loss == pytest.approx(second.test_loss, rel=1e-12)
+    assert first.test_loss != second.test_loss
+    torch.testing.assert_close(losses(train(engine, 4)[2]), losses(train(twin, 4)[2]))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_lane_is_the_plain_training_that_torch_would_do(make_engine, optimizer):
+    """Also shows: decay is applied once, spares biases and norms, and stays out of the losses."""
+    decay = 0.5 if optimizer == "adamw" else 0.05
+    engine = make_engine(optimizer=optimizer)
+    engine.join([trial(1, dropout=0.3)])
+    train(engine, 2)
+    engine.join([trial(0, weight_decay=decay)])
+    lane = train(engine, EPOCHS)[0]
+    expected = plain_training(engine, optimizer, decay)
+    torch.testing.assert_close(losses(lane), expected, rtol=1e-8, atol=0)
+
+
+def plain_training(engine: Engine, optimizer: str, decay: float) -> torch.Tensor:
+    """Train one model with torch alone; return training and validation loss of each epoch."""
+    data = blobs(None)
+    rows, held_out = train_test_split(
+        np.arange(len(data.train_y)), test_size=0.2, stratify=data.train_y, random_state=3
+    )
+    rows, held_out = np.sort(rows), np.sort(held_out)
+    mean, deviation = (f(data.train_x[rows], axis=0, dtype=np.float64) for f in (np.mean, np.std))
+    x = torch.from_numpy((data.train_x - mean) / deviation)
+    y = torch.from_numpy(data.train_y)
+    torch.manual_seed(3)
+    model = nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(6, 16, bias=False),
+        nn.BatchNorm1d(16),
+        nn.ReLU(),
+        nn.Linear(16, 3),
+    ).double()
+    stepper = plain_optimizer(optimizer, model, decay)
+    curve = []
+    for epoch in range(1, EPOCHS + 1):
+        order = torch.from_numpy(rows[noise.data_order(3, epoch, len(rows))])
+        total = 0.0
+        for index in order.tensor_split(engine.steps_per_epoch):
+            stepper.zero_grad()
+            loss = nn.functional.cross_entropy(model.train()(x[index]), y[index])
+            loss.backward()
+            stepper.step()
+            total += loss.item() * len(index)
+        with torch.no_grad():
+            validation = nn.functional.cross_entropy(model.eval()(x[held_out]), y[held_out])
+        curve.append([total / len(rows), validation.item()])
+    return torch.tensor(curve, dtype=torch.float64)
+
+
+def plain_optimizer(name: str, model: nn.Module, decay: float) -> torch.optim.Optimizer:
+    weights = [model[1].weight, model[4].weight]
+    others = [*model[2].parameters(), model[4].bias]
+    groups = [{"params": weights, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+    match name:
+        case "sgd":
+            return torch.optim.SGD(groups, lr=0.01, momentum=0.9)
+        case "adam":
+            return torch.optim.Adam(groups, lr=0.01)
+        case "adamw":
+            return torch.optim.AdamW(groups, lr=0.01)
+        case _:
+            return torch.optim.RMSprop(groups, lr=0.01)
+
+
+def test_a_batch_norms_scale_does_not_decay(make_engine):
+    """With every weight decayed to nothing, only a bias can tell the classes' shares."""
+    engine = make_engine(optimizer="adamw", learning_rate=0.5)
+    engine.join([trial(0, weight_decay=2.0)])  # η·λ₂ = 1: weights are zero before every step
+    engine.train_epoch()
+    scale = engine._tensors.parameters_KP[0, engine._model.weights :]
+    assert scale.abs().max() > 0.5
+
+
+def test_proximal_l1_gives_exact_zeros_and_the_subgradient_none(make_engine):
+    sparsities = {}
+    for l1 in ("proximal", "subgradient"):
+        engine = make_engine(l1=l1)
+        engine.join([trial(0), trial(1, l1_lambda=1.0)])
+        free, penalized = (curve[-1].sparsity for curve in train(engine, EPOCHS).values())
+        assert free == 0
+        sparsities[l1] = penalized
+    assert 0.2 < sparsities["proximal"] < 1
+    assert sparsities["subgradient"] == 0
+
+
+@pytest.mark.parametrize(("optimizer", "counted"), [("adam", True), ("adamw", False)])
+def test_the_penalty_is_reported_apart_from_the_losses(make_engine, optimizer, counted):
+    """A learning rate of almost zero leaves the weights, so that only the penalty can differ."""
+    engine = make_engine(optimizer=optimizer, learning_rate=1e-12)
+    engine.join([trial(0), trial(1, weight_decay=10.0), trial(2, l1_lambda=10.0)])
+    free, decayed, l1 = engine.train_epoch()
+    weights = engine._tensors.parameters_KP[0, : engine._model.weights]
+    assert free.penalty == 0
+    assert decayed.penalty == pytest.approx(5 * float(weights.square().sum()) * counted)
+    assert l1.penalty == pytest.approx(10 * float(weights.abs().sum()))
+    for other in (decayed, l1):
+        assert other.train_loss == pytest.approx(free.train_loss, rel=1e-6)
+        assert other.validation_loss == pytest.approx(free.validation_loss, rel=1e-6)
+
+
+def test_dropout_acts_on_the_training_loss_alone(make_engine):
+    engine = make_engine(learning_rate=1e-12)
+    engine.join([trial(0), trial(1, dropout=0.9)])
+    free, dropped = engine.train_epoch()
+    assert dropped.train_loss != pytest.approx(free.train_loss, rel=0.01)
+    assert dropped.validation_loss == pytest.approx(free.validation_loss, rel=1e-6)
+
+
+def test_lanes_come_and_go_between_epochs(make_engine):
+    engine = make_engine(max_lanes=3)
+    assert engine.train_epoch() == []
+    engine.join([trial(1), trial(2)])
+    assert (engine.lanes, engine.free_lanes) == ([1, 2], 1)
+    engine.train_epoch()
+    engine.join([trial(3)])
+    assert [(e.key, e.epoch) for e in engine.train_epoch()] == [(1, 2), (2, 2), (3, 1)]
+    engine.leave([1, 3])
+    assert (engine.lanes, engine.free_lanes) == ([2], 2)
+    assert [(e.key, e.epoch) for e in engine.train_epoch()] == [(2, 3)]
+    assert engine._tensors.parameters_KP.shape[0] == 1
+
+
+def test_what_cannot_join_leave_or_go_on_is_refused(make_engine):
+    engine = make_engine(max_lanes=2, max_epochs=1)
+    engine.join([trial(1)])
+    with pytest.raises(ValueError, match="1 lanes are free"):
+        engine.join([trial(2), trial(3)])
+    with pytest.raises(ValueError, match="only once"):
+        engine.join([trial(1)])
+    with pytest.raises(KeyError):
+        engine.leave([7])
+    with pytest.raises(KeyError):
+        engine.results([7])
+    assert engine.train_epoch()[0].ended == "finished"
+    with pytest.raises(ValueError, match="must leave"):
+        engine.train_epoch()
+
+
+def test_progress_is_called_for_every_step_and_may_abort(make_engine):
+    engine = make_engine()
+    engine.join([trial(1)])
+    calls = []
+    engine.train_epoch(lambda: calls.append(1))
+    assert len(calls) == engine.steps_per_epoch + 1  # one batch of validation
+
+    class LeaseLost(Exception):
+        pass
+
+    def abort() -> None:
+        raise LeaseLost
+
+    with pytest.raises(LeaseLost):
+        engine.train_epoch(abort)
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch_size", "sizes"),
+    [
+        (10, 5, [5, 5]),
+        (11, 5, [4, 4, 3]),
+        (3, 8, [3]),
+        (3, 2, [3]),  # a batch of one row has no variance for batch norm
+        (5, 2, [3, 2]),
+        (3, 1, [1, 1, 1]),
+        (1, 4, [1]),
+    ],
+)
+def test_an_epoch_sees_every_row_in_batches_of_even_size(rows, batch_size, sizes):
+    assert engine_module._batch_sizes(rows, batch_size) == sizes

@@ -1,0 +1,115 @@
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch.func import vmap
+
+from worker.training import noise
+from worker.training.regularizers import dropout_threshold
+
+SIGMAS = 4.5
+N = 200_000
+
+
+def uniform(key: torch.Tensor, n: int = N) -> torch.Tensor:
+    return (noise.random_bits(key, (n,)).double() - noise.LOWEST) / 2**32
+
+
+def keys(epoch: int = 1, steps: int = 4, sites: int = 2) -> torch.Tensor:
+    return torch.from_numpy(noise.step_keys(7, epoch, steps, sites))
+
+
+def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(torch.corrcoef(torch.stack([a, b]))[0, 1])
+
+
+def test_the_bits_are_uniform():
+    for key in keys().flatten(0, 1):
+        u = uniform(key)
+        assert abs(u.mean() - 1 / 2) < SIGMAS * (1 / 12 / N) ** 0.5
+        assert abs(u.var() - 1 / 12) < SIGMAS * (1 / 180 / N) ** 0.5
+        assert stats.kstest(u.numpy(), "uniform").pvalue > 1e-5
+
+
+def test_every_single_bit_is_fair():
+    bits = noise.random_bits(keys()[0, 0], (N,))
+    for place in range(32):
+        share = ((bits >> place) & 1).double().mean()
+        assert abs(share - 1 / 2) < SIGMAS * (1 / 4 / N) ** 0.5, place
+
+
+def test_neighbouring_elements_are_independent():
+    u = uniform(keys()[0, 0])
+    for lag in (1, 2, 8, 64, 128, 1024):
+        assert abs(correlation(u[:-lag], u[lag:])) < SIGMAS / (N - lag) ** 0.5, lag
+
+
+def test_steps_sites_and_epochs_are_independent():
+    streams = [uniform(key) for e in (1, 2) for key in keys(e).flatten(0, 1)]
+    for i, a in enumerate(streams):
+        for b in streams[:i]:
+            assert abs(correlation(a, b)) < SIGMAS / N**0.5
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.05, 0.2, 0.5, 0.8, 0.95])
+def test_dropout_drops_at_its_rate(rate):
+    threshold = dropout_threshold(torch.tensor(rate))
+    for key in keys().flatten(0, 1):
+        dropped = (noise.random_bits(key, (N,)) < threshold).double().mean()
+        assert abs(dropped - rate) < SIGMAS * (rate * (1 - rate) / N) ** 0.5
+
+
+def test_a_rate_of_zero_drops_nothing_whatever_the_noise():
+    assert dropout_threshold(torch.tensor(0.0)) == noise.LOWEST
+
+
+def test_the_noise_is_the_same_again_and_under_vmap():
+    key_D2 = keys()[:, 0]
+    mapped = vmap(lambda key: noise.random_bits(key, (5, 3)))(key_D2)
+    for key, bits in zip(key_D2, mapped, strict=True):
+        assert torch.equal(noise.random_bits(key, (5, 3)), bits)
+
+
+def test_a_longer_draw_is_two_shorter_ones():
+    key = keys()[0, 0]
+    whole = noise.random_bits(key, (6, 3))
+    assert torch.equal(noise.random_bits(key, (4, 3)), whole[:4])
+    assert torch.equal(noise.random_bits(key, (2, 3), start=12), whole[4:])
+
+
+def test_the_noise_never_changes_between_versions():
+    bits = noise.random_bits(torch.tensor([1, 2], dtype=torch.int32), (3,))
+    assert bits.tolist() == [lowbias32(i + 1, 2) for i in range(3)]
+
+
+def lowbias32(x: int, middle: int) -> int:
+    """The published hash in unbounded integers, with the second key word in its middle."""
+    mask = 2**32 - 1
+    x ^= x >> 16
+    x = x * 0x7FEB352D & mask
+    x ^= middle
+    x ^= x >> 15
+    x = x * 0x846CA68B & mask
+    x ^= x >> 16
+    return x - 2**32 if x >= 2**31 else x
+
+
+def test_the_data_order_is_a_permutation_of_its_own_in_each_epoch():
+    first, again, second = (noise.data_order(7, epoch, 100) for epoch in (1, 1, 2))
+    assert sorted(first) == list(range(100))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(first, noise.data_order(8, 1, 100))
+
+
+def test_initial_weights_depend_on_the_seed_and_leave_other_randomness_alone():
+    def draw(seed: int) -> torch.Tensor:
+        with noise.initial_weights(seed):
+            return torch.nn.Linear(3, 3).weight.detach()
+
+    before = torch.get_rng_state()
+    first = draw(1)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(5)
+    assert torch.equal(draw(1), first)
+    assert not torch.equal(draw(2), first)

@@ -1,0 +1,130 @@
+import torch
+from torch import nn
+
+from worker.training import regularizers
+from worker.training.regularizers import DropoutSite, install_dropout_sites
+
+KEY = torch.tensor([123, -456], dtype=torch.int32)
+
+
+def site_at(rate: float, module: nn.Module | None = None) -> DropoutSite:
+    site = DropoutSite.standing_for(module or nn.Dropout())
+    site.threshold = regularizers.dropout_threshold(torch.tensor(rate))
+    site.scale = torch.tensor(1 / (1 - rate))
+    site.key = KEY
+    return site
+
+
+def column(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)[:, None]
+
+
+def test_kept_activations_are_scaled_and_dropped_ones_are_zero():
+    out = site_at(0.75)(torch.full((100, 100), 2.0))
+    assert set(out.unique().tolist()) == {0.0, 8.0}
+
+
+def test_a_dropout_of_zero_is_exactly_off():
+    x = torch.randn(50, 50)
+    assert torch.equal(site_at(0.0)(x), x)
+
+
+def test_dropout_is_the_identity_in_evaluation():
+    x = torch.randn(50, 50)
+    assert torch.equal(site_at(0.5).eval()(x), x)
+
+
+def test_a_site_that_is_called_twice_draws_twice():
+    site = site_at(0.5)
+    x = torch.ones(40, 40)
+    assert not torch.equal(site(x), site(x))
+
+
+def test_channelwise_dropout_drops_whole_channels():
+    for module in (nn.Dropout1d(), nn.Dropout2d(), nn.Dropout3d()):
+        out = site_at(0.5, module)(torch.ones(20, 30, 4, 4)).flatten(2)
+        assert (out == out[..., :1]).all()
+        assert set(out.unique().tolist()) == {0.0, 2.0}
+
+
+def test_alpha_dropout_keeps_mean_and_variance():
+    x = torch.selu(torch.randn(500, 500, dtype=torch.float64))
+    out = site_at(0.3, nn.AlphaDropout())(x)
+    assert abs(out.mean()) < 0.02
+    assert abs(out.var() - 1) < 0.02
+    twin = nn.AlphaDropout(0.3).train()(x)
+    torch.testing.assert_close(out.unique()[:1], twin.unique()[:1], rtol=1e-6, atol=0)
+
+
+def test_every_dropout_of_a_model_becomes_a_site_and_a_shared_one_stays_one():
+    shared = nn.Dropout(0.3)
+    model = nn.Sequential(shared, nn.Sequential(nn.Dropout2d(), shared), nn.AlphaDropout())
+    sites = install_dropout_sites(model)
+    assert list(sites) == ["0", "1.0", "2"]
+    assert model[0] is model[1][1] is sites["0"]
+    assert not any(isinstance(m, nn.modules.dropout._DropoutNd) for m in model.modules())
+
+
+def test_only_weights_are_penalized_never_biases_or_normalization():
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3),
+        nn.BatchNorm2d(2),
+        nn.LayerNorm((2, 6, 6)),  # its scale has three dimensions
+        nn.Flatten(),
+        nn.Linear(72, 3),
+        nn.RMSNorm(3),
+    )
+    assert list(regularizers.penalized(model)) == ["0.weight", "4.weight"]
+
+
+def test_coupled_decay_is_the_gradient_of_half_the_squared_norm():
+    w = torch.randn(2, 7, dtype=torch.float64, requires_grad=True)
+    decay = column(0.3, 2.0)
+    (expected,) = torch.autograd.grad((decay / 2 * w**2).sum(), w)
+    gradient = torch.zeros_like(w)
+    regularizers.add_coupled_decay_(gradient, w.detach(), decay)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_the_l1_subgradient_is_the_gradient_of_the_norm():
+    w = torch.randn(2, 7, dtype=torch.float64, requires_grad=True)
+    strength = column(0.3, 2.0)
+    (expected,) = torch.autograd.grad((strength * w.abs()).sum(), w)
+    gradient = torch.zeros_like(w)
+    regularizers.add_l1_subgradient_(gradient, w.detach(), strength)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_decoupled_decay_shrinks_by_rate_times_strength():
+    w = torch.ones(2, 3, dtype=torch.float64)
+    regularizers.decay_(w, column(0.0, 0.5), column(0.1, 0.1))
+    torch.testing.assert_close(w, torch.tensor([[1.0] * 3, [0.95] * 3], dtype=torch.float64))
+
+
+def test_the_proximal_step_solves_its_minimization():
+    """Of (w − v)² / 2 + t·|w| over w, here by a fine grid."""
+    v = torch.tensor([[-1.5, -0.2, 0.0, 0.1, 0.3, 2.0]], dtype=torch.float64)
+    grid = torch.linspace(-3, 3, 60_001, dtype=torch.float64)[:, None]
+    expected = grid[((grid - v) ** 2 / 2 + 0.25 * grid.abs()).argmin(0), 0]
+    w = v.clone()
+    regularizers.soft_threshold_(w, column(0.25))
+    torch.testing.assert_close(w[0], expected, atol=1e-4, rtol=0)
+    assert (w[0, 1:4] == 0).all()
+
+
+def test_the_proximal_step_with_a_strength_of_zero_changes_nothing():
+    w = torch.randn(1, 9)
+    before = w.clone()
+    regularizers.soft_threshold_(w, torch.zeros(1, 1))
+    assert torch.equal(w, before)
+
+
+def test_the_penalty_is_l1_plus_half_the_squared_norm():
+    w = torch.tensor([[1.0, -2.0], [3.0, 0.0]], dtype=torch.float64)
+    l1, decay = column(0.1, 0.2), column(2.0, 4.0)
+    assert regularizers.penalty(w, l1, decay).tolist() == [0.1 * 3 + 5, 0.2 * 3 + 18]
+    torch.testing.assert_close(regularizers.penalty(w, l1, None), l1[:, 0] * 3)
+
+
+def test_sparsity_counts_exact_zeros():
+    assert regularizers.sparsity(torch.tensor([[0.0, 1e-30], [0, 0]])).tolist() == [0.5, 1.0]

@@ -1,0 +1,1 @@
+"""What is trained: the built-in data sets and models, and how rows are prepared for training."""

@@ -1,0 +1,11 @@
+"""Training many trials at once, as lanes of one batched model.
+
+Tensor names end in the letters of their shape:
+
+    K  lanes                        B  rows of a batch        C  classes
+    P  parameters of one model      W  penalized ones (the first W of P)
+    N  rows of a data set           S  steps of an epoch      D  dropout sites
+
+A walk: ``engine`` (epoch, join, leave) → ``lanes`` (what a lane is) → ``model`` (one step of all
+lanes) → ``optimizers``, ``regularizers``, ``early_stopping``, ``noise`` (what a step is made of).
+"""

@@ -1,0 +1,66 @@
+"""Noise as a pure function of (seed, epoch, step, site, element), with no state to carry.
+
+Host noise (initial weights, data order, the keys of each step) comes from NumPy's ``SeedSequence``
+(M. O'Neill's seed_seq, as NumPy documents it) and from torch's seeded CPU generator. Device noise
+is counter-based: each element's number is hashed with a 64-bit key, so that it is the same on every
+device, under ``vmap`` and after a resume. The hash is ``lowbias32`` from C. Wellons, "Prospecting
+for Hash Functions" (2018), keyed here at its start and in its middle; it decides about dropout, not
+about secrets. Why not Philox or reseeded generators: docs/decisions/0002-noise.md.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+ORDER, KEYS = 1, 2
+"""Purposes: two uses of one seed never draw the same numbers."""
+
+LOWEST, HIGHEST = -(2**31), 2**31 - 1
+"""The range of the random bits, which are uniform over int32."""
+
+
+@contextmanager
+def initial_weights(seed: int) -> Iterator[None]:
+    """Make every random draw on the CPU inside a pure function of ``seed``."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def data_order(seed: int, epoch: int, rows: int) -> NDArray[np.int64]:
+    """Return the order in which ``rows`` training rows are seen in ``epoch``: ``(rows,)``."""
+    return _generator(seed, ORDER, epoch).permutation(rows)
+
+
+def step_keys(seed: int, epoch: int, steps: int, sites: int) -> NDArray[np.int32]:
+    """Return a 64-bit key for each step and site of ``epoch``: ``(steps, sites, 2)``, int32."""
+    return _generator(seed, KEYS, epoch).integers(
+        LOWEST, HIGHEST, size=(steps, sites, 2), dtype=np.int32, endpoint=True
+    )
+
+
+def random_bits(key_2: Tensor, shape: Sequence[int], start: int = 0) -> Tensor:
+    """Return uniform int32 noise of ``shape``: one hash of (key, number) for each element.
+
+    Elements are numbered from ``start``. ``key_2`` is ``(2,)``, int32, and has to be random itself,
+    as ``step_keys`` are: keys that are alike give noise that is alike. Products wrap around, as
+    the hash wants; a right shift carries the sign along, which the masks cut off.
+    """
+    stop = start + prod(shape)
+    x = torch.arange(start, stop, dtype=torch.int32, device=key_2.device) + key_2[0]
+    x ^= (x >> 16) & 0xFFFF
+    x *= 0x7FEB352D
+    x ^= key_2[1]
+    x ^= (x >> 15) & 0x1FFFF
+    x *= 0x846CA68B - 2**32
+    x ^= (x >> 16) & 0xFFFF
+    return x.view(shape)
+
+
+def _generator(seed: int, purpose: int, epoch: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence((seed, purpose, epoch)))

@@ -1,0 +1,155 @@
+"""Optimizers with one learning rate and one step count per lane.
+
+Each computes what its twin in ``torch.optim`` computes. What depends on the step count alone (the
+scheduled rate, Adam's bias corrections) is worked out for a whole epoch at once, on the host and in
+float64, as ``(coefficients, S, K)``; what is left for a step is a few in-place operations. An
+update uses up the gradient's memory.
+
+Adam: D. Kingma and J. Ba, arXiv 1412.6980. AdamW: I. Loshchilov and F. Hutter, arXiv 1711.05101.
+RMSprop: T. Tieleman and G. Hinton, Lecture 6.5 (2012), in torch's form (ε outside the root).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Float64s = NDArray[np.float64]
+
+
+class LaneOptimizer(Protocol):
+    """How a gradient moves the weights of each lane."""
+
+    @property
+    def moments(self) -> int:
+        """How many tensors of the weights' shape it keeps; they start at zero."""
+
+    @property
+    def decoupled_decay(self) -> bool:
+        """Whether weight decay acts beside the gradient (AdamW) or within it."""
+
+    def coefficients(self, rate_SK: Float64s, step_SK: Float64s) -> Float64s:
+        """Return ``(coefficients, S, K)`` for steps counted from 1 at the scheduled rates."""
+
+    def update_(
+        self,
+        parameters_KP: Tensor,
+        gradient_KP: Tensor,
+        moments: Sequence[Tensor],
+        coefficients: Sequence[Tensor],
+    ) -> None:
+        """Take one step in place; each coefficient is ``(K, 1)``."""
+
+
+@dataclass(frozen=True)
+class Sgd:
+    """Stochastic gradient descent with momentum, as ``torch.optim.SGD``."""
+
+    momentum: float = 0.9
+    moments = 1
+    decoupled_decay = False
+
+    def coefficients(self, rate_SK: Float64s, step_SK: Float64s) -> Float64s:
+        """Return the negative rate."""
+        return -rate_SK[None]
+
+    def update_(
+        self,
+        parameters_KP: Tensor,
+        gradient_KP: Tensor,
+        moments: Sequence[Tensor],
+        coefficients: Sequence[Tensor],
+    ) -> None:
+        """Compute v ← μ·v + g, w ← w − η·v."""
+        (velocity_KP,) = moments
+        (negative_rate_K1,) = coefficients
+        velocity_KP.mul_(self.momentum).add_(gradient_KP)
+        parameters_KP.addcmul_(velocity_KP, negative_rate_K1)
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Adam, as ``torch.optim.Adam``; with ``decoupled_decay`` the gradient's part of AdamW."""
+
+    decoupled_decay: bool = False
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    moments = 2
+
+    def coefficients(self, rate_SK: Float64s, step_SK: Float64s) -> Float64s:
+        """Return what turns √v into the divisor of m, with the bias corrections multiplied in.
+
+        η·(m/c₁) / (√(v/c₂) + ε) = m / (a·√v + b), with cᵢ = 1 − βᵢᵗ, a = c₁ / (η·√c₂) and
+        b = ε·c₁ / η.
+        """
+        scale_SK = (1 - self.beta1**step_SK) / rate_SK
+        return np.stack([scale_SK / np.sqrt(1 - self.beta2**step_SK), self.epsilon * scale_SK])
+
+    def update_(
+        self,
+        parameters_KP: Tensor,
+        gradient_KP: Tensor,
+        moments: Sequence[Tensor],
+        coefficients: Sequence[Tensor],
+    ) -> None:
+        """Compute m ← β₁m + (1 − β₁)g, v ← β₂v + (1 − β₂)g², w ← w − η·m̂ / (√v̂ + ε)."""
+        mean_KP, square_KP = moments
+        slope_K1, offset_K1 = coefficients
+        mean_KP.lerp_(gradient_KP, 1 - self.beta1)
+        square_KP.mul_(self.beta2).addcmul_(gradient_KP, gradient_KP, value=1 - self.beta2)
+        divisor_KP = torch.sqrt(square_KP, out=gradient_KP).mul_(slope_K1).add_(offset_K1)
+        parameters_KP.addcdiv_(mean_KP, divisor_KP, value=-1)
+
+
+@dataclass(frozen=True)
+class RmsProp:
+    """RMSprop without momentum, as ``torch.optim.RMSprop``."""
+
+    alpha: float = 0.99
+    epsilon: float = 1e-8
+    moments = 1
+    decoupled_decay = False
+
+    def coefficients(self, rate_SK: Float64s, step_SK: Float64s) -> Float64s:
+        """Return the negative rate."""
+        return -rate_SK[None]
+
+    def update_(
+        self,
+        parameters_KP: Tensor,
+        gradient_KP: Tensor,
+        moments: Sequence[Tensor],
+        coefficients: Sequence[Tensor],
+    ) -> None:
+        """Compute v ← α·v + (1 − α)g², w ← w − η·g / (√v + ε)."""
+        (square_KP,) = moments
+        (negative_rate_K1,) = coefficients
+        square_KP.mul_(self.alpha).addcmul_(gradient_KP, gradient_KP, value=1 - self.alpha)
+        gradient_KP.div_(square_KP.sqrt().add_(self.epsilon))
+        parameters_KP.addcmul_(gradient_KP, negative_rate_K1)
+
+
+OPTIMIZERS: Mapping[str, LaneOptimizer] = {
+    "sgd": Sgd(),
+    "adam": Adam(),
+    "adamw": Adam(decoupled_decay=True),
+    "rmsprop": RmsProp(),
+}
+
+
+def scheduled_rate(
+    schedule: Literal["constant", "cosine"], learning_rate: float, step: Float64s, steps: int
+) -> Float64s:
+    """Return the learning rate of each step, counted from 1 to ``steps``.
+
+    The cosine starts at ``learning_rate`` and would reach zero one step after the last
+    (I. Loshchilov and F. Hutter, arXiv 1608.03983, without restarts).
+    """
+    if schedule == "constant":
+        return np.full_like(step, learning_rate)
+    return learning_rate * (1 + np.cos(np.pi * (step - 1) / steps)) / 2

@@ -1,0 +1,156 @@
+"""Regularizers with one strength per lane: dropout, weight decay and L1.
+
+Decay and L1 act on weights alone, never on biases or normalization parameters. A lane's parameters
+lie in one row, weights first, so that ``weights_KW`` is the first W columns of ``parameters_KP``.
+
+Dropout: N. Srivastava et al., JMLR 15 (2014). Alpha dropout: G. Klambauer et al., arXiv 1706.02515.
+Decoupled decay: I. Loshchilov and F. Hutter, arXiv 1711.05101. Proximal step: N. Parikh and S.
+Boyd, Proximal Algorithms (2014).
+"""
+
+from collections.abc import Iterator, Sequence
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from worker.training.noise import HIGHEST, LOWEST, random_bits
+
+NORMALIZATIONS = (
+    nn.modules.batchnorm._NormBase,  # every batch and instance norm
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+)
+_ELEMENTWISE = (nn.Dropout, nn.AlphaDropout)
+_CHANNELWISE = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.FeatureAlphaDropout)
+_ALPHA = (nn.AlphaDropout, nn.FeatureAlphaDropout)
+_ALPHA_OFF = -1.7580993408473766  # the value to which SELU saturates
+
+
+class DropoutSite(nn.Module):
+    """A place in the model that drops activations at the lane's own rate, by counter-based noise.
+
+    Training: kept activations are scaled by 1 / (1 − p); with p = 0 all are kept and the scale is
+    exactly 1. Evaluation: the identity. Buffers, replaced at each call: ``threshold`` (int32; noise
+    below it drops), ``scale`` (1 / (1 − p)) and ``key`` (2 × int32).
+    """
+
+    threshold: Tensor
+    scale: Tensor
+    key: Tensor
+
+    def __init__(self, *, channelwise: bool = False, alpha: bool = False) -> None:
+        super().__init__()
+        self.channelwise = channelwise
+        self.alpha = alpha
+        self.drawn = 0
+        self.register_buffer("threshold", dropout_threshold(torch.zeros(())), persistent=False)
+        self.register_buffer("scale", torch.ones(()), persistent=False)
+        self.register_buffer("key", torch.zeros(2, dtype=torch.int32), persistent=False)
+
+    @classmethod
+    def standing_for(cls, module: nn.Module) -> "DropoutSite":
+        """Return the site that takes the place of one of torch's dropout modules."""
+        return cls(channelwise=isinstance(module, _CHANNELWISE), alpha=isinstance(module, _ALPHA))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop elements of ``x``, or whole channels of ``(batch, channels, …)``."""
+        if not self.training:
+            return x
+        shape = (*x.shape[:2], *(1 for _ in x.shape[2:])) if self.channelwise else x.shape
+        keep = self._noise(shape) >= self.threshold
+        return self._alpha_dropped(x, keep) if self.alpha else x * (keep * self.scale)
+
+    def _noise(self, shape: Sequence[int]) -> Tensor:
+        """Return this call's noise: a site that is called again in a forward draws on."""
+        start, self.drawn = self.drawn, self.drawn + prod(shape)
+        return random_bits(self.key, shape, start)
+
+    def _alpha_dropped(self, x: Tensor, keep: Tensor) -> Tensor:
+        """Set dropped elements to SELU's saturation, then restore mean and variance."""
+        rate = 1 - 1 / self.scale
+        a = (self.scale / (1 + rate * _ALPHA_OFF**2)).sqrt()
+        return a * torch.where(keep, x, _ALPHA_OFF) - a * rate * _ALPHA_OFF
+
+
+def install_dropout_sites(model: nn.Module) -> dict[str, DropoutSite]:
+    """Replace every dropout module of ``model`` by a site; return them by name.
+
+    A module that stands in several places of the model stays one, under its first name.
+    """
+    found = [
+        (name, module)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, _ELEMENTWISE + _CHANNELWISE)
+    ]
+    sites: dict[nn.Module, DropoutSite] = {}
+    names: dict[str, DropoutSite] = {}
+    for name, module in found:
+        if module not in sites:
+            sites[module] = names[name] = DropoutSite.standing_for(module)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, sites[module])
+    return names
+
+
+def dropout_threshold(rate: Tensor) -> Tensor:
+    """Return the int32 noise below which an element is dropped; rates are in [0, 1)."""
+    threshold = torch.round(rate.double() * 2**32) + LOWEST
+    return threshold.clamp(max=HIGHEST).to(torch.int32)
+
+
+def penalized(model: nn.Module) -> Iterator[str]:
+    """Yield the names of the weights on which decay and L1 act.
+
+    Those are the parameters of two or more dimensions that belong to no normalization layer.
+    """
+    spared = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, NORMALIZATIONS)
+        for parameter in module.parameters(recurse=False)
+    }
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 2 and id(parameter) not in spared:
+            yield name
+
+
+def add_coupled_decay_(gradient_KW: Tensor, weights_KW: Tensor, decay_K1: Tensor) -> None:
+    """Add the gradient of (λ₂/2)‖w‖², which is λ₂·w."""
+    gradient_KW.addcmul_(weights_KW, decay_K1)
+
+
+def decay_(weights_KW: Tensor, decay_K1: Tensor, rate_K1: Tensor) -> None:
+    """Shrink weights by the factor 1 − η·λ₂, apart from the gradient; η is the scheduled rate."""
+    weights_KW.mul_(1 - rate_K1 * decay_K1)
+
+
+def add_l1_subgradient_(gradient_KW: Tensor, weights_KW: Tensor, l1_K1: Tensor) -> None:
+    """Add a subgradient of λ₁‖w‖₁, which is λ₁·sign(w)."""
+    gradient_KW.addcmul_(weights_KW.sign(), l1_K1)
+
+
+def soft_threshold_(weights_KW: Tensor, threshold_K1: Tensor) -> None:
+    """Move weights towards zero by η·λ₁; what would pass it becomes exactly zero.
+
+    That is w − clip(w, −ηλ₁, ηλ₁); ``clamp`` with tensors as bounds takes three times as long.
+    """
+    clipped_KW = torch.maximum(weights_KW, -threshold_K1)
+    weights_KW.sub_(torch.minimum(clipped_KW, threshold_K1, out=clipped_KW))
+
+
+def penalty(weights_KW: Tensor, l1_K1: Tensor, coupled_decay_K1: Tensor | None) -> Tensor:
+    """Return what is added to each lane's training objective: ``(K,)``.
+
+    That is λ₁‖w‖₁ + (λ₂/2)‖w‖². A decoupled decay is no penalty and counts nothing.
+    """
+    total_K = l1_K1[:, 0] * weights_KW.abs().sum(1)
+    if coupled_decay_K1 is not None:
+        total_K += coupled_decay_K1[:, 0] / 2 * weights_KW.square().sum(1)
+    return total_K
+
+
+def sparsity(weights_KW: Tensor) -> Tensor:
+    """Return the share of each lane's penalized weights that are exactly zero: ``(K,)``."""
+    return (weights_KW == 0).mean(1, dtype=torch.float32)
