@@ -30,7 +30,7 @@ check: $(READY)  ## Formatter, linter, types, import contracts, migrations
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/regtune db compare
+	$(BIN)/python -m migrations.check
 
 format: $(READY)  ## Format the code and mend what the linter can
 	$(BIN)/ruff format .
@@ -55,7 +55,8 @@ $(READY): requirements/all.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "regtune needs Python 3.11 or newer, but $(PYTHON) is" \
 			"$$($(PYTHON) --version 2>&1); name another: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "installing into .venv; once, and with PyTorch's CUDA libraries some minutes"
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/all.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/pip install --disable-pip-version-check --require-hashes -r requirements/all.txt
+	$(BIN)/pip install --disable-pip-version-check --no-deps --no-build-isolation --quiet -e .
 	@touch $@

@@ -7,6 +7,7 @@ run in a folder, which is locked until the last process is gone.
 
 import errno
 import fcntl
+import itertools
 import os
 import signal
 import socket
@@ -70,6 +71,28 @@ def up(settings: Settings, *, spec: StudySpec | None, workers: int | None, conso
     except ChildDied as death:
         _show(death, console)
         return 1
+
+
+def submit(api: Client, spec: StudySpec, console: Console) -> Document:
+    """Submit a study; if one of that name is over or differs, under the first name that is free.
+
+    One that is still live, because it was interrupted, goes on.
+    """
+    for number in itertools.count(1):
+        name = _numbered(spec.name, number)
+        try:
+            study, is_new = api.submit(spec.canonical() | {"name": name})
+        except Refused as refusal:
+            if refusal.status != 409:
+                raise
+        else:
+            if is_new or is_live(study):
+                break
+    if number > 1:
+        console.out(f"a study {spec.name!r} is there already; this one is {name!r}")
+    if not is_new:
+        console.out(f"study {name!r} goes on where it stopped")
+    return study
 
 
 class Signals:
@@ -289,7 +312,7 @@ def _train(site: Site, spec: StudySpec, console: Console) -> int:
     """Submit a study, show how it goes, and print its answer."""
     with Client(site.url) as api, _blaming_children(site):
         console.out(f"dashboard, while this runs: {site.url}/dashboard")
-        name = _submit(api, spec, console)["name"]
+        name = submit(api, spec, console)["name"]
         study = progress.show(api, name, console, site.pause)
         if study["best"]:
             answer.show(api.best(name), console)
@@ -307,30 +330,6 @@ def _blaming_children(site: Site) -> Iterator[None]:
     except ServiceUnreachable:
         site.pause(1.0)
         raise
-
-
-def _submit(api: Client, spec: StudySpec, console: Console) -> Document:
-    """Submit a study; if one of that name is over or differs, under the first name that is free.
-
-    One that is still live, because it was interrupted, goes on.
-    """
-    taken = 0
-    while True:
-        name = _numbered(spec.name, taken + 1)
-        try:
-            study, is_new = api.submit(spec.canonical() | {"name": name})
-        except Refused as refusal:
-            if refusal.status != 409:
-                raise
-        else:
-            if is_new or is_live(study):
-                break
-        taken += 1
-    if taken:
-        console.out(f"a study {spec.name!r} is there already; this one is {name!r}")
-    if not is_new:
-        console.out(f"study {name!r} goes on where it stopped")
-    return study
 
 
 def _numbered(name: str, number: int) -> str:

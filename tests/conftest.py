@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,9 +20,10 @@ hypothesis.settings.load_profile("shared")
 
 
 @pytest.fixture(scope="session")
-def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server_url() -> Iterator[str]:
     """A PostgreSQL server of this test process alone."""
-    folder = tmp_path_factory.mktemp("server")
+    # Not under pytest's own folder: that is closed to the server's user by every run that starts.
+    folder = Path(tempfile.mkdtemp(prefix="regtune-tests-"))
     server = database.EmbeddedServer(folder)
     try:
         url = server.start()

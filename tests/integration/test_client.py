@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from sqlalchemy import Engine
 
-from regtune import cli, studies, workers
+from regtune import cli, studies, supervisor, workers
 from regtune.client import Client, Refused
 from regtune.database import transaction
 from regtune.task import installed
@@ -180,6 +181,21 @@ def test_events_go_on_where_they_broke_off_when_the_service_comes_back(
     assert rest.count("study_created") == 0
     assert rest.count("trial_complete") == 1
     assert "study_ended" in rest
+
+
+def test_a_demo_goes_on_with_what_is_live_and_takes_a_fresh_name_else(
+    api: Client, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = builders.spec("demo")
+    changed = builders.spec("demo", budget={"trials": 6})
+    console = Console()
+    assert supervisor.submit(api, spec, console)["name"] == "demo"
+    assert supervisor.submit(api, spec, console)["name"] == "demo"
+    assert capsys.readouterr().out == "study 'demo' goes on where it stopped\n"
+    assert supervisor.submit(api, changed, console)["name"] == "demo-2"
+    api.act("demo", "cancel")
+    assert supervisor.submit(api, spec, console)["name"] == "demo-3"
+    assert "a study 'demo' is there already; this one is 'demo-3'" in capsys.readouterr().out
 
 
 def test_submitting_twice_on_the_command_line_changes_nothing(run: Run, tmp_path: Path) -> None:

@@ -75,24 +75,20 @@ def test_whatever_writes_is_refused_but_notes(
     assert contents(engine) == before
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "instead"),
-    [
+def test_a_refusal_names_the_call_to_use_instead(client: httpx.Client) -> None:
+    for method, path, instead in (
         ("POST", "/api/studies", "POST /v1/studies"),
         ("POST", "/api/studies/1/rename", "POST /v1/studies"),
         ("DELETE", "/api/studies/1", "DELETE /v1/studies/{name}"),
         ("POST", "/api/trials/1/tell", "POST /v1/studies/{name}/stop"),
         ("POST", "/api/trials/1/user-attrs", "/docs"),
         ("PATCH", "/api/anything", "/docs"),
-    ],
-)
-def test_a_refusal_names_the_call_to_use_instead(
-    client: httpx.Client, method: str, path: str, instead: str
-) -> None:
-    problem = client.request(method, path, json={}).json()
-    assert instead in problem["detail"]
-    # Its own pages show this member.
-    assert problem["reason"] == problem["detail"]
+    ):
+        problem = client.request(method, path, json={}).json()
+        assert problem["type"] == "urn:regtune:problem:dashboard-looks-on"
+        assert instead in problem["detail"]
+        # Its own pages show this member.
+        assert problem["reason"] == problem["detail"]
 
 
 def test_notes_can_be_written_on_live_and_ended_studies_and_their_trials(

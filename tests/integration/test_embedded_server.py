@@ -1,6 +1,6 @@
 """The embedded PostgreSQL after what may have happened to it."""
 
-import os
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,5 +51,7 @@ def test_a_pid_that_belongs_to_another_program_by_now_is_no_server(home: Path) -
     pid_file = home / "postgres" / "postmaster.pid"
     lines = pid_file.read_text().splitlines()
     server.stop()
-    pid_file.write_text("\n".join([str(os.getpid()), *lines[1:]]) + "\n")
-    assert answers(EmbeddedServer(home).start())
+    with subprocess.Popen(["sleep", "60"]) as other:
+        pid_file.write_text("\n".join([str(other.pid), *lines[1:]]) + "\n")
+        assert answers(EmbeddedServer(home).start())
+        other.kill()

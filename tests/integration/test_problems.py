@@ -52,9 +52,8 @@ def with_settings(settings: str) -> str:
     return json.dumps(SPEC | {"task": "TASK"}).replace('"TASK"', f"{{{task}, {settings}}}")
 
 
-@pytest.mark.parametrize(
-    ("body", "where"),
-    [
+def test_broken_json_is_refused_with_its_place(client: httpx.Client) -> None:
+    broken: list[tuple[bytes | str, str]] = [
         ('{"name": "x",}', "line 1, column"),
         ('{"name":\n "x" "y"}', "line 2, column 6"),
         ("", "line 1, column 1"),
@@ -66,12 +65,9 @@ def with_settings(settings: str) -> str:
         ("[]", "must be a mapping"),
         ("null", "must be a mapping"),
         ('"study"', "must be a mapping"),
-    ],
-)
-def test_broken_json_is_refused_with_its_place(
-    client: httpx.Client, body: bytes | str, where: str
-) -> None:
-    assert where in problem(post(client, body), 422)["detail"]
+    ]
+    for body, where in broken:
+        assert where in problem(post(client, body), 422)["detail"]
 
 
 def test_broken_yaml_is_refused_with_its_place(client: httpx.Client) -> None:
@@ -89,9 +85,8 @@ def test_broken_yaml_is_refused_with_its_place(client: httpx.Client) -> None:
         assert where in problem(post(client, body, YAML), 422)["detail"]
 
 
-@pytest.mark.parametrize(
-    ("settings", "field", "message"),
-    [
+def test_what_a_database_cannot_hold_is_refused_by_name(client: httpx.Client) -> None:
+    for settings, field, message in (
         (r'"a": "\u0000"', "task.a", "U+0000"),
         (r'"a\u0000": 1', "task", "not plain text"),
         (r'"a": ["\ud800"]', "task.a.0", "surrogate"),
@@ -101,14 +96,10 @@ def test_broken_yaml_is_refused_with_its_place(client: httpx.Client) -> None:
         ('"a": {"b": -Infinity}', "task.a.b", "finite"),
         ('"a": 123456789012345678901234567890', "task.a", "2^53"),
         ('"a": ' + "[" * 30 + "]" * 30, "task.a" + ".0" * 19, "levels deep"),
-    ],
-)
-def test_what_a_database_cannot_hold_is_refused_by_name(
-    client: httpx.Client, settings: str, field: str, message: str
-) -> None:
-    (error,) = problem(post(client, with_settings(settings)), 422)["errors"]
-    assert error["field"] == field
-    assert message in error["message"]
+    ):
+        (error,) = problem(post(client, with_settings(settings)), 422)["errors"]
+        assert error["field"] == field
+        assert message in error["message"]
 
 
 def test_what_only_yaml_can_say_is_refused_by_name(client: httpx.Client) -> None:

@@ -242,7 +242,7 @@ def test_pings_keep_a_silent_stream_alive(
 ) -> None:
     monkeypatch.setattr(streaming, "PING_SECONDS", 0.05)
     builders.create(engine)
-    with client.stream("GET", EVENTS) as response:
+    with client.stream("GET", EVENTS, timeout=5) as response:
         assert any(line.startswith(": ping") for line in response.iter_lines())
 
 

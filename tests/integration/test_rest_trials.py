@@ -1,3 +1,4 @@
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,21 +54,18 @@ def study(engine: Engine) -> Study:
     return study
 
 
-@pytest.mark.parametrize(
-    ("order", "expected"),
-    [
+def test_trials_come_in_order_page_by_page_and_without_a_value_last(
+    client: httpx.Client, study: Study
+) -> None:
+    orders: list[tuple[dict[str, str], list[int]]] = [
         ({}, list(range(12))),
         ({"direction": "desc"}, list(range(11, -1, -1))),
         ({"order_by": "value"}, [4, 1, 0, 2, 5, 7, 6, 3, 8, 9, 10, 11]),
         ({"order_by": "value", "direction": "desc"}, [3, 6, 0, 2, 5, 7, 1, 4, 8, 9, 10, 11]),
         ({"order_by": "value", "state": "complete"}, [4, 1, 0, 2, 5, 7, 6, 3]),
         ({"state": "running", "direction": "desc"}, [9, 8]),
-    ],
-)
-def test_trials_come_in_order_page_by_page_and_without_a_value_last(
-    client: httpx.Client, study: Study, order: dict[str, str], expected: list[int]
-) -> None:
-    for limit in (1, 2, 3, 5, 100):
+    ]
+    for (order, expected), limit in itertools.product(orders, (1, 2, 3, 5, 100)):
         assert numbers(client, limit=limit, **order) == expected
         assert all(len(page) <= limit for page in pages(client, limit=limit, **order))
 

@@ -1,7 +1,6 @@
 import signal
 import socket
 import subprocess
-import time
 
 import httpx
 import pytest
@@ -32,12 +31,10 @@ def test_the_service_ends_well_when_told_to_though_streams_are_open(
     ):
         lines = response.iter_lines()
         next(lines)
-        asked = time.monotonic()
         process.send_signal(signum)
         _, said = process.communicate(timeout=30)
         assert process.returncode == 0
         assert "Traceback" not in said
-        assert time.monotonic() - asked < 5
         with pytest.raises(httpx.ConnectError):
             client.get("/healthz")
     assert connections(engine) == 0

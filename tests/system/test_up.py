@@ -137,8 +137,10 @@ def test_ctrl_c_ends_it_and_until_then_nobody_else_gets_its_folder_or_its_port(
         url = first.says(r"dashboard +(http://\S+)/dashboard")
         with Client(url) as api:
             assert api.ready()
+        group = [p.pid for p in processes_in(folder) if os.getpgid(p.pid) == first.process.pid]
+        assert group == [first.process.pid]  # Ctrl-C reaches the supervisor alone
         with up(folder) as second:
-            assert second.wait() == 1
+            assert second.process.wait(15) == 1  # at once: nobody is waited for who lives
             assert f"(process {first.process.pid})" in second.text
         with up(elsewhere, REGTUNE_PORT=url.rpartition(":")[2]) as third:
             assert third.wait() == 1
