@@ -91,6 +91,7 @@ class Listener:
             return {
                 int(notify.payload)
                 for notify in self._connected().notifies(timeout=seconds, stop_after=1)
+                if notify.payload.isdecimal()  # anybody may notify
             }
         except (psycopg.Error, OSError):
             self.close()

@@ -31,9 +31,19 @@ def command(program: str, *options: str) -> list[str]:
     return [sys.executable, "-P", "-m", program, *options]
 
 
+def environment(**changes: str) -> dict[str, str]:
+    """Return the environment of a program, some of it changed.
+
+    Threads that wait for each other sleep instead of spinning, unless told otherwise: service,
+    database and other workers want the same cores. Measured on two busy ones: an epoch of 16 lanes
+    takes 0.3 s instead of 3.
+    """
+    return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **changes}
+
+
 def become(program: str, *options: str) -> NoReturn:
     """Turn this process into a program, so that signals go straight to it."""
-    os.execv(sys.executable, command(program, *options))
+    os.execve(sys.executable, command(program, *options), environment())
 
 
 def run_workers(options: Sequence[Sequence[str]]) -> int:
@@ -50,7 +60,7 @@ def run_workers(options: Sequence[Sequence[str]]) -> int:
         signal.signal(signum, note)
     with closing(Crew()) as crew:
         for number, own in enumerate(options):
-            crew.start(f"worker-{number}", command("worker", *own), os.environ)
+            crew.start(f"worker-{number}", command("worker", *own), environment())
         while crew.working:
             time.sleep(_POLL_SECONDS)
             while received:

@@ -26,8 +26,11 @@ def show(api: Client, name: str, console: Console, pause: Pause = time.sleep) ->
 
 def show_json(api: Client, name: str, write: Callable[[str], None]) -> Document:
     """Write a study as one line of JSON whenever it has changed, until it is over; return it."""
-    for study in _changes(_looks(api, name, time.sleep)):
-        write(json.dumps(study))
+    written = None
+    for study in _looks(api, name, time.sleep):
+        if (seen := _without_time_left(study)) != written:
+            write(json.dumps(study))
+            written = seen
     return study
 
 
@@ -62,15 +65,6 @@ def _looks(api: Client, name: str, pause: Pause) -> Iterator[Document]:
         pause(_LOOK_SECONDS)
 
 
-def _changes(looks: Iterable[Document]) -> Iterator[Document]:
-    """Leave out the looks at which nothing but the time left has changed."""
-    known = None
-    for study in looks:
-        if (seen := study | {"eta_seconds": None}) != known:
-            known = seen
-            yield study
-
-
 def _as_bar(looks: Iterable[Document], console: Console) -> Document:
     columns = TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[words]}")
     with Progress(*columns, console=console) as progress:
@@ -87,12 +81,17 @@ def _as_bar(looks: Iterable[Document], console: Console) -> Document:
 
 
 def _as_lines(looks: Iterable[Document], console: Console) -> Document:
-    due = time.monotonic()
-    for study in _changes(looks):
-        if time.monotonic() >= due or not is_live(study):
+    shown, due = None, time.monotonic()
+    for study in looks:
+        is_due = time.monotonic() >= due or not is_live(study)
+        if is_due and (seen := _without_time_left(study)) != shown:
             console.out(f"{study['name']}: {_in_words(study)}")
-            due = time.monotonic() + _LINE_SECONDS
+            shown, due = seen, time.monotonic() + _LINE_SECONDS
     return study
+
+
+def _without_time_left(study: Document) -> Document:
+    return study | {"eta_seconds": None}
 
 
 def _in_words(study: Document) -> str:

@@ -9,8 +9,10 @@ import errno
 import fcntl
 import itertools
 import os
+import shutil
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -66,7 +68,7 @@ def up(settings: Settings, *, spec: StudySpec | None, workers: int | None, conso
             site.start(_devices(workers))
             return _stay(site, console) if spec is None else _train(site, spec, console)
     except Interrupted as interrupted:
-        console.out("stopped; the next `regtune up` goes on where this one ended")
+        console.out(f"stopped; the next `{_program()} up` goes on where this one ended")
         return 0 if spec is None else interrupted.exit_code
     except ChildDied as death:
         _show(death, console)
@@ -121,10 +123,10 @@ def _signals(console: Console) -> Iterator[Signals]:
         if signum == signal.SIGHUP:
             console.quiet = True  # the terminal is gone
 
-    before = {
-        signum: signal.signal(signum, note)
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
+    ending = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        ending.append(signal.SIGHUP)
+    before = {signum: signal.signal(signum, note) for signum in ending}
     try:
         yield signals
     finally:
@@ -197,20 +199,14 @@ class Site:
             self._start(f"worker-{number}", "worker", "--device", device, "--name", name)
 
     def _start(self, name: str, program: str, *options: str) -> Child:
-        return self._crew.start(
-            name,
-            programs.command(program, *options),
-            self._environment(),
-            log=self.logs / f"{name}.log",
+        environment = programs.environment(
+            REGTUNE_DATABASE_URL=database.address(self.database_url),
+            REGTUNE_HOST=self._settings.host,
+            REGTUNE_PORT=str(self._settings.port),
+            PYTHONUNBUFFERED="1",
         )
-
-    def _environment(self) -> dict[str, str]:
-        return os.environ | {
-            "REGTUNE_DATABASE_URL": database.address(self.database_url),
-            "REGTUNE_HOST": self._settings.host,
-            "REGTUNE_PORT": str(self._settings.port),
-            "PYTHONUNBUFFERED": "1",
-        }
+        command = programs.command(program, *options)
+        return self._crew.start(name, command, environment, log=self.logs / f"{name}.log")
 
     def _wait_until(self, condition: Callable[[], bool]) -> None:
         due = time.monotonic() + READY_SECONDS
@@ -302,7 +298,7 @@ def _stay(site: Site, console: Console) -> int:
         f"  API           {site.url}/docs\n"
         f"  database      {database.normalized(site.database_url)!r}\n"
         f"  logs          {site.logs}\n"
-        f"  submit        REGTUNE_URL={site.url} regtune submit examples/digits.yaml --watch"
+        f"  submit        REGTUNE_URL={site.url} {_program()} submit examples/digits.yaml --watch"
     )
     while True:
         site.pause(1.0)
@@ -318,8 +314,13 @@ def _train(site: Site, spec: StudySpec, console: Console) -> int:
             answer.show(api.best(name), console)
     taken = progress.duration(progress.seconds_taken(study))
     console.out(f"\nstudy {name} {study['state']} ({study['reason']}) in {taken}")
-    console.out(f"to look again: `regtune up`, then {site.url}/dashboard")
+    console.out(f"to look again: `{_program()} up`, then {site.url}/dashboard")
     return 0 if study["state"] == "completed" else 1
+
+
+def _program() -> str:
+    """Return how a person runs this program here."""
+    return "regtune" if shutil.which("regtune") else sys.argv[0]
 
 
 @contextmanager

@@ -50,7 +50,7 @@ class ModelBuilder(Protocol):
     def __call__(
         self, settings: Mapping[str, Any], input_shape: tuple[int, ...], classes: int
     ) -> Any:
-        """Return a new model for these settings; its initial weights are overwritten."""
+        """Return a new model for these settings; it is built under the study's seed."""
 
 
 @dataclass(frozen=True)

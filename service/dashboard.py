@@ -13,7 +13,6 @@ import optuna
 from a2wsgi import WSGIMiddleware
 from fastapi import Request
 from optuna.exceptions import StorageInternalError
-from optuna_dashboard import wsgi
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -77,6 +76,9 @@ class Dashboard:
 
 
 def _dashboard(url: str, connections: int) -> ASGIApp:
+    # Imported late: it brings scikit-learn along, which takes as long as all the rest together.
+    from optuna_dashboard import wsgi
+
     # A storage that caches: with a bare RDBStorage each poll reads every trial anew.
     try:
         storage = optuna.storages.get_storage(

@@ -1,18 +1,12 @@
 """What several answers of the API have in common."""
 
-import math
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from service.records import Result
 
-
-def _finite_or_none(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
-
-
-Measure = Annotated[float | None, BeforeValidator(_finite_or_none)]
+Measure = float | None
 """A figure that was measured; null where it is not a finite number, which JSON cannot write."""
 
 StudyState = Literal["active", "paused", "stopping", "completed", "stopped", "cancelled", "failed"]
@@ -27,7 +21,7 @@ Params = dict[str, int | float]
 class Document(BaseModel):
     """An answer, or a part of one."""
 
-    model_config = ConfigDict(frozen=True, from_attributes=True)
+    model_config = ConfigDict(frozen=True, from_attributes=True, ser_json_inf_nan="null")
 
 
 class TrialResult(Document):

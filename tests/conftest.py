@@ -1,6 +1,7 @@
 """A real PostgreSQL for the whole run, and a fresh database for each test that asks for one."""
 
 import itertools
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ from sqlalchemy import Engine, create_engine, make_url, text
 from regtune import database
 
 _numbers = itertools.count()
+
+# As for a worker's process, before torch is imported: threads that wait must not spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # These machines are shared: how long an example takes says nothing about the code.
 hypothesis.settings.register_profile("shared", deadline=None)

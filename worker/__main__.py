@@ -6,19 +6,21 @@ import sys
 import torch
 
 from regtune import database, logs
-from regtune.errors import RegtuneError
+from regtune.errors import DatabaseUnavailable, RegtuneError
 from regtune.settings import Settings
 from worker.loop import Worker
 from worker.shutdown import Shutdown
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a worker until it is told to stop; return the exit code."""
+    """Run a worker until it is told to stop; return the exit code, 3 without a database."""
     options = _parser().parse_args(arguments)
     settings = Settings()
     if options.lanes is not None:
         settings = settings.model_copy(update={"lanes": options.lanes})
     logs.configure(settings)
+    # Numbers below 1e-38, as decayed moments become, are computed slowly on a CPU.
+    torch.set_flush_denormal(True)
     shutdown = Shutdown()
     shutdown.install()
     try:
@@ -26,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         Worker(url, settings, _device(options.device), options.name, shutdown).run()
     except RegtuneError as error:
         print(f"regtune worker: {error}", file=sys.stderr)  # noqa: T201 - a program's last word
-        return 1
+        return 3 if isinstance(error, DatabaseUnavailable) else 1
     return 0
 
 
@@ -47,7 +49,7 @@ def _positive(text: str) -> int:
 
 def _required(url: str | None) -> str:
     if not url:
-        raise RegtuneError("set REGTUNE_DATABASE_URL to the database that the service uses")
+        raise DatabaseUnavailable("set REGTUNE_DATABASE_URL to the database that the service uses")
     return url
 
 

@@ -69,6 +69,16 @@ def test_a_listener_hears_of_a_study_once_its_change_is_committed(
     assert heard == [{study.study_id}]
 
 
+def test_a_listener_does_not_mind_what_others_say(engine: Engine, database_url: str) -> None:
+    with database.Listener(database_url, database.NEWS) as listener:
+        listener.wait(0)
+        with engine.begin() as connection:
+            connection.execute(text(f"NOTIFY {database.NEWS}, 'hello'"))
+        study = builders.create(engine)
+        heard = listener.wait(30) | listener.wait(1)
+    assert heard == {study.study_id}
+
+
 def test_a_listener_hears_again_after_its_connection_was_cut(
     engine: Engine, database_url: str
 ) -> None:

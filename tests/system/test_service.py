@@ -6,6 +6,9 @@ import httpx
 import pytest
 from sqlalchemy import Engine, text
 
+from regtune import workers
+from regtune.database import transaction
+from regtune.task import Offer
 from tests import builders
 from tests.serving import service_process, start_service
 from tests.waiting import free_port, wait_until
@@ -59,9 +62,11 @@ def connections(engine: Engine) -> int:
 
 def test_the_scheduler_runs_inside_the_service(database_url: str, engine: Engine) -> None:
     study = builders.create(engine)
-    with service_process(database_url) as (_, client):
-        client.post(f"/v1/studies/{study.name}/stop")
-        wait_until(lambda: builders.study_state(engine, study) == "stopped")
+    offer = Offer(frozenset({"digits"}), frozenset({"mlp"}))
+    with service_process(database_url):
+        with transaction(engine) as session:
+            workers.register(session, name="w", host="h", pid=1, device="cpu", lanes=2, offer=offer)
+        wait_until(lambda: builders.states(engine, study) == ["waiting", "waiting"])
 
 
 def test_a_busy_port_ends_the_service_with_one_line(database_url: str) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -80,8 +80,8 @@ def up(folder: Path, *options: str, **environment: str) -> Iterator["Up"]:
     try:
         yield Up(process, Path(output))
     finally:
-        process.kill()
-        process.wait()
+        process.terminate()
+        process.wait(SECONDS)
 
 
 class Up:
@@ -98,9 +98,8 @@ class Up:
 
     def says(self, pattern: str) -> str:
         """Wait until the output holds a pattern; return its first group, or all of it."""
-        wait_until(
-            lambda: re.search(pattern, self.text) or self.process.poll() is not None, SECONDS
-        )
+        with suppress(AssertionError):
+            wait_until(lambda: re.search(pattern, self.text) or self.process.poll(), SECONDS)
         found = re.search(pattern, self.text)
         assert found, self.text
         return found[found.lastindex or 0]

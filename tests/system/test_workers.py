@@ -128,6 +128,6 @@ def test_a_worker_without_its_database_says_so_in_one_line() -> None:
         text=True,
         check=False,
     )
-    assert process.returncode == 1
+    assert process.returncode == 3
     assert process.stderr.startswith("regtune worker: the database cannot be reached")
     assert "Traceback" not in process.stderr

@@ -6,6 +6,7 @@ Tensor names end in the letters of their shape:
     P  parameters of one model      W  penalized ones (the first W of P)
     N  rows of a data set           S  steps of an epoch      D  dropout sites
 
-A walk: ``engine`` (epoch, join, leave) → ``lanes`` (what a lane is) → ``model`` (one step of all
-lanes) → ``optimizers``, ``regularizers``, ``early_stopping``, ``noise`` (what a step is made of).
+A walk: ``engine`` (join, epoch, step, leave) → ``lanes`` (what a lane is) → ``model`` (the gradient
+of all lanes) and ``recording`` (the same with less Python) → ``optimizers``, ``regularizers``,
+``early_stopping`` and ``noise`` (what training is made of).
 """

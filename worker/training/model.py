@@ -14,7 +14,7 @@ from worker.tasks.preparation import Rows
 from worker.training.recording import Recorder
 from worker.training.regularizers import install_dropout_sites, penalized
 
-log = structlog.get_logger(__name__)
+log = structlog.get_logger()
 
 EVALUATION_ROWS = 1000
 """Rows of one evaluation batch."""
@@ -194,7 +194,7 @@ class LaneModel:
         try:
             self._try(vmap, sample)
         except (RuntimeError, ValueError, NotImplementedError) as refusal:
-            log.warning("lanes run one by one", reason=str(refusal).partition("\n")[0])
+            log.warning("lanes_run_one_by_one", reason=str(refusal).partition("\n")[0])
             return loop
         return vmap
 

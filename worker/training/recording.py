@@ -15,7 +15,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-log = structlog.get_logger(__name__)
+log = structlog.get_logger()
 
 CALLS_BEFORE = 60
 """Recording takes as long as about this many calls save, so rarer shapes are not worth it."""
@@ -54,6 +54,6 @@ def record(function: Function, arguments: tuple[Any, ...]) -> Function:
     try:
         recording: Function = make_fx(lambda *a: function(*a))(*copies).forward
     except Exception as error:  # noqa: BLE001 - whatever it is, the function itself still works
-        log.warning("step not recorded", reason=str(error).partition("\n")[0])
+        log.warning("step_not_recorded", reason=str(error).partition("\n")[0])
         return function
     return recording

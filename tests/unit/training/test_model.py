@@ -209,7 +209,7 @@ def test_lanes_that_share_a_batch_share_their_noise_at_rates_of_their_own():
 def test_a_model_that_vmap_refuses_runs_in_a_loop_and_says_so_once(lines):
     model = lane_model(Branching())
     assert model._over_lanes is loop
-    assert [line["event"] for line in lines] == ["lanes run one by one"]
+    assert [line["event"] for line in lines] == ["lanes_run_one_by_one"]
     parameters, buffers = stack(model, 2)
     model.evaluate(parameters, buffers, rows(), lambda: None)
     assert len(lines) == 1

@@ -51,7 +51,7 @@ def test_what_cannot_be_recorded_runs_as_before_and_says_so_once():
         for _ in range(5):
             assert recorder.call("branching", branching, torch.ones(2)).tolist() == [2, 2]
         assert recorder.call("branching", branching, -torch.ones(2)).tolist() == [-2, -2]
-    assert [line["event"] for line in lines] == ["step not recorded"]
+    assert [line["event"] for line in lines] == ["step_not_recorded"]
 
 
 def test_recording_leaves_the_arguments_as_they_are():
