@@ -19,8 +19,6 @@ def main(arguments: list[str] | None = None) -> int:
     if options.lanes is not None:
         settings = settings.model_copy(update={"lanes": options.lanes})
     logs.configure(settings)
-    # Numbers below 1e-38, as decayed moments become, are computed slowly on a CPU.
-    torch.set_flush_denormal(True)
     shutdown = Shutdown()
     shutdown.install()
     try:
