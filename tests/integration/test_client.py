@@ -1,6 +1,7 @@
 """The Python client and the commands that use it, against a real service."""
 
 import _thread
+import itertools
 import json
 import socket
 import threading
@@ -11,7 +12,7 @@ import pytest
 from rich.console import Console
 from sqlalchemy import Engine
 
-from regtune import cli, studies, supervisor, workers
+from regtune import cli, progress, studies, supervisor, workers
 from regtune.client import Client, Refused
 from regtune.database import transaction
 from regtune.task import installed
@@ -62,6 +63,13 @@ def train(engine: Engine, study: studies.Study, losses: list[float]) -> None:
     builders.append(engine, study, len(losses))
     for loss in losses:
         assert builders.complete(engine, builders.lease(engine, study), loss)
+
+
+def register(engine: Engine, name: str, host: str) -> None:
+    with transaction(engine) as session:
+        workers.register(
+            session, name=name, host=host, pid=1, device="cpu", lanes=4, offer=installed()
+        )
 
 
 def find(engine: Engine, name: str) -> studies.Study:
@@ -243,10 +251,7 @@ def test_studies_and_workers_are_listed(run: Run, engine: Engine) -> None:
     assert run("list")[1] == "no studies; `regtune submit FILE` makes one\n"
     assert run("workers")[1] == "no workers; `regtune worker` starts one\n"
     train(engine, builders.create(engine, "x"), [0.5])
-    with transaction(engine) as session:
-        workers.register(
-            session, name="w", host="h", pid=1, device="cpu", lanes=4, offer=installed()
-        )
+    register(engine, "w", "h")
     assert run("list")[1].splitlines()[1].split() == ["x", "active", "1/5", "0.5"]
     assert run("workers")[1].splitlines()[1].split() == ["w", "yes", "cpu", "4"]
     assert [study["name"] for study in json.loads(run("list", "--json")[1])] == ["x"]
@@ -272,6 +277,24 @@ def test_watching_shows_each_change_and_says_by_its_exit_code_how_it_ended(
     assert [json.loads(line)["state"] for line in out.splitlines()] == ["cancelled"]
 
 
+def test_plain_lines_come_seldom_and_the_last_one_always(
+    api: Client, engine: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = builders.create(engine, "x", budget={"trials": 20})
+    looks = itertools.count(1)
+
+    def pause(seconds: float) -> None:
+        train(engine, study, [0.5])
+        if next(looks) == 10:
+            api.act("x", "cancel")
+
+    progress.show(api, "x", Console(), pause)
+    assert [line.partition(",")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "x: 0 of 20 trials done",
+        "x: 10 of 20 trials done",
+    ]
+
+
 def test_ctrl_c_leaves_a_watched_study_running(
     run: Run, engine: Engine, api: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,17 +310,9 @@ def test_a_worker_is_found_alive_by_its_host(
     run: Run, engine: Engine, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("REGTUNE_DATABASE_URL", database_url)
+    register(engine, "another", "elsewhere")
     assert run("worker", "--check")[0] == cli.FAILED
-    with transaction(engine) as session:
-        workers.register(
-            session,
-            name="w",
-            host=socket.gethostname(),
-            pid=1,
-            device="cpu",
-            lanes=4,
-            offer=installed(),
-        )
+    register(engine, "ours", socket.gethostname())
     assert run("worker", "--check")[0] == 0
 
 
