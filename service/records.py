@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from regtune import tables
 from regtune.errors import NoBestYet, NotFound
+from regtune.reporting import Epoch
 from regtune.studies import Study
 
 Params = Mapping[str, int | float]
@@ -88,19 +89,6 @@ class Rest:
     test_score: float | None
     error: str | None
     suggested: Params
-
-
-@dataclass(frozen=True)
-class EpochRow:
-    """One epoch of one attempt at a trial."""
-
-    epoch: int
-    train_loss: float
-    validation_loss: float
-    validation_score: float
-    penalty: float
-    sparsity: float
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -213,15 +201,15 @@ def trial(session: Session, study: Study, number: int) -> tuple[Trial, Rest]:
     )
 
 
-def epochs(session: Session, trial_id: int, attempt: int) -> Sequence[EpochRow]:
+def epochs(session: Session, trial_id: int, attempt: int) -> Sequence[Epoch]:
     """Return the epochs of one attempt at a trial."""
     e = tables.epochs.c
     rows = session.execute(
-        select(*(e[name] for name in EpochRow.__dataclass_fields__))
+        select(*(e[name] for name in Epoch.__dataclass_fields__))
         .where(e.trial_id == trial_id, e.attempt == attempt)
         .order_by(e.epoch)
     )
-    return [EpochRow(**row._mapping) for row in rows]
+    return [Epoch(**row._mapping) for row in rows]
 
 
 def _trials(study_id: int, state: str | None) -> Any:

@@ -5,12 +5,13 @@ from typing import Any
 
 from sqlalchemy import Engine, text
 
-from regtune import leasing, reporting, studies
+from regtune import leasing, reporting, studies, workers
 from regtune.database import transaction
 from regtune.leasing import Lease, Suggestion
 from regtune.reporting import Completed, Epoch
 from regtune.spec import StudySpec, parse_spec
 from regtune.studies import Study
+from regtune.task import Offer
 from service.scheduler.suggestion import as_suggestion, distributions, kind_of
 
 BASE = {"task": {"dataset": "digits", "model": "mlp"}, "budget": {"trials": 5}}
@@ -56,6 +57,22 @@ def lease(engine: Engine, study: Study, count: int = 1, worker: str = "w") -> Se
     """Leases of half a minute."""
     with transaction(engine) as session:
         return leasing.lease(session, study.study_id, worker, count, 30)
+
+
+def register(
+    engine: Engine, name: str = "w", lanes: int = 1, datasets: Sequence[str] = ("digits",)
+) -> None:
+    """A worker in the database that has just said that it lives."""
+    with transaction(engine) as session:
+        workers.register(
+            session,
+            name=name,
+            host="here",
+            pid=1,
+            device="none",
+            lanes=lanes,
+            offer=Offer(frozenset(datasets), frozenset({"mlp"})),
+        )
 
 
 def epoch(number: int, loss: float = 1.0) -> Epoch:

@@ -68,8 +68,11 @@ class Worker:
             while not self._shutdown.requested:
                 if not self._train_next():
                     self._wait(listener)
-        with transaction(self._database) as session:
-            workers.leave(session, self.name)
+        try:
+            with transaction(self._database) as session:
+                workers.leave(session, self.name)
+        except DBAPIError as error:
+            log.warning("database_lost", worker=self.name, error=str(error.orig).splitlines()[0])
         self._database.dispose()
         log.info("worker_stopped", worker=self.name)
 

@@ -59,16 +59,7 @@ class HandWorker:
         self.thread = threading.Thread(target=self._run)
 
     def __enter__(self) -> "HandWorker":
-        with transaction(self.engine) as session:
-            workers.register(
-                session,
-                name=self.name,
-                host="here",
-                pid=1,
-                device="none",
-                lanes=self.lanes,
-                offer=Offer(frozenset({"digits"}), frozenset({"mlp"})),
-            )
+        builders.register(self.engine, self.name, self.lanes)
         self.thread.start()
         return self
 
@@ -170,25 +161,8 @@ def test_reference_points_come_first_and_are_marked(engine: Engine, database_url
 
 def test_no_more_trials_wait_than_workers_want_lanes(engine: Engine, database_url: str) -> None:
     study = builders.create(engine, budget={"trials": 50})
-    with transaction(engine) as session:
-        workers.register(
-            session,
-            name="idle",
-            host="here",
-            pid=1,
-            device="none",
-            lanes=6,
-            offer=Offer(frozenset({"digits"}), frozenset({"mlp"})),
-        )
-        workers.register(
-            session,
-            name="without the task",
-            host="here",
-            pid=1,
-            device="none",
-            lanes=60,
-            offer=Offer(frozenset({"mnist"}), frozenset({"mlp"})),
-        )
+    builders.register(engine, "idle", 6)
+    builders.register(engine, "without the task", 60, datasets=["mnist"])
     conductor = Conductor(engine, database_url, SETTINGS, study)
     for _ in range(3):
         conductor.round()
@@ -197,16 +171,7 @@ def test_no_more_trials_wait_than_workers_want_lanes(engine: Engine, database_ur
 
 def run_one_by_one(engine: Engine, url: str, study: Study, rebuild: bool) -> list[Any]:
     """Conduct a study by hand, one trial at a time; return the parameters in order."""
-    with transaction(engine) as session:
-        workers.register(
-            session,
-            name="one",
-            host="here",
-            pid=1,
-            device="none",
-            lanes=1,
-            offer=Offer(frozenset({"digits"}), frozenset({"mlp"})),
-        )
+    builders.register(engine, "one", 1)
     conductor = Conductor(engine, url, SETTINGS, study)
     for _ in range(study.budget_trials):
         if rebuild:
