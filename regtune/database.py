@@ -199,6 +199,7 @@ def upgrade(url: str) -> None:
     engine = connect(url)
     with reachable(), engine.connect() as lock:
         lock.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _UPGRADE_LOCK})
+        _look_in_public_first(url)
         optuna_tables.create(address(url))
         with engine.begin() as connection:
             optuna_tables.check_version(connection)
@@ -207,9 +208,37 @@ def upgrade(url: str) -> None:
     engine.dispose()
 
 
+def _look_in_public_first(url: str) -> None:
+    """Let a role that is named like our schema see Optuna's tables, not ours, as ``studies``.
+
+    By default PostgreSQL looks into the schema of the role's own name first. A role may change
+    that for itself; it holds for all who connect as that role, a notebook with Optuna included.
+    """
+    # Not on a connection that is used again: only a new one looks where it was told.
+    engine = connect(url, pool_size=1)
+    with engine.begin() as connection:
+        if connection.execute(text("SELECT current_user")).scalar() == SCHEMA:
+            connection.execute(text(_LOOK_IN_PUBLIC_FIRST))
+    engine.dispose()
+
+
+_LOOK_IN_PUBLIC_FIRST = """
+DO $$ BEGIN
+    EXECUTE format('ALTER ROLE %I IN DATABASE %I SET search_path TO public',
+                   current_user, current_database());
+END $$
+"""
+
+
 def check(engine: Engine) -> None:
     """Raise UnknownSchema unless both schemas are the ones that this version knows."""
     with reachable(), engine.connect() as connection:
+        first = connection.execute(text("SELECT current_schema()")).scalar()
+        if first != "public":
+            raise UnknownSchema(
+                f"the role's search_path begins with {first!r}, and Optuna's tables are in public; "
+                "run `regtune db upgrade`, or set the path with ALTER ROLE … SET search_path"
+            )
         optuna_tables.check_version(connection)
         context = MigrationContext.configure(connection, opts={"version_table_schema": SCHEMA})
         found = context.get_current_revision()

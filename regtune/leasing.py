@@ -300,7 +300,8 @@ WITH token AS (
     RETURNING t.trial_id, t.study_id, t.number, t.state, t.reason, t.finished_at
 ), public_trials AS (
     UPDATE public.trials o
-    SET state = CASE WHEN given_up.state = 'waiting' THEN 'WAITING' ELSE 'FAIL' END::trialstate,
+    SET state = CASE WHEN given_up.state = 'waiting' THEN 'WAITING'
+                ELSE 'FAIL' END::public.trialstate,
         datetime_complete = given_up.finished_at AT TIME ZONE 'utc'
     FROM given_up WHERE o.trial_id = given_up.trial_id
 ), attributes AS (

@@ -221,7 +221,7 @@ WITH lease AS (
            CASE WHEN validation_loss = 'NaN' THEN 'NAN'
                 WHEN validation_loss = 'Infinity' THEN 'INF_POS'
                 WHEN validation_loss = '-Infinity' THEN 'INF_NEG'
-                ELSE 'FINITE' END::trialintermediatevaluetype
+                ELSE 'FINITE' END::public.trialintermediatevaluetype
     FROM recorded ORDER BY trial_id, epoch
     ON CONFLICT (trial_id, step) DO UPDATE
     SET intermediate_value = excluded.intermediate_value,
@@ -253,7 +253,7 @@ WITH outcome AS (
     RETURNING t.*, o.optuna_state
 ), public_trials AS (
     UPDATE public.trials p
-    SET state = ended.optuna_state::trialstate,
+    SET state = ended.optuna_state::public.trialstate,
         datetime_complete = ended.finished_at AT TIME ZONE 'utc'
     FROM ended WHERE p.trial_id = ended.trial_id
 ), public_values AS (
@@ -261,7 +261,7 @@ WITH outcome AS (
     SELECT trial_id, 0, CASE WHEN abs(final.value) < 'Infinity' THEN final.value END,
            CASE WHEN final.value = 'Infinity' THEN 'INF_POS'
                 WHEN final.value = '-Infinity' THEN 'INF_NEG'
-                ELSE 'FINITE' END::trialvaluetype
+                ELSE 'FINITE' END::public.trialvaluetype
     FROM ended, LATERAL (
         SELECT CASE ended.state WHEN 'complete' THEN ended.value WHEN 'pruned' THEN (
             SELECT e.validation_loss FROM regtune.epochs e
