@@ -5,10 +5,11 @@ stop. One more ends any number of trials. A lease that is gone touches no row.
 """
 
 import json
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Self
 
 from sqlalchemy import text
 from sqlalchemy.orm import Session
@@ -60,6 +61,14 @@ class Failed:
 
     reason: str
     error: str
+
+    @classmethod
+    def by(cls, error: Exception) -> Self:
+        """Return the outcome of a trial whose task raised ``error``."""
+        return cls(
+            reason=f"{type(error).__name__}: {error}",
+            error="".join(traceback.format_exception(error)),
+        )
 
 
 Outcome = Completed | Pruned | Failed

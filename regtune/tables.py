@@ -28,7 +28,6 @@ SCHEMA = "regtune"
 STUDY_STATES = ("active", "paused", "stopping", "completed", "stopped", "cancelled", "failed")
 LIVE_STUDY_STATES = ("active", "paused", "stopping")
 TRIAL_STATES = ("waiting", "running", "complete", "pruned", "failed", "cancelled")
-ENDED_TRIAL_STATES = ("complete", "pruned", "failed", "cancelled")
 TRIAL_KINDS = ("baseline", "default", "suggested")
 
 metadata = MetaData()

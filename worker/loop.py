@@ -3,7 +3,6 @@
 import os
 import socket
 import time
-import traceback
 
 import structlog
 import torch
@@ -117,10 +116,7 @@ class Worker:
 
     def _fail_one(self, study: Study, error: Exception) -> None:
         """Fail one trial alone: other workers may well have what this one lacks."""
-        failed = Failed(
-            reason=f"{type(error).__name__}: {error}",
-            error="".join(traceback.format_exception(error)),
-        )
+        failed = Failed.by(error)
         with transaction(self._database) as session:
             leases = leasing.lease(
                 session, study.study_id, self.name, 1, self._settings.lease_seconds

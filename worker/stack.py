@@ -8,7 +8,6 @@ brings everything along the next time.
 
 import threading
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -154,10 +153,7 @@ class Stack:
 
     def _fail_all(self, error: Exception) -> None:
         """End all lanes as failed: in one batched step nobody can say whose fault it was."""
-        failed = Failed(
-            reason=f"{type(error).__name__}: {error}",
-            error="".join(traceback.format_exception(error)),
-        )
+        failed = Failed.by(error)
         log.error("training_raised", study=self.study.name, error=failed.reason)
         self._outcomes |= dict.fromkeys(self._engine.lanes, failed)
         self._engine.leave(self._engine.lanes)
