@@ -6,14 +6,25 @@ person named none, so that what is stored and shown is what is run.
 
 import json
 import re
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, Self, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    SerializerFunctionWrapHandler,
+    Strict,
+    ValidationError,
+    ValidationInfo,
+)
 from pydantic import field_validator as validate_field
+from pydantic import model_serializer as serialize_model
 from pydantic import model_validator as validate_model
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError
 from yaml.constructor import ConstructorError
 
 from regtune.errors import FieldError, InvalidSpec
@@ -33,6 +44,11 @@ MAX_YAML_VALUES = 10_000
 """Most values in a YAML text, which takes a few hundred times longer to read than JSON."""
 REFERENCE_TRIALS = 2
 """Every study first trains two reference points: everything off, and a common default."""
+MAX_LEARNING_RATE = 100
+MAX_MEMBERS = 256
+"""Most trainings that one trial may stand for."""
+MAX_GRID_POINTS = 2**63 - 1
+"""Most points that can be shuffled by number."""
 
 Optimizer = Literal["adam", "adamw", "sgd", "rmsprop"]
 SamplerName = Literal["tpe", "random", "grid", "qmc", "cmaes", "gp"]
@@ -56,6 +72,29 @@ def _with_computed_defaults(*names: str) -> Callable[[dict[str, Any]], None]:
             schema["properties"][name].pop("default", None)
 
     return change
+
+
+class _PartlyUsed(_SpecModel):
+    """A part of a spec in which some fields have no meaning, depending on the others.
+
+    Such a field is not written: it may not be named either, and what is shown can be posted again.
+    """
+
+    def _unused(self) -> tuple[str, ...]:
+        raise NotImplementedError
+
+    @serialize_model(mode="wrap")
+    def _write_what_is_used(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        unused = self._unused()
+        return {name: value for name, value in write(self).items() if name not in unused}
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """Describe the fields; of the serializer pydantic would only say that it gives a dict."""
+        described = {key: value for key, value in schema.items() if key != "serialization"}
+        return handler(cast(CoreSchema, described))
 
 
 class MlpSettings(_SpecModel):
@@ -108,7 +147,7 @@ class TaskSpec(BaseModel):
         return own | schema.model_validate(settings).model_dump(mode="json")
 
 
-class Training(_SpecModel):
+class Training(_PartlyUsed):
     """How each trial is trained; the same for all trials."""
 
     model_config = ConfigDict(json_schema_extra=_with_computed_defaults("learning_rate"))
@@ -116,16 +155,29 @@ class Training(_SpecModel):
     optimizer: Optimizer = Field(
         "adamw",
         description="Weight decay is decoupled in AdamW, and coupled (added to the gradient) in "
-        "the others. SGD uses momentum 0.9.",
+        "the others.",
         examples=["adamw"],
     )
     learning_rate: float = Field(
         0.0,
         gt=0,
-        le=100,
+        le=MAX_LEARNING_RATE,
         validate_default=False,
-        description="Step size η at the start. Default: 0.001, or 0.01 for sgd.",
+        description="Step size η, unless search.learning_rate searches it; the reference points "
+        "keep to it then. Default: 0.001, or 0.01 for sgd.",
         examples=[0.001],
+    )
+    momentum: float = Field(
+        0.9,
+        ge=0,
+        lt=1,
+        description="Momentum of sgd; the other optimizers have none to set.",
+        examples=[0.9],
+    )
+    nesterov: bool = Field(
+        False,
+        description="Nesterov's form of the momentum of sgd; needs momentum > 0.",
+        examples=[False],
     )
     batch_size: int = Field(128, ge=1, le=1_000_000, description="Rows per step.", examples=[128])
     max_epochs: int = Field(
@@ -133,8 +185,15 @@ class Training(_SpecModel):
     )
     schedule: Literal["constant", "cosine"] = Field(
         "constant",
-        description="Learning rate over max_epochs; cosine ends at zero.",
+        description="Learning rate over max_epochs, after the warm-up; cosine ends at zero.",
         examples=["constant"],
+    )
+    warmup_epochs: int = Field(
+        0,
+        ge=0,
+        description="Epochs in which the learning rate first rises linearly to η; fewer than "
+        "max_epochs.",
+        examples=[0],
     )
     min_delta: float = Field(
         0.0,
@@ -148,13 +207,60 @@ class Training(_SpecModel):
         "subgradient: λ₁·‖w‖₁ is part of the loss (its useful λ₁ is about 1000 times smaller).",
         examples=["proximal"],
     )
+    penalized: Literal["weights", "all"] = Field(
+        "weights",
+        description="What weight decay and L1 act on. weights: parameters of two or more "
+        "dimensions outside normalization layers; all: biases and normalization parameters too.",
+        examples=["weights"],
+    )
+    precision: Literal["float32", "tf32", "bf16"] = Field(
+        "float32",
+        description="float32; tf32: the same with TF32 matrix products, on CUDA only (elsewhere "
+        "the same as float32); bf16: forward and backward pass under bfloat16 autocast, weights "
+        "and moments stay float32.",
+        examples=["float32"],
+    )
     seed: int = Field(
         0,
         ge=0,
         lt=2**31,
-        description="Seed of initial weights, data order, dropout and the validation rows.",
+        description="Seed of initial weights, data order, dropout, noise and the validation rows.",
         examples=[0],
     )
+
+    # Only what is named comes here: a default is not validated.
+    @validate_field("momentum", "nesterov")
+    @classmethod
+    def _check_optimizer_has_momentum(cls, value: Any, info: ValidationInfo) -> Any:
+        optimizer = info.data.get("optimizer", "sgd")
+        if optimizer != "sgd":
+            raise PydanticCustomError(
+                "momentum",
+                "{field} is a setting of sgd alone, and the optimizer is {optimizer}; leave "
+                "{field} out, or take optimizer: sgd",
+                {"field": info.field_name, "optimizer": optimizer},
+            )
+        return value
+
+    @validate_field("nesterov")
+    @classmethod
+    def _check_nesterov(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("momentum") == 0:
+            raise PydanticCustomError(
+                "momentum", "nesterov: true needs momentum > 0, but momentum is 0"
+            )
+        return value
+
+    @validate_field("warmup_epochs")
+    @classmethod
+    def _check_warmup(cls, value: int, info: ValidationInfo) -> int:
+        if value >= info.data.get("max_epochs", value + 1):
+            raise PydanticCustomError(
+                "warmup",
+                "must be smaller than max_epochs, which is {max_epochs}, but {value} is given",
+                {"max_epochs": info.data["max_epochs"], "value": value},
+            )
+        return value
 
     @validate_model(mode="after")
     def _fill_in_learning_rate(self) -> Self:
@@ -162,13 +268,23 @@ class Training(_SpecModel):
             self.__dict__["learning_rate"] = 0.01 if self.optimizer == "sgd" else 0.001
         return self
 
+    def _unused(self) -> tuple[str, ...]:
+        return () if self.optimizer == "sgd" else ("momentum", "nesterov")
+
 
 class Search(_SpecModel):
-    """What is searched. A parameter that is left out gets its default range."""
+    """What is searched. A parameter that is left out gets its default range or fixed value."""
 
     model_config = ConfigDict(
         json_schema_extra=_with_computed_defaults(
-            "weight_decay", "dropout", "l1_lambda", "patience"
+            "weight_decay",
+            "dropout",
+            "l1_lambda",
+            "patience",
+            "learning_rate",
+            "label_smoothing",
+            "input_noise",
+            "weight_noise",
         )
     )
 
@@ -191,13 +307,32 @@ class Search(_SpecModel):
         "Default: from a tenth of max_epochs to half of it.",
         examples=[{"low": 5, "high": 25}],
     )
+    learning_rate: Parameter = Field(
+        description="η > 0. Default: fixed at training.learning_rate.",
+        examples=[{"low": 1e-4, "high": 1e-2, "log": True}],
+    )
+    label_smoothing: Parameter = Field(
+        description="ε, 0 ≤ ε < 1: the training loss counts the right class with 1 - ε, and ε "
+        "spread evenly over all classes. Default: fixed at 0.",
+        examples=[{"low": 0.0, "high": 0.3}],
+    )
+    input_noise: Parameter = Field(
+        description="σ ≥ 0 of Gaussian noise on the standardized inputs, in training only. "
+        "Default: fixed at 0.",
+        examples=[{"low": 0.0, "high": 1.0}],
+    )
+    weight_noise: Parameter = Field(
+        description="σ ≥ 0 of Gaussian noise on the weights in the forward pass, in training only. "
+        "Default: fixed at 0.",
+        examples=[{"low": 1e-4, "high": 0.1, "log": True, "or_zero": True}],
+    )
 
-    @validate_field("weight_decay", "l1_lambda")
+    @validate_field("weight_decay", "l1_lambda", "input_noise", "weight_noise")
     @classmethod
     def _check_strength(cls, parameter: Parameter) -> Parameter:
         return _check_numbers(parameter, lambda value: value >= 0, "must not be negative")
 
-    @validate_field("dropout")
+    @validate_field("dropout", "label_smoothing")
     @classmethod
     def _check_rate(cls, parameter: Parameter) -> Parameter:
         return _check_numbers(parameter, lambda value: 0 <= value < 1, "must be in [0, 1)")
@@ -205,9 +340,18 @@ class Search(_SpecModel):
     @validate_field("patience")
     @classmethod
     def _check_patience(cls, parameter: IntegerParameter) -> IntegerParameter:
-        if isinstance(parameter, Range) and parameter.or_zero:
-            raise PydanticCustomError("parameter", "patience has no zero; leave or_zero out")
+        _check_has_no_zero(parameter, "patience")
         return _check_numbers(parameter, lambda value: value >= 1, "must be at least 1")
+
+    @validate_field("learning_rate")
+    @classmethod
+    def _check_learning_rate(cls, parameter: Parameter) -> Parameter:
+        _check_has_no_zero(parameter, "learning_rate")
+        return _check_numbers(
+            parameter,
+            lambda value: 0 < value <= MAX_LEARNING_RATE,
+            f"must be above 0 and at most {MAX_LEARNING_RATE}",
+        )
 
     @validate_model(mode="after")
     def _check_not_empty(self) -> Self:
@@ -239,8 +383,15 @@ def _check_numbers(parameter: _P, is_right: Callable[[float], bool], what_is_rig
     return parameter
 
 
+def _check_has_no_zero(parameter: Parameter | IntegerParameter, name: str) -> None:
+    if isinstance(parameter, Range) and parameter.or_zero:
+        raise PydanticCustomError(
+            "parameter", "{name} has no zero; leave or_zero out", {"name": name}
+        )
+
+
 def default_search(training: Training) -> dict[str, Any]:
-    """Return the default ranges for a training.
+    """Return the default ranges and fixed values for a training.
 
     In AdamW a decay λ acts over 1 / (η·λ) steps (Wang & Aitchison 2024, arXiv 2405.13698), so one
     below 1 / (η · steps of the whole training) does nothing; the range 1e-6…1e-2 that is usual
@@ -254,6 +405,10 @@ def default_search(training: Training) -> dict[str, Any]:
         "dropout": {"low": 0.0, "high": 0.7},
         "l1_lambda": _zero_or(1e-4, 0.3) if proximal else _zero_or(1e-7, 1e-3),
         "patience": _patience_range(training.max_epochs),
+        "learning_rate": training.learning_rate,
+        "label_smoothing": 0.0,
+        "input_noise": 0.0,
+        "weight_noise": 0.0,
     }
 
 
@@ -266,16 +421,55 @@ def _patience_range(max_epochs: int) -> dict[str, Any]:
     return {"low": low, "high": max(low + 1, max_epochs // 2)}
 
 
-class Validation(_SpecModel):
-    """Which training rows are held out to choose by."""
+class Validation(_PartlyUsed):
+    """Which training rows are held out to choose by, and how often each trial is trained."""
 
     fraction: float = Field(
         0.2,
         gt=0,
         lt=1,
-        description="Share of the training rows, stratified, the same for all.",
+        description="Share of the training rows that is held out, stratified, the same rows for "
+        "every trial; unless there are folds.",
         examples=[0.2],
     )
+    folds: int | None = Field(
+        None,
+        ge=2,
+        le=100,
+        description="Stratified k-fold cross-validation instead of a fraction: a trial is trained "
+        "once for each fold, which is held out.",
+        examples=[5],
+    )
+    repeats: int = Field(
+        1,
+        ge=1,
+        le=100,
+        description="How often all of that is done, each time with other rows held out and other "
+        "noise; folds × repeats is at most 256.",
+        examples=[1],
+    )
+
+    @validate_model(mode="after")
+    def _check_together(self) -> Self:
+        if self.folds is not None and "fraction" in self.model_fields_set:
+            raise PydanticCustomError(
+                "validation", "fraction and folds exclude each other; name one of them"
+            )
+        if self.members > MAX_MEMBERS:
+            raise PydanticCustomError(
+                "validation",
+                "folds × repeats must be at most {most}, but {folds} × {repeats} is given",
+                {"most": MAX_MEMBERS, "folds": self.folds, "repeats": self.repeats},
+            )
+        return self
+
+    @property
+    def members(self) -> int:
+        """How many trainings, side by side, one trial stands for."""
+        return (self.folds or 1) * self.repeats
+
+    def _unused(self) -> tuple[str, ...]:
+        return () if self.folds is None else ("fraction",)
 
 
 class Budget(_SpecModel):
@@ -356,7 +550,8 @@ class StudySpec(_SpecModel):
         examples=[{"optimizer": "adamw", "max_epochs": 50}],
     )
     search: Search = Field(
-        description="What is searched. Default: sensible ranges of all four.",
+        description="What is searched. Default: sensible ranges of weight_decay, dropout, "
+        "l1_lambda and patience.",
         examples=[{"dropout": {"low": 0.0, "high": 0.5}, "l1_lambda": 0.0}],
     )
     validation: Validation = Field(
@@ -411,9 +606,26 @@ class StudySpec(_SpecModel):
             raise PydanticCustomError(
                 "empty",
                 "names no parameter; leave search out for the default ranges, or name one of "
-                "weight_decay, dropout, l1_lambda, patience",
+                "{known}",
+                {"known": ", ".join(Search.model_fields)},
             )
         return value
+
+    @validate_model(mode="after")
+    def _agree_on_learning_rate(self) -> Self:
+        """Let a learning rate that is not searched be one value, wherever it was named."""
+        fixed = self.search.learning_rate
+        if not isinstance(fixed, Fixed) or fixed.root == self.training.learning_rate:
+            return self
+        if "learning_rate" in self.training.model_fields_set:
+            raise PydanticCustomError(
+                "learning_rate",
+                "search.learning_rate is fixed at {fixed}, but training.learning_rate is {named}; "
+                "name one of them",
+                {"fixed": fixed.root, "named": self.training.learning_rate},
+            )
+        self.__dict__["training"] = self.training.model_copy(update={"learning_rate": fixed.root})
+        return self
 
     @validate_model(mode="after")
     def _check_grid(self) -> Self:
@@ -430,6 +642,10 @@ class StudySpec(_SpecModel):
                     {"name": name},
                 )
             size *= len(grid_values(parameter))
+        if size > MAX_GRID_POINTS:
+            raise PydanticCustomError(
+                "grid", "the grid has {size} points, more than can be numbered", {"size": size}
+            )
         points += size
         if "trials" not in self.budget.model_fields_set:
             self.__dict__["budget"] = Budget(trials=points, seconds=self.budget.seconds)
@@ -452,11 +668,11 @@ class StudySpec(_SpecModel):
         return self.model_dump(mode="json")
 
 
-def grid_values(parameter: Searched) -> tuple[float, ...]:
+def grid_values(parameter: Searched) -> Sequence[float]:
     """Return the points of a parameter on a grid: its choices, or its whole numbers."""
     if isinstance(parameter, Choices):
         return parameter.root
-    return tuple(range(int(parameter.low), int(parameter.high) + 1))
+    return range(int(parameter.low), int(parameter.high) + 1)
 
 
 def parse_spec(data: Any) -> StudySpec:

@@ -18,7 +18,7 @@ from optuna.distributions import (
 from optuna.samplers import BaseSampler
 
 from regtune.leasing import Suggestion
-from regtune.space import Choices, Fixed, Range
+from regtune.space import Fixed, Searched
 from regtune.spec import REFERENCE_TRIALS, StudySpec, grid_values
 
 COMMON_DROPOUT = 0.2
@@ -106,10 +106,16 @@ def _used(spec: StudySpec, suggested: Mapping[str, float]) -> dict[str, float]:
 
 
 def _everything_off(spec: StudySpec) -> dict[str, float]:
-    return {
-        name: parameter.highest() if name == "patience" else parameter.lowest()
-        for name, parameter in spec.search.searched().items()
-    }
+    return {name: _off(spec, name, parameter) for name, parameter in spec.search.searched().items()}
+
+
+def _off(spec: StudySpec, name: str, parameter: Searched) -> float:
+    match name:
+        case "learning_rate":  # no regularization, so there is nothing to switch off
+            return parameter.nearest(spec.training.learning_rate)
+        case "patience":
+            return parameter.highest()
+    return parameter.lowest()
 
 
 def _common_default(spec: StudySpec) -> dict[str, float]:
@@ -119,6 +125,10 @@ def _common_default(spec: StudySpec) -> dict[str, float]:
         "dropout": COMMON_DROPOUT,
         "l1_lambda": 0.0,
         "patience": COMMON_PATIENCE,
+        "learning_rate": spec.training.learning_rate,
+        "label_smoothing": 0.0,
+        "input_noise": 0.0,
+        "weight_noise": 0.0,
     }
     return {
         name: parameter.nearest(common[name]) for name, parameter in spec.search.searched().items()
@@ -163,7 +173,7 @@ def _sobol_point(spec: StudySpec, index: int) -> dict[str, float]:
     }
 
 
-def _at(parameter: Range[float] | Range[int] | Choices[float] | Choices[int], unit: float) -> float:
+def _at(parameter: Searched, unit: float) -> float:
     """Return the value at a place in [0, 1) of a parameter."""
     match parameter.distribution():
         case CategoricalDistribution(choices=choices):
