@@ -17,7 +17,7 @@ def show(best: Document, console: Console) -> None:
     table.add_column(f"best (trial {best['number']})", justify="right")
     table.add_column("no regularization", justify="right")
     table.add_column("gain", justify="right")
-    for name in Search.model_fields:
+    for name in _told(best):
         unregularized = _number(baseline["params"][name]) if baseline else _NOTHING
         table.add_row(name.replace("_", " "), _number(best["params"][name]), unregularized)
     table.add_section()
@@ -25,6 +25,19 @@ def show(best: Document, console: Console) -> None:
     table.add_row("test accuracy", *_scores(best, baseline))
     console.print()
     console.print(table)
+
+
+def _told(best: Document) -> list[str]:
+    """Return the parameters that say something: searched ones, and strengths fixed above zero.
+
+    A trial from before a parameter was known does not name it.
+    """
+    searched, params = best["searched"], best["params"]
+    return [
+        name
+        for name in Search.model_fields
+        if name in searched or (name != "learning_rate" and params.get(name))
+    ]
 
 
 def _losses(best: Document, baseline: Document | None) -> list[str]:

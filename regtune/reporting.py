@@ -38,7 +38,11 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Completed:
-    """The trial ran to its end or stopped early; all figures are at the best weights."""
+    """The trial ran to its end or stopped early; all figures are at the best weights.
+
+    Where a trial has several members, each figure is their mean, and ``validation_loss_spread`` the
+    standard deviation of their validation losses (n - 1 in the denominator).
+    """
 
     validation_loss: float
     validation_score: float
@@ -46,6 +50,7 @@ class Completed:
     test_loss: float
     test_score: float
     reason: str
+    validation_loss_spread: float | None = None
 
 
 @dataclass(frozen=True)
@@ -245,7 +250,8 @@ WITH outcome AS (
     SELECT * FROM json_to_recordset(cast(:outcomes AS json)) AS r(
         trial_id int, token uuid, state text, optuna_state text, reason text, error text,
         value double precision, validation_score double precision, best_epoch int,
-        test_loss double precision, test_score double precision)
+        test_loss double precision, test_score double precision,
+        validation_loss_spread double precision)
 ), held AS (
     SELECT t.trial_id FROM regtune.trials t
     JOIN outcome ON outcome.trial_id = t.trial_id AND outcome.token = t.token
@@ -253,6 +259,7 @@ WITH outcome AS (
 ), ended AS (
     UPDATE regtune.trials t
     SET state = o.state, reason = o.reason, error = o.error, value = o.value,
+        value_spread = o.validation_loss_spread,
         validation_score = o.validation_score, best_epoch = o.best_epoch,
         test_loss = o.test_loss, test_score = o.test_score,
         token = NULL, lease_expires_at = NULL, stop_request = NULL,
@@ -282,6 +289,7 @@ WITH outcome AS (
     SELECT trial_id, a.key, a.value FROM ended, LATERAL (VALUES
         ('reason', to_json(reason)::text), ('worker', to_json(cast(:worker AS text))::text),
         ('best_epoch', best_epoch::text), ('validation_score', validation_score::text),
+        ('validation_loss_spread', value_spread::text),
         ('test_score', test_score::text), ('error', to_json(error)::text)) AS a(key, value)
     WHERE a.value IS NOT NULL
 ), told AS (

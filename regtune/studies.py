@@ -4,8 +4,9 @@ Every change locks the study's row first, so that two clients at once, or a sche
 meanwhile, see each other's outcome. Functions take a session and never commit.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, Literal
 
@@ -21,12 +22,32 @@ Verb = Literal["pause", "resume", "stop", "cancel"]
 
 
 @dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a study's model only when it has been built.
+
+    ``parameters`` counts its numbers. ``penalized`` names the parameters that weight decay and L1
+    act on, ``spared`` the others. ``vectorized`` says that its lanes train as one batched model,
+    not one after the other. ``training_rows`` are those of one member, and ``steps_per_epoch`` its
+    steps through them.
+    """
+
+    parameters: int
+    penalized: Sequence[str]
+    spared: Sequence[str]
+    dropout_sites: Sequence[str]
+    vectorized: bool
+    steps_per_epoch: int
+    training_rows: int
+
+
+@dataclass(frozen=True)
 class Study:
-    """A study as it stands."""
+    """A study as it stands; ``model`` is None until a worker has built it."""
 
     study_id: int
     name: str
     spec: StudySpec
+    model: ModelFacts | None
     state: str
     reason: str | None
     priority: int
@@ -40,6 +61,19 @@ class Study:
     def live(self) -> bool:
         """Whether it may still change by itself."""
         return self.state in tables.LIVE_STUDY_STATES
+
+    def decay_timescale_epochs(self, params: Mapping[str, float]) -> float | None:
+        """Return over how many epochs AdamW's decay acts on a trial's weights, 1 / (η·λ₂·steps).
+
+        None without decay, in other optimizers, and until a worker has built the model. Wang &
+        Aitchison 2024, arXiv 2405.13698: it transfers between set-ups, where λ₂ does not.
+        """
+        if self.spec.training.optimizer != "adamw" or self.model is None:
+            return None
+        # A trial of a study from before the learning rate could be searched does not name it.
+        learning_rate = params.get("learning_rate", self.spec.training.learning_rate)
+        share_per_epoch = learning_rate * params["weight_decay"] * self.model.steps_per_epoch
+        return 1 / share_per_epoch if share_per_epoch > 0 else None
 
 
 def create(session: Session, spec: StudySpec, actor: str) -> tuple[Study, bool]:
@@ -117,6 +151,20 @@ def by_id(session: Session, study_id: int) -> Study:
     if row is None:
         raise NotFound("the study has been deleted")
     return _study(row)
+
+
+def describe_model(session: Session, study_id: int, facts: ModelFacts) -> None:
+    """Write down what a worker found out about a study's model; the first one's word stands.
+
+    It locks the study's row, so it comes before whatever locks trials in the same transaction.
+    """
+    session.execute(
+        text(
+            "UPDATE regtune.studies SET model = cast(:facts AS jsonb)"
+            " WHERE study_id = :study_id AND model IS NULL"
+        ),
+        {"study_id": study_id, "facts": json.dumps(asdict(facts))},
+    )
 
 
 def live(session: Session) -> Sequence[Study]:
@@ -224,7 +272,9 @@ def delete(session: Session, name: str) -> None:
 
 
 def _study(row: Row[Any]) -> Study:
-    return Study(**{**row._mapping, "spec": StudySpec.model_validate(row.spec)})
+    spec = StudySpec.model_validate(row.spec)
+    model = ModelFacts(**row.model) if row.model else None
+    return Study(**{**row._mapping, "spec": spec, "model": model})
 
 
 def _set_state(session: Session, study_id: int, state: str, reason: str | None) -> None:

@@ -65,6 +65,7 @@ studies = Table(
     ),
     Column("name", Text, nullable=False, unique=True),
     Column("spec", JSONB, nullable=False),
+    Column("model", JSONB, comment="what the first worker that built the model found out"),
     Column("state", Text, nullable=False),
     Column("reason", Text, comment="why the study ended"),
     Column("priority", Integer, nullable=False),
@@ -101,6 +102,7 @@ trials = Table(
     Column("lease_expires_at", DateTime(timezone=True)),
     Column("stop_request", Text, comment="the scheduler's verdict for the worker"),
     Column("value", Double, comment="validation loss at the best weights"),
+    Column("value_spread", Double, comment="standard deviation of the value over the members"),
     Column("validation_score", Double),
     Column("best_epoch", Integer),
     Column("test_loss", Double),
@@ -147,6 +149,10 @@ workers = Table(
     Column("device", Text, nullable=False),
     Column("lanes", Integer, nullable=False, comment="how many trials it trains at once"),
     Column("wanted_lanes", Integer, nullable=False, comment="lanes that would take a trial now"),
+    Column(
+        "occupancy", Double, comment="share of its lanes that trained while trials were waiting"
+    ),
+    Column("capacity", JSONB, comment="how the number of lanes was found"),
     Column("datasets", JSONB, nullable=False),
     Column("models", JSONB, nullable=False),
     Column("study_id", Integer, comment="the study that it trains now"),

@@ -1,8 +1,10 @@
 """The workers: who they are, what they can train, how many lanes they want filled."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from sqlalchemy import text
 from sqlalchemy.orm import Session
@@ -17,7 +19,11 @@ ANY_STUDY = 0
 
 @dataclass(frozen=True)
 class Worker:
-    """A worker as it last said of itself; ``alive`` if that was not long ago."""
+    """A worker as it last said of itself; ``alive`` if that was not long ago.
+
+    ``occupancy`` is the share of its lanes that trained, from 0 to 1, over the epochs of its study
+    so far in which trials were waiting. ``capacity`` is how the number of lanes was found.
+    """
 
     name: str
     host: str
@@ -25,6 +31,8 @@ class Worker:
     device: str
     lanes: int
     wanted_lanes: int
+    occupancy: float | None
+    capacity: Mapping[str, Any] | None
     datasets: Sequence[str]
     models: Sequence[str]
     study: str | None
@@ -52,9 +60,33 @@ def register(
     events.notify(session, NEWS, ANY_STUDY)
 
 
-def beat(session: Session, name: str, *, wanted_lanes: int, study_id: int | None) -> None:
-    """Say that a worker lives, how many lanes it wants filled and which study it trains."""
-    session.execute(text(_BEAT), {"name": name, "wanted_lanes": wanted_lanes, "study_id": study_id})
+def beat(
+    session: Session,
+    name: str,
+    *,
+    wanted_lanes: int,
+    study_id: int | None,
+    lanes: int | None = None,
+    occupancy: float | None = None,
+    capacity: Mapping[str, Any] | None = None,
+) -> None:
+    """Say that a worker lives, how many lanes it wants filled and which study it trains.
+
+    ``lanes``, ``occupancy`` and ``capacity`` stay as they are where they are None. The fields of
+    ``capacity`` are ``lanes``, ``reason`` and, where they are known, ``bytes_per_lane`` and
+    ``trial_epochs_per_second``.
+    """
+    session.execute(
+        text(_BEAT),
+        {
+            "name": name,
+            "wanted_lanes": wanted_lanes,
+            "study_id": study_id,
+            "lanes": lanes,
+            "occupancy": occupancy,
+            "capacity": json.dumps(capacity) if capacity else None,
+        },
+    )
     if wanted_lanes:
         events.notify(session, NEWS, study_id or ANY_STUDY)
 
@@ -110,18 +142,22 @@ ON CONFLICT (name) DO UPDATE
 SET host = excluded.host, pid = excluded.pid, device = excluded.device, lanes = excluded.lanes,
     wanted_lanes = excluded.wanted_lanes, datasets = excluded.datasets,
     models = excluded.models, started_at = excluded.started_at,
-    heartbeat_at = excluded.heartbeat_at, study_id = NULL, stopped_at = NULL
+    heartbeat_at = excluded.heartbeat_at, study_id = NULL, stopped_at = NULL,
+    occupancy = NULL, capacity = NULL
 """
 
 _BEAT = """
 UPDATE regtune.workers
-SET heartbeat_at = now(), wanted_lanes = :wanted_lanes, study_id = :study_id
+SET heartbeat_at = now(), wanted_lanes = :wanted_lanes, study_id = :study_id,
+    lanes = coalesce(cast(:lanes AS int), lanes),
+    occupancy = coalesce(cast(:occupancy AS double precision), occupancy),
+    capacity = coalesce(cast(:capacity AS jsonb), capacity)
 WHERE name = :name
 """
 
 _EVERYONE = """
-SELECT w.name, w.host, w.pid, w.device, w.lanes, w.wanted_lanes, w.datasets, w.models,
-       s.name AS study, w.started_at, w.heartbeat_at,
+SELECT w.name, w.host, w.pid, w.device, w.lanes, w.wanted_lanes, w.occupancy, w.capacity,
+       w.datasets, w.models, s.name AS study, w.started_at, w.heartbeat_at,
        w.stopped_at IS NULL
        AND w.heartbeat_at > now() - make_interval(secs => :alive_seconds) AS alive
 FROM regtune.workers w LEFT JOIN regtune.studies s USING (study_id)

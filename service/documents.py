@@ -13,7 +13,16 @@ StudyState = Literal["active", "paused", "stopping", "completed", "stopped", "ca
 TrialState = Literal["waiting", "running", "complete", "pruned", "failed", "cancelled"]
 TrialKind = Literal["baseline", "default", "suggested"]
 
-PARAMS_EXAMPLE = {"weight_decay": 0.31, "dropout": 0.22, "l1_lambda": 0.0, "patience": 12}
+PARAMS_EXAMPLE = {
+    "weight_decay": 0.31,
+    "dropout": 0.22,
+    "l1_lambda": 0.0,
+    "patience": 12,
+    "learning_rate": 0.001,
+    "label_smoothing": 0.0,
+    "input_noise": 0.0,
+    "weight_noise": 0.0,
+}
 
 Params = dict[str, int | float]
 
@@ -24,8 +33,22 @@ class Document(BaseModel):
     model_config = ConfigDict(frozen=True, from_attributes=True, ser_json_inf_nan="null")
 
 
+SPREAD = (
+    "Standard deviation of the validation loss over the trial's members; null where it has only "
+    "one."
+)
+TIMESCALE = (
+    "Epochs over which AdamW's decay acts on a weight: 1 / (learning rate × weight decay × steps "
+    "per epoch). Unlike the decay it carries over to other set-ups (Wang & Aitchison 2024, arXiv "
+    "2405.13698). Null without decay, in other optimizers, and until a worker has built the model."
+)
+
+
 class TrialResult(Document):
-    """What a complete trial measured, all at its best weights."""
+    """What a complete trial measured, all at its best weights.
+
+    Where a trial has several members (folds × repeats), each figure is their mean.
+    """
 
     number: int = Field(description="The trial's number, from 0.", examples=[17])
     kind: TrialKind = Field(
@@ -37,11 +60,14 @@ class TrialResult(Document):
         description="The values that were trained with, zeros and fixed ones included.",
         examples=[PARAMS_EXAMPLE],
     )
+    decay_timescale_epochs: Measure = Field(description=TIMESCALE, examples=[89.6])
     validation_loss: Measure = Field(
-        description="Loss on the validation rows, no penalty in it. It alone decides which trial "
-        "is best. Null if it is not a finite number.",
+        description="Loss on the validation rows, no penalty in it; the mean over the trial's "
+        "members where it has several. It alone decides which trial is best. Null if it is not a "
+        "finite number.",
         examples=[0.0731],
     )
+    validation_loss_spread: Measure = Field(description=SPREAD, examples=[0.0042])
     validation_score: Measure = Field(
         description="Accuracy on the validation rows.", examples=[0.981]
     )

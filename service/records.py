@@ -53,7 +53,9 @@ class Result:
     number: int
     kind: str
     params: Params
+    decay_timescale_epochs: float | None
     validation_loss: float
+    validation_loss_spread: float | None
     validation_score: float
     test_loss: float
     test_score: float
@@ -69,7 +71,9 @@ class Trial:
     state: str
     reason: str | None
     params: Params
+    decay_timescale_epochs: float | None
     validation_loss: float | None
+    validation_loss_spread: float | None
     validation_score: float | None
     epoch: int | None
     attempts: int
@@ -141,7 +145,7 @@ def best(session: Session, study: Study, stands: Standing) -> Result:
             f"{stands.waiting} waiting, {stands.ended} ended otherwise; "
             f"the study is {study.state}"
         )
-    return Result(**row._mapping)
+    return _result(study, row)
 
 
 def baseline(session: Session, study: Study) -> Result | None:
@@ -150,22 +154,24 @@ def baseline(session: Session, study: Study) -> Result | None:
         text(f"{_RESULTS} AND kind = 'baseline' ORDER BY number LIMIT 1"),
         {"study_id": study.study_id},
     ).one_or_none()
-    return Result(**row._mapping) if row else None
+    return _result(study, row) if row else None
 
 
 def trials_by_number(
-    session: Session, study_id: int, state: str | None, after: After | None, up: bool, limit: int
+    session: Session, study: Study, state: str | None, after: After | None, up: bool, limit: int
 ) -> Sequence[Trial]:
     """Return a page of a study's trials, ordered by number."""
     number = tables.trials.c.number
-    query = _trials(study_id, state).order_by(number.asc() if up else number.desc()).limit(limit)
+    query = (
+        _trials(study.study_id, state).order_by(number.asc() if up else number.desc()).limit(limit)
+    )
     if after:
         query = query.where(number > after.number if up else number < after.number)
-    return [Trial(**row._mapping) for row in session.execute(query)]
+    return [_trial(study, dict(row._mapping)) for row in session.execute(query)]
 
 
 def trials_by_value(
-    session: Session, study_id: int, state: str | None, after: After | None, up: bool, limit: int
+    session: Session, study: Study, state: str | None, after: After | None, up: bool, limit: int
 ) -> Sequence[Trial]:
     """Return a page of a study's trials, ordered by validation loss; those without one come last.
 
@@ -173,12 +179,12 @@ def trials_by_value(
     repeats nor hides another.
     """
     value, number = tables.trials.c.value, tables.trials.c.number
-    query = _trials(study_id, state).order_by(
+    query = _trials(study.study_id, state).order_by(
         (value.asc() if up else value.desc()).nulls_last(), number
     )
     if after:
         query = query.where(_comes_after(after, up))
-    return [Trial(**row._mapping) for row in session.execute(query.limit(limit))]
+    return [_trial(study, dict(row._mapping)) for row in session.execute(query.limit(limit))]
 
 
 def trial(session: Session, study: Study, number: int) -> tuple[Trial, Rest]:
@@ -193,7 +199,7 @@ def trial(session: Session, study: Study, number: int) -> tuple[Trial, Rest]:
         raise NotFound(f"study {study.name!r} has no trial {number}")
     known = dict(row._mapping)
     return (
-        Trial(**{name: known[name] for name in Trial.__dataclass_fields__}),
+        _trial(study, {name: known[name] for name in Trial.__dataclass_fields__ if name in known}),
         Rest(
             **{name: known[name] for name in Rest.__dataclass_fields__ if name in known},
             suggested=_suggested(session, row.trial_id),
@@ -212,6 +218,16 @@ def epochs(session: Session, trial_id: int, attempt: int) -> Sequence[Epoch]:
     return [Epoch(**row._mapping) for row in rows]
 
 
+def _result(study: Study, row: Row[Any]) -> Result:
+    timescale = study.decay_timescale_epochs(row.params)
+    return Result(**row._mapping, decay_timescale_epochs=timescale)
+
+
+def _trial(study: Study, known: Mapping[str, Any]) -> Trial:
+    timescale = study.decay_timescale_epochs(known["params"])
+    return Trial(**known, decay_timescale_epochs=timescale)
+
+
 def _trials(study_id: int, state: str | None) -> Any:
     t = tables.trials.c
     query = select(
@@ -221,6 +237,7 @@ def _trials(study_id: int, state: str | None) -> Any:
         t.reason,
         t.params,
         t.value.label("validation_loss"),
+        t.value_spread.label("validation_loss_spread"),
         t.validation_score,
         t.best_epoch.label("epoch"),
         t.attempt.label("attempts"),
@@ -291,8 +308,8 @@ SELECT (SELECT count(*) FROM latest) / nullif(extract(epoch FROM now() - at), 0)
 """
 
 _RESULTS = """
-SELECT number, kind, params, value AS validation_loss, validation_score, test_loss, test_score,
-       best_epoch AS epoch
+SELECT number, kind, params, value AS validation_loss, value_spread AS validation_loss_spread,
+       validation_score, test_loss, test_score, best_epoch AS epoch
 FROM regtune.trials
 WHERE study_id = :study_id AND state = 'complete'
 """

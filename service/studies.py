@@ -42,6 +42,32 @@ class Counts(Document):
     cancelled: int = Field(description="Ended by request.", examples=[0])
 
 
+class ModelDetail(Document):
+    """A study's model, as the first worker that built it found it."""
+
+    parameters: int = Field(description="How many numbers it learns.", examples=[9_738])
+    penalized: list[str] = Field(
+        description="The parameters that weight decay and L1 act on.",
+        examples=[["layers.0.weight", "layers.4.weight"]],
+    )
+    spared: list[str] = Field(
+        description="The parameters that they leave alone.",
+        examples=[["layers.0.bias", "layers.1.weight", "layers.1.bias", "layers.4.bias"]],
+    )
+    dropout_sites: list[str] = Field(
+        description="The places at which dropout acts.", examples=[["layers.3"]]
+    )
+    vectorized: bool = Field(
+        description="Whether trials train as one batched model, or one after the other.",
+        examples=[True],
+    )
+    steps_per_epoch: int = Field(description="Steps in one epoch of a trial.", examples=[36])
+    training_rows: int = Field(
+        description="Rows that a trial is trained on; of one member, where it has several.",
+        examples=[1_149],
+    )
+
+
 class StudySummary(Document):
     """A study in a list."""
 
@@ -92,6 +118,9 @@ class StudyDetail(StudySummary):
                 "budget": {"trials": 40},
             }
         ],
+    )
+    model: ModelDetail | None = Field(
+        description="What is known of its model; null until a worker has built it."
     )
     eta_seconds: float | None = Field(
         description="Seconds until the budget is used up, at the pace of the latest 20 trials; "
@@ -217,6 +246,7 @@ def _detail(session: Session, study: Study, context: Context) -> StudyDetail:
     return StudyDetail(
         **_summary(study, standing),
         spec=study.spec,
+        model=ModelDetail.model_validate(study.model) if study.model else None,
         eta_seconds=records.eta_seconds(session, study, standing),
         best=best,
         baseline=TrialResult.of(baseline) if baseline else None,

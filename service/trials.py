@@ -11,6 +11,8 @@ from regtune.errors import NotFound
 from service import cursors, records
 from service.documents import (
     PARAMS_EXAMPLE,
+    SPREAD,
+    TIMESCALE,
     Document,
     Measure,
     Params,
@@ -25,7 +27,7 @@ router = APIRouter(prefix="/v1/studies/{name}", tags=["trials"])
 
 
 class TrialSummary(Document):
-    """A trial in a list."""
+    """A trial in a list; where it has several members (folds × repeats), figures are their mean."""
 
     number: int = Field(description="Its number in the study, from 0.", examples=[17])
     kind: TrialKind = Field(
@@ -41,11 +43,14 @@ class TrialSummary(Document):
         description="The values that are trained with, zeros and fixed ones included.",
         examples=[PARAMS_EXAMPLE],
     )
+    decay_timescale_epochs: Measure = Field(description=TIMESCALE, examples=[89.6])
     validation_loss: Measure = Field(
-        description="Loss on the validation rows at the best weights; null unless it is complete, "
-        "and where it is not a finite number.",
+        description="Loss on the validation rows at the best weights; the mean over the trial's "
+        "members where it has several. Null unless it is complete, and where it is not a finite "
+        "number.",
         examples=[0.0731],
     )
+    validation_loss_spread: Measure = Field(description=SPREAD, examples=[0.0042])
     validation_score: Measure = Field(
         description="Accuracy on the validation rows at the best weights.", examples=[0.981]
     )
@@ -74,7 +79,10 @@ class TrialPage(Document):
 
 
 class EpochDetail(Document):
-    """What one epoch measured; a figure that is not finite, as in a diverged epoch, is null."""
+    """What one epoch measured, the mean over the trial's members where it has several.
+
+    A figure that is not finite, as in a diverged epoch, is null.
+    """
 
     epoch: int = Field(description="From 1.", examples=[1])
     train_loss: Measure = Field(
@@ -82,7 +90,8 @@ class EpochDetail(Document):
         examples=[0.412],
     )
     validation_loss: Measure = Field(
-        description="Loss on the validation rows after it, no penalty in it; null if it diverged.",
+        description="Loss on the validation rows after it, no penalty in it; the mean over the "
+        "trial's members where it has several. Null if it diverged.",
         examples=[0.231],
     )
     validation_score: Measure = Field(
@@ -133,6 +142,10 @@ class Best(TrialResult):
     """The best trial of a study, and the baseline beside it."""
 
     study: str = Field(description="The study's name.", examples=["digits"])
+    searched: list[str] = Field(
+        description="The parameters that the study searches; the others are fixed.",
+        examples=[["weight_decay", "dropout", "l1_lambda", "patience"]],
+    )
     baseline: TrialResult | None = Field(
         description="The trial with everything off; null until it is complete."
     )
@@ -175,10 +188,10 @@ def list_trials(
     name: StudyName, query: Annotated[TrialsQuery, Query()], session: InTransaction
 ) -> TrialPage:
     """List a study's trials."""
-    study_id = studies.find(session, name).study_id
+    study = studies.find(session, name)
     after = _read_cursor(query) if query.cursor is not None else None
     read = records.trials_by_number if query.order_by == "number" else records.trials_by_value
-    found = read(session, study_id, query.state, after, query.direction == "asc", query.limit + 1)
+    found = read(session, study, query.state, after, query.direction == "asc", query.limit + 1)
     page = found[: query.limit]
     return TrialPage(
         items=[TrialSummary.model_validate(trial) for trial in page],
@@ -217,6 +230,7 @@ def get_best(name: StudyName, session: InTransaction) -> Best:
     return Best(
         study=name,
         **result.model_dump(),
+        searched=list(study.spec.search.searched()),
         baseline=TrialResult.of(baseline) if baseline else None,
     )
 

@@ -7,10 +7,31 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
 
 from regtune import workers
-from service.documents import Document
+from service.documents import Document, Measure
 from service.edge import InContext, InTransaction
 
 router = APIRouter(prefix="/v1/workers", tags=["workers"])
+
+
+class Capacity(Document):
+    """How a worker found the number of its lanes."""
+
+    lanes: int = Field(description="How many lanes it found.", examples=[64])
+    reason: str = Field(
+        description="What set that number.",
+        examples=["more lanes train no more trial-epochs a second"],
+    )
+    bytes_per_lane: int | None = Field(
+        None,
+        description="Memory that one more lane takes; null if not measured.",
+        examples=[1_200_000],
+    )
+    trial_epochs_per_second: Measure = Field(
+        None,
+        description="Epochs of single trials that all lanes together train in a second; null if "
+        "not measured.",
+        examples=[812.5],
+    )
 
 
 class WorkerDetail(Document):
@@ -24,6 +45,14 @@ class WorkerDetail(Document):
     device: str = Field(description="What it trains on.", examples=["cuda:0"])
     lanes: int = Field(description="How many trials it trains at once.", examples=[64])
     wanted_lanes: int = Field(description="Lanes that would take a trial now.", examples=[3])
+    occupancy: Measure = Field(
+        description="Share of its lanes that trained, from 0 to 1, over the epochs of its study so "
+        "far in which trials were waiting; null before the first such epoch.",
+        examples=[0.97],
+    )
+    capacity: Capacity | None = Field(
+        description="How the number of lanes was found; null until it has been."
+    )
     datasets: list[str] = Field(
         description="The data sets that it has installed.",
         examples=[["digits", "fashion_mnist", "mnist"]],

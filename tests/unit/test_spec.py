@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from regtune.errors import InvalidSpec
 from regtune.space import Range
-from regtune.spec import StudySpec, load_yaml, parse_spec, parse_text
+from regtune.spec import Search, StudySpec, load_yaml, parse_spec, parse_text
 from tests.builders import BASE, spec
 
 
@@ -22,7 +22,10 @@ def test_name_task_and_budget_are_enough() -> None:
     minimal = spec()
     assert minimal.training.optimizer == "adamw"
     assert minimal.task.settings == {"hidden": [128], "norm": "batch"}
-    assert minimal.validation.fraction == 0.2
+    assert minimal.training.penalized == "weights"
+    assert minimal.training.precision == "float32"
+    assert minimal.training.warmup_epochs == 0
+    assert (minimal.validation.fraction, minimal.validation.members) == (0.2, 1)
     assert (minimal.sampler.name, minimal.pruner.name) == ("tpe", "none")
 
 
@@ -60,6 +63,64 @@ def test_patience_defaults_from_a_tenth_to_half_of_the_epochs(
 def test_a_parameter_that_is_left_out_keeps_its_default_range() -> None:
     search = spec(search={"dropout": 0.5}).search
     assert set(search.searched()) == {"weight_decay", "l1_lambda", "patience"}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_the_learning_rate_is_fixed_and_noise_off_unless_they_are_named(optimizer: str) -> None:
+    study = spec(training={"optimizer": optimizer})
+    assert study.search.learning_rate.numbers() == (study.training.learning_rate,)
+    assert spec(training={"learning_rate": 0.3}).search.learning_rate.numbers() == (0.3,)
+    for name in ("label_smoothing", "input_noise", "weight_noise"):
+        assert study.search.parameters()[name].numbers() == (0,)
+    assert set(study.search.searched()) == {"weight_decay", "dropout", "l1_lambda", "patience"}
+
+
+def test_a_learning_rate_that_is_not_searched_is_one_value_wherever_it_is_named() -> None:
+    study = spec(search={"learning_rate": 0.25})
+    assert study.training.learning_rate == 0.25
+    both = spec(search={"learning_rate": 0.25}, training={"learning_rate": 0.25})
+    assert both.canonical() == study.canonical()
+    (field, message), *_ = refusal(search={"learning_rate": 0.25}, training={"learning_rate": 0.5})
+    assert field == ""
+    assert "search.learning_rate is fixed at 0.25, but training.learning_rate is 0.5" in message
+
+
+def test_a_learning_rate_that_is_searched_leaves_that_of_the_training() -> None:
+    study = spec(search={"learning_rate": [0.1, 0.2]}, training={"learning_rate": 0.5})
+    assert study.training.learning_rate == 0.5
+    assert "learning_rate" in study.search.searched()
+
+
+@pytest.mark.parametrize(
+    "name", ["learning_rate", "label_smoothing", "input_noise", "weight_noise"]
+)
+def test_each_of_the_others_alone_is_something_to_search(name: str) -> None:
+    fixed = {"weight_decay": 0, "dropout": 0, "l1_lambda": 0, "patience": 3}
+    study = spec(search={**fixed, name: {"low": 0.1, "high": 0.5}})
+    assert set(study.search.searched()) == {name}
+
+
+def test_sgd_has_a_momentum_to_set() -> None:
+    assert spec(training={"optimizer": "sgd"}).canonical()["training"]["momentum"] == 0.9
+    training = spec(training={"optimizer": "sgd", "momentum": 0.5, "nesterov": True}).training
+    assert (training.momentum, training.nesterov) == (0.5, True)
+    assert spec(training={"optimizer": "sgd", "momentum": 0.0}).training.momentum == 0
+
+
+def test_what_has_no_meaning_is_not_shown() -> None:
+    assert not {"momentum", "nesterov"} & spec().canonical()["training"].keys()
+    assert "fraction" not in spec(validation={"folds": 5}).canonical()["validation"]
+    assert "fraction" in spec(validation={"repeats": 5}).canonical()["validation"]
+
+
+@pytest.mark.parametrize(
+    ("validation", "members"),
+    [({"folds": 5}, 5), ({"repeats": 3}, 3), ({"folds": 16, "repeats": 16}, 256)],
+)
+def test_a_trial_has_as_many_members_as_folds_and_repeats(
+    validation: dict[str, int], members: int
+) -> None:
+    assert spec(validation=validation).validation.members == members
 
 
 def test_the_learning_rate_defaults_by_optimizer() -> None:
@@ -105,14 +166,64 @@ def test_the_learning_rate_defaults_by_optimizer() -> None:
         ({"search": {"patience": {"low": 0, "high": 3}}}, "search.patience", "must be at least 1"),
         ({"search": {"patience": 2.5}}, "search.patience", "valid integer"),
         ({"search": {}}, "search", "names no parameter"),
+        ({"search": {}}, "search", "patience, learning_rate, label_smoothing, input_noise"),
+        ({"search": {"learning_rate": 0}}, "search.learning_rate", "must be above 0"),
+        ({"search": {"learning_rate": [1, 200]}}, "search.learning_rate", "at most 100"),
+        (
+            {"search": {"learning_rate": {"low": 0.1, "high": 1, "log": True, "or_zero": True}}},
+            "search.learning_rate",
+            "learning_rate has no zero",
+        ),
+        ({"search": {"label_smoothing": 1}}, "search.label_smoothing", "must be in [0, 1)"),
+        ({"search": {"input_noise": -0.1}}, "search.input_noise", "must not be negative"),
+        ({"search": {"weight_noise": [-0.1]}}, "search.weight_noise", "must not be negative"),
         (
             {"search": {"weight_decay": 0, "dropout": 0, "l1_lambda": 0, "patience": 3}},
+            "search",
+            "nothing to search",
+        ),
+        (
+            {
+                "search": {
+                    "weight_decay": 0,
+                    "dropout": 0,
+                    "l1_lambda": 0,
+                    "patience": 3,
+                    "learning_rate": 0.1,
+                    "label_smoothing": 0.1,
+                    "input_noise": 1,
+                }
+            },
             "search",
             "nothing to search",
         ),
         ({"training": {"optimizer": "lion"}}, "training.optimizer", "'adam', 'adamw', 'sgd'"),
         ({"training": {"learning_rate": 0}}, "training.learning_rate", "greater than 0"),
         ({"training": {"max_epochs": 0}}, "training.max_epochs", "greater than or equal to 1"),
+        (
+            {"training": {"momentum": 0.9}},
+            "training.momentum",
+            "momentum is a setting of sgd alone, and the optimizer is adamw; leave momentum out",
+        ),
+        (
+            {"training": {"optimizer": "rmsprop", "nesterov": False}},
+            "training.nesterov",
+            "nesterov is a setting of sgd alone, and the optimizer is rmsprop",
+        ),
+        (
+            {"training": {"optimizer": "sgd", "momentum": 0, "nesterov": True}},
+            "training.nesterov",
+            "needs momentum > 0",
+        ),
+        ({"training": {"optimizer": "sgd", "momentum": 1}}, "training.momentum", "less than 1"),
+        (
+            {"training": {"max_epochs": 5, "warmup_epochs": 5}},
+            "training.warmup_epochs",
+            "must be smaller than max_epochs, which is 5, but 5 is given",
+        ),
+        ({"training": {"warmup_epochs": -1}}, "training.warmup_epochs", "greater than or equal"),
+        ({"training": {"penalized": "none"}}, "training.penalized", "'weights' or 'all'"),
+        ({"training": {"precision": "fp16"}}, "training.precision", "'float32', 'tf32' or 'bf16'"),
         ({"sampler": "magic"}, "sampler.name", "'tpe', 'random', 'grid', 'qmc', 'cmaes' or 'gp'"),
         ({"pruner": {"name": "magic"}}, "pruner.name", "'none', 'median', 'asha' or 'hyperband'"),
         ({"budget": {"trials": 0}}, "budget.trials", "greater than or equal to 1"),
@@ -122,6 +233,19 @@ def test_the_learning_rate_defaults_by_optimizer() -> None:
         ({"budget": {}}, "budget", "name trials, seconds, or both"),
         ({"budget": {"trials": "4"}}, "budget.trials", "valid integer"),
         ({"validation": {"fraction": 1.0}}, "validation.fraction", "less than 1"),
+        ({"validation": {"folds": 1}}, "validation.folds", "greater than or equal to 2"),
+        ({"validation": {"folds": 101}}, "validation.folds", "less than or equal to 100"),
+        ({"validation": {"repeats": 0}}, "validation.repeats", "greater than or equal to 1"),
+        (
+            {"validation": {"folds": 5, "fraction": 0.2}},
+            "validation",
+            "fraction and folds exclude each other; name one of them",
+        ),
+        (
+            {"validation": {"folds": 100, "repeats": 3}},
+            "validation",
+            "folds × repeats must be at most 256, but 100 × 3 is given",
+        ),
         ({"priority": 0}, "priority", "greater than or equal to 1"),
         ({"sampler": "grid"}, "", "search.weight_decay is a range"),
     ],
@@ -164,6 +288,17 @@ def test_a_grid_cannot_be_asked_for_more_trials_than_it_has() -> None:
     assert spec(search=search, sampler="grid", budget={"seconds": 9}).budget.trials == 6
 
 
+def test_a_grid_of_more_points_than_can_be_numbered_is_refused() -> None:
+    many = [i / 1000 for i in range(1, 1000)]
+    search = {name: many for name in Search.model_fields if name != "patience"}
+    found = refusal(search=search, sampler="grid", budget={"seconds": 9})
+    assert "more than can be numbered" in found[0][1]
+    endless = {"low": 1, "high": 10**15}
+    search = {"weight_decay": many, "dropout": many, "l1_lambda": 0, "patience": endless}
+    found = refusal(search=search, sampler="grid", budget={"trials": 9})
+    assert "more than can be numbered" in found[0][1]
+
+
 def test_numbers_may_be_written_as_in_json_and_python() -> None:
     text = "{a: 1e-4, b: .5E+3, c: 1.5e3, d: -2e1, e: 2026-11-21, f: 12}"
     assert load_yaml(text) == {
@@ -194,17 +329,31 @@ _fractions = st.floats(0.01, 0.98)
     choices=st.lists(st.integers(1, 99), min_size=1, unique=True),
     trials=st.integers(1, 100_000),
     optimizer=st.sampled_from(["adam", "adamw", "sgd", "rmsprop"]),
+    folds=st.none() | st.integers(2, 100),
 )
 def test_reading_back_is_the_identity(
-    low: float, width: float, choices: list[int], trials: int, optimizer: str
+    low: float, width: float, choices: list[int], trials: int, optimizer: str, folds: int | None
 ) -> None:
     study = spec(
         search={"dropout": {"low": low, "high": low + width}, "patience": choices},
         budget={"trials": trials},
         training={"optimizer": optimizer},
+        validation={"folds": folds},
     )
     again = StudySpec.model_validate(json.loads(json.dumps(study.canonical())))
     assert again.canonical() == study.canonical()
+
+
+def test_a_study_from_before_there_were_folds_and_noise_reads_the_same() -> None:
+    old = spec(training={"optimizer": "sgd"}).canonical()
+    for part, names in (
+        ("training", ("momentum", "nesterov", "warmup_epochs", "penalized", "precision")),
+        ("search", ("learning_rate", "label_smoothing", "input_noise", "weight_noise")),
+        ("validation", ("folds", "repeats")),
+    ):
+        for name in names:
+            del old[part][name]
+    assert parse_spec(old).canonical() == spec(training={"optimizer": "sgd"}).canonical()
 
 
 def test_unknown_models_keep_their_settings_for_the_worker_to_check() -> None:

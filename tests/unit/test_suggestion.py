@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optuna.trial import create_trial
 
+from regtune.spec import Search
 from service.scheduler.suggestion import as_suggestion, distributions, predetermined
 from tests.builders import spec
 
@@ -16,6 +17,22 @@ CHOICES = {
 }
 
 
+UNTOUCHED = {
+    "learning_rate": 0.001,
+    "label_smoothing": 0,
+    "input_noise": 0,
+    "weight_noise": 0,
+}
+"""What a study does not search unless it says so."""
+
+NEW_RANGES: dict[str, Any] = {
+    "learning_rate": {"low": 1e-4, "high": 1e-2, "log": True},
+    "label_smoothing": {"low": 0.05, "high": 0.3},
+    "input_noise": {"low": 0.1, "high": 1.0, "log": True, "or_zero": True},
+    "weight_noise": [0.3, 0.0, 0.1],
+}
+
+
 def used(number: int, **changes: Any) -> dict[str, float]:
     study = spec(**changes)
     point = predetermined(study, number)
@@ -24,7 +41,8 @@ def used(number: int, **changes: Any) -> dict[str, float]:
 
 
 def test_the_baseline_has_everything_off() -> None:
-    assert used(0) == {"weight_decay": 0, "dropout": 0, "l1_lambda": 0, "patience": 25}
+    off = {"weight_decay": 0, "dropout": 0, "l1_lambda": 0, "patience": 25}
+    assert used(0) == off | UNTOUCHED
 
 
 def test_the_baseline_is_at_the_low_end_where_a_range_has_no_zero() -> None:
@@ -33,7 +51,31 @@ def test_the_baseline_is_at_the_low_end_where_a_range_has_no_zero() -> None:
         "dropout": 0.1,
         "l1_lambda": 1e-3,
         "patience": 7,
+        **UNTOUCHED,
     }
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_reference_points_keep_to_the_learning_rate_and_add_no_noise(number: int) -> None:
+    training = {"learning_rate": 0.004}
+    point = used(number, search=NEW_RANGES, training=training)
+    assert {name: point[name] for name in NEW_RANGES} == {
+        "learning_rate": 0.004,
+        "label_smoothing": 0.05,
+        "input_noise": 0,
+        "weight_noise": 0,
+    }
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize(("named", "nearest"), [(1e-6, 1e-4), (0.5, 1e-2)])
+def test_reference_points_come_as_near_to_the_learning_rate_as_its_range_allows(
+    number: int, named: float, nearest: float
+) -> None:
+    training = {"learning_rate": named}
+    assert used(number, search=NEW_RANGES, training=training)["learning_rate"] == nearest
+    choices = {"learning_rate": [1e-2, 1e-4]}
+    assert used(number, search=choices, training=training)["learning_rate"] == nearest
 
 
 @pytest.mark.parametrize(("optimizer", "decay"), [("adamw", 0.01), ("sgd", 1e-4), ("adam", 1e-4)])
@@ -43,6 +85,8 @@ def test_the_common_default_is_what_most_people_would_set(optimizer: str, decay:
         "dropout": 0.2,
         "l1_lambda": 0,
         "patience": 10,
+        **UNTOUCHED,
+        "learning_rate": 0.01 if optimizer == "sgd" else 0.001,
     }
 
 
@@ -54,6 +98,13 @@ def test_fixed_values_are_used_and_not_suggested() -> None:
 
 def test_a_sampler_must_say_where_the_number_alone_does_not_decide() -> None:
     assert predetermined(spec(), 2) is None
+
+
+def test_every_trial_has_all_eight_values() -> None:
+    study = spec(sampler="qmc", search=NEW_RANGES)
+    assert set(distributions(study)) == set(Search.model_fields)
+    assert set(used(2, sampler="qmc", search=NEW_RANGES)) == set(Search.model_fields)
+    assert set(used(2, sampler="qmc")) == set(Search.model_fields)
 
 
 @given(seed=st.integers(0, 2**31 - 1), number=st.integers(2, 500))
