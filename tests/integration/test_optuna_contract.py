@@ -125,7 +125,7 @@ def _through_ours(engine: Engine, distributions: Mapping[str, BaseDistribution])
         for lease, losses in zip(leases, LOSSES, strict=True)
     }
     outcomes = [
-        Completed(0.5, 0.9, 2, 0.6, 0.8, "finished"),
+        Completed(0.5, 0.9, 2, 0.6, 0.8, "finished", 0.125),
         Pruned("diverged"),
         Pruned("pruned by median at epoch 1"),
     ]
@@ -176,6 +176,7 @@ def _through_optuna(
             "worker": "w",
             "best_epoch": 2,
             "validation_score": 0.9,
+            "validation_loss_spread": 0.125,
             "test_score": 0.8,
         },
         {"reason": "diverged", "worker": "w"},

@@ -418,6 +418,10 @@ def test_openapi_asks_for_no_field_that_may_be_left_out(client: httpx.Client) ->
     assert sorted(schemas["StudySpec"]["required"]) == ["budget", "name", "task"]
     assert schemas["Search"]["required"] == []
     assert "default" not in schemas["Budget"]["properties"]["trials"]
+    assert {"momentum", "nesterov"} <= schemas["Training"]["properties"].keys()
+    assert "fraction" in schemas["Validation"]["properties"]
+    for name in ("Training", "Validation"):
+        assert "required" not in schemas[name] or schemas[name]["required"] == []
 
 
 def test_the_pages_of_the_api_are_there(client: httpx.Client) -> None:

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import optuna
@@ -147,6 +148,25 @@ def test_each_outcome_is_kept_with_its_reason(engine: Engine, leases: Sequence[L
             ("pruned", "diverged", None, None),
             ("failed", "ValueError: no", None, "Traceback …\nValueError: no"),
         ]
+    assert audit(engine) == {}
+
+
+def test_the_spread_over_members_is_kept_and_told_to_optuna(
+    engine: Engine, leases: Sequence[Lease]
+) -> None:
+    several = replace(builders.completed(0.25), validation_loss_spread=0.125)
+    pairs = [(leases[0], several), (leases[1], builders.completed(0.25))]
+    flush(engine, leases, {lease.trial_id: [epoch(1, 0.25)] for lease, _ in pairs})
+    with transaction(engine) as session:
+        assert len(reporting.finish(session, pairs, "w")) == 2
+    with engine.connect() as connection:
+        spreads = connection.execute(
+            text("SELECT value_spread FROM regtune.trials ORDER BY number")
+        )
+        assert list(spreads.scalars()) == [0.125, None, None]
+    shown = optuna.load_study(study_name="study", storage=_url(engine)).get_trials()
+    assert shown[0].user_attrs["validation_loss_spread"] == 0.125
+    assert "validation_loss_spread" not in shown[1].user_attrs
     assert audit(engine) == {}
 
 

@@ -1,6 +1,7 @@
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -8,8 +9,9 @@ import pytest
 import yaml
 from sqlalchemy import Engine, text
 
-from regtune import workers
+from regtune import studies, workers
 from regtune.database import transaction
+from regtune.studies import ModelFacts
 from regtune.task import Offer
 from tests import builders
 
@@ -196,6 +198,47 @@ def test_a_study_tells_its_counts_progress_and_best_trials(
     assert (seen["baseline"]["number"], seen["baseline"]["validation_loss"]) == (0, 0.5)
 
 
+def test_a_study_tells_of_its_model_once_a_worker_has_built_it(
+    client: httpx.Client, engine: Engine
+) -> None:
+    study = builders.create(engine, "study")
+    assert client.get("/v1/studies/study").json()["model"] is None
+    facts = ModelFacts(
+        parameters=9_738,
+        penalized=("layers.0.weight",),
+        spared=("layers.0.bias", "layers.1.weight"),
+        dropout_sites=("layers.3",),
+        vectorized=False,
+        steps_per_epoch=12,
+        training_rows=1_149,
+    )
+    for told in (facts, replace(facts, steps_per_epoch=7)):
+        with transaction(engine) as session:
+            studies.describe_model(session, study.study_id, told)
+    assert client.get("/v1/studies/study").json()["model"] == {
+        "parameters": 9_738,
+        "penalized": ["layers.0.weight"],
+        "spared": ["layers.0.bias", "layers.1.weight"],
+        "dropout_sites": ["layers.3"],
+        "vectorized": False,
+        "steps_per_epoch": 12,
+        "training_rows": 1_149,
+    }
+
+
+def test_a_study_with_folds_comes_back_so_that_it_can_be_posted_again(
+    client: httpx.Client,
+) -> None:
+    changes = {"validation": {"folds": 5, "repeats": 2}, "training": {"optimizer": "sgd"}}
+    spec = post(client, **changes).json()["spec"]
+    assert spec["validation"] == {"folds": 5, "repeats": 2}
+    assert spec["training"]["momentum"] == 0.9
+    assert post(client, **spec).status_code == 200
+    plain = post(client, name="plain").json()["spec"]
+    assert "momentum" not in plain["training"]
+    assert post(client, **plain).status_code == 200
+
+
 def test_the_time_left_goes_by_the_latest_trials(client: httpx.Client, engine: Engine) -> None:
     study = builders.create(engine, "study", budget={"trials": 100})
     builders.append(engine, study, 50)
@@ -342,6 +385,34 @@ def test_workers_are_listed_with_what_they_offer(client: httpx.Client, engine: E
     assert everyone[0]["datasets"] == ["digits", "mnist"]
     (gone,) = client.get("/v1/workers", params={"alive": False}).json()["items"]
     assert gone["name"] == "a"
+
+
+def test_a_worker_says_how_full_it_is_and_how_its_lanes_were_counted(
+    client: httpx.Client, engine: Engine
+) -> None:
+    def beat(**changes: Any) -> dict[str, Any]:
+        with transaction(engine) as session:
+            workers.beat(session, "w", wanted_lanes=0, study_id=None, **changes)
+        worker: dict[str, Any] = client.get("/v1/workers").json()["items"][0]
+        return {key: worker[key] for key in ("lanes", "occupancy", "capacity")}
+
+    register(engine)
+    assert beat() == {"lanes": 2, "occupancy": None, "capacity": None}
+    counted = {
+        "lanes": 64,
+        "reason": "more lanes train no more trial-epochs a second",
+        "bytes_per_lane": 1_200_000,
+        "trial_epochs_per_second": 812.5,
+    }
+    known = {"lanes": 64, "occupancy": 0.75, "capacity": counted}
+    assert beat(**known) == known
+    assert beat() == known
+    assert beat(occupancy=0.0)["occupancy"] == 0
+    told = {"lanes": 2, "reason": "REGTUNE_LANES says so"}
+    unmeasured = {"bytes_per_lane": None, "trial_epochs_per_second": None}
+    assert beat(capacity=told)["capacity"] == told | unmeasured
+    register(engine)
+    assert beat() == {"lanes": 2, "occupancy": None, "capacity": None}
 
 
 def test_every_answer_is_json_that_a_strict_reader_takes(

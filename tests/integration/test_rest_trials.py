@@ -1,5 +1,6 @@
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -10,7 +11,7 @@ from regtune import leasing, reporting, studies
 from regtune.database import transaction
 from regtune.leasing import Lease
 from regtune.reporting import Completed, Failed, Outcome, Pruned
-from regtune.studies import Study
+from regtune.studies import ModelFacts, Study
 from tests import builders
 
 TRIALS = "/v1/studies/study/trials"
@@ -106,6 +107,10 @@ def test_a_trial_shows_what_is_used_and_what_was_suggested(
         "dropout": 0.3,
         "l1_lambda": 0.0,
         "patience": 7,
+        "learning_rate": 0.001,
+        "label_smoothing": 0.0,
+        "input_noise": 0.0,
+        "weight_noise": 0.0,
     }
     assert isinstance(trial["params"]["patience"], int)
     assert (trial["kind"], trial["state"], trial["attempts"]) == ("baseline", "waiting", 0)
@@ -133,6 +138,103 @@ def test_a_complete_trial_shows_its_epochs_and_figures(
     assert (trial["validation_loss"], trial["epoch"], trial["test_loss"]) == (0.25, 2, 0.375)
     assert (trial["reason"], trial["worker"], trial["attempt"]) == ("no improvement", "gpu-7", 1)
     assert trial["created_at"] <= trial["started_at"] <= trial["finished_at"]
+
+
+def test_the_spread_over_members_is_shown_where_there_are_several(
+    client: httpx.Client, engine: Engine
+) -> None:
+    study = builders.create(engine, validation={"folds": 5})
+    builders.append(engine, study, 2)
+    (several, one) = builders.lease(engine, study, 2)
+    finish(engine, several, replace(builders.completed(0.25), validation_loss_spread=0.125), 0.25)
+    finish(engine, one, builders.completed(0.5), 0.5)
+    for path, value in (
+        ("trials/0", 0.125),
+        ("trials/1", None),
+        ("best", 0.125),
+    ):
+        shown = client.get(f"/v1/studies/study/{path}").json()
+        assert shown["validation_loss_spread"] == value, path
+    listed = client.get(TRIALS).json()["items"]
+    assert [trial["validation_loss_spread"] for trial in listed] == [0.125, None]
+
+
+FACTS = ModelFacts(
+    parameters=9_738,
+    penalized=["layers.0.weight", "layers.4.weight"],
+    spared=["layers.0.bias"],
+    dropout_sites=["layers.3"],
+    vectorized=True,
+    steps_per_epoch=50,
+    training_rows=1_149,
+)
+
+
+def timescales(client: httpx.Client, study: Study) -> list[float | None]:
+    """What the API says of a study's first two trials, wherever it tells of them."""
+    listed = client.get(f"/v1/studies/{study.name}/trials").json()["items"]
+    by_number = [trial["decay_timescale_epochs"] for trial in listed]
+    shown = client.get(f"/v1/studies/{study.name}").json()
+    best = client.get(f"/v1/studies/{study.name}/best").json()
+    for told in (shown["best"], shown["baseline"], best, best["baseline"]):
+        assert told["decay_timescale_epochs"] == by_number[told["number"]]
+    for number, expected in enumerate(by_number):
+        trial = client.get(f"/v1/studies/{study.name}/trials/{number}").json()
+        assert trial["decay_timescale_epochs"] == expected
+    return by_number
+
+
+def describe(engine: Engine, study: Study) -> None:
+    with transaction(engine) as session:
+        studies.describe_model(session, study.study_id, FACTS)
+
+
+def test_the_time_scale_of_the_decay_is_told_once_a_worker_knows_the_steps(
+    client: httpx.Client, engine: Engine
+) -> None:
+    search = {"weight_decay": [0.0, 0.5], "learning_rate": [0.004, 0.002]}
+    study = builders.create(engine, search=search)
+    points = [
+        {"weight_decay": 0.0, "learning_rate": 0.002},
+        {"weight_decay": 0.5, "learning_rate": 0.004},
+    ]
+    others = {"dropout": 0.0, "l1_lambda": 0.01, "patience": 7}
+    suggestions = [
+        builders.as_suggestion(study.spec, number, point | others, {})
+        for number, point in enumerate(points)
+    ]
+    with transaction(engine) as session:
+        leasing.append(session, study.study_id, suggestions, expected=0)
+    complete_with(engine, study, 0.5, 0.25)
+    assert timescales(client, study) == [None, None]
+    describe(engine, study)
+    # 1 / (0.004 · 0.5 · 50 steps)
+    assert timescales(client, study) == [None, pytest.approx(10.0)]
+
+
+def test_coupled_decay_has_no_such_time_scale(client: httpx.Client, engine: Engine) -> None:
+    study = builders.create(engine, training={"optimizer": "adam"})
+    builders.append(engine, study, 2)
+    complete_with(engine, study, 0.5, 0.25)
+    describe(engine, study)
+    assert timescales(client, study) == [None, None]
+
+
+def test_a_decay_too_small_for_a_number_has_no_time_scale(
+    client: httpx.Client, engine: Engine
+) -> None:
+    study = builders.create(engine, search={"weight_decay": 5e-324})
+    builders.append(engine, study, 1)
+    describe(engine, study)
+    assert client.get(f"{TRIALS}/0").json()["decay_timescale_epochs"] is None
+
+
+def test_the_best_trial_comes_with_what_was_searched(client: httpx.Client, engine: Engine) -> None:
+    study = builders.create(engine, search={"dropout": 0.5, "weight_noise": [0.0, 0.1]})
+    builders.append(engine, study, 1)
+    complete_with(engine, study, 0.5)
+    searched = client.get("/v1/studies/study/best").json()["searched"]
+    assert searched == ["weight_decay", "l1_lambda", "patience", "weight_noise"]
 
 
 def test_a_diverged_epoch_is_null(client: httpx.Client, engine: Engine) -> None:
@@ -197,7 +299,7 @@ def test_the_best_trial_is_found_by_validation_loss_alone(
     assert (baseline["number"], baseline["kind"], baseline["test_score"]) == (0, "baseline", 0.99)
     shown = client.get("/v1/studies/study").json()
     assert shown["best"] == {
-        key: value for key, value in best.items() if key not in ("study", "baseline")
+        key: value for key, value in best.items() if key not in ("study", "searched", "baseline")
     }
     assert shown["baseline"] == baseline
 

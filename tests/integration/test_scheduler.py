@@ -15,6 +15,7 @@ from regtune.errors import StaleView
 from regtune.leasing import Lease
 from regtune.reporting import Epoch, Failed, Outcome, Pruned
 from regtune.settings import Settings
+from regtune.spec import Search
 from regtune.studies import Study
 from regtune.task import Offer
 from service.scheduler.conductor import Conductor
@@ -155,8 +156,9 @@ def test_reference_points_come_first_and_are_marked(engine: Engine, database_url
         wait_until(over(engine, study), DEADLINE_SECONDS)
     kinds = rows(engine, "SELECT kind, params FROM regtune.trials ORDER BY number")
     assert [kind for kind, _ in kinds] == ["baseline", "default", "suggested", "suggested"]
-    assert kinds[0][1] == {"weight_decay": 0.0, "dropout": 0.0, "l1_lambda": 0.0, "patience": 25}
-    assert kinds[1][1] == {"weight_decay": 0.01, "dropout": 0.2, "l1_lambda": 0.0, "patience": 10}
+    off = dict.fromkeys(Search.model_fields, 0.0) | {"patience": 25, "learning_rate": 0.001}
+    assert kinds[0][1] == off
+    assert kinds[1][1] == off | {"weight_decay": 0.01, "dropout": 0.2, "patience": 10}
 
 
 def test_no_more_trials_wait_than_workers_want_lanes(engine: Engine, database_url: str) -> None:

@@ -1,0 +1,48 @@
+import io
+from typing import Any
+
+from rich.console import Console
+
+from regtune import answer
+
+OLD: dict[str, float] = {"weight_decay": 0.31, "dropout": 0.22, "l1_lambda": 0.0, "patience": 12}
+PARAMS = OLD | {
+    "learning_rate": 0.002,
+    "label_smoothing": 0.0,
+    "input_noise": 0.0,
+    "weight_noise": 0.0,
+}
+SCORES = ["validation loss", "test accuracy"]
+
+
+def rows(searched: list[str], params: dict[str, float]) -> dict[str, list[str]]:
+    """Show an answer whose baseline is ``PARAMS``; return its rows by their first column."""
+    figures: dict[str, Any] = {"validation_loss": 0.5, "test_score": 0.8}
+    best = {"study": "x", "number": 3, "searched": searched, "params": params, **figures}
+    out = io.StringIO()
+    answer.show(best | {"baseline": {"params": PARAMS, **figures}}, Console(file=out, width=100))
+    lines = [line.split("  ") for line in out.getvalue().splitlines()]
+    table = [[cell.strip() for cell in line if cell.strip()] for line in lines]
+    return {row[0]: row[1:] for row in table if row}
+
+
+def test_what_is_searched_has_a_row_even_at_zero() -> None:
+    shown = rows(list(OLD), PARAMS)
+    assert list(shown) == ["x", "weight decay", "dropout", "l1 lambda", "patience", *SCORES]
+    assert shown["l1 lambda"] == ["0", "0"]
+
+
+def test_a_searched_learning_rate_and_noise_have_rows_too() -> None:
+    shown = rows(["learning_rate", "input_noise"], PARAMS | {"learning_rate": 0.01})
+    assert shown["learning rate"] == ["0.01", "0.002"]
+    assert shown["input noise"] == ["0", "0"]
+    assert "label smoothing" not in shown
+
+
+def test_what_is_fixed_has_a_row_unless_it_is_zero_or_the_learning_rate() -> None:
+    shown = rows(["dropout"], PARAMS | {"label_smoothing": 0.1})
+    assert list(shown) == ["x", "weight decay", "dropout", "patience", "label smoothing", *SCORES]
+
+
+def test_a_trial_from_before_there_was_noise_is_shown() -> None:
+    assert rows(list(OLD), OLD) == rows(list(OLD), PARAMS)
