@@ -7,14 +7,13 @@ person named none, so that what is stored and shown is what is run.
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal, Self, TypeVar, cast
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    GetJsonSchemaHandler,
     SerializerFunctionWrapHandler,
     Strict,
     ValidationError,
@@ -23,8 +22,7 @@ from pydantic import (
 from pydantic import field_validator as validate_field
 from pydantic import model_serializer as serialize_model
 from pydantic import model_validator as validate_model
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError
+from pydantic_core import ErrorDetails, PydanticCustomError
 from yaml.constructor import ConstructorError
 
 from regtune.errors import FieldError, InvalidSpec
@@ -87,14 +85,6 @@ class _PartlyUsed(_SpecModel):
     def _write_what_is_used(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         unused = self._unused()
         return {name: value for name, value in write(self).items() if name not in unused}
-
-    @classmethod
-    def __get_pydantic_json_schema__(
-        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        """Describe the fields; of the serializer pydantic would only say that it gives a dict."""
-        described = {key: value for key, value in schema.items() if key != "serialization"}
-        return handler(cast(CoreSchema, described))
 
 
 class MlpSettings(_SpecModel):
