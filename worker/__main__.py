@@ -1,6 +1,7 @@
 """``python -m worker``: one worker process on one device; ``regtune worker`` starts it."""
 
 import argparse
+import os
 import sys
 
 import torch
@@ -19,6 +20,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.lanes is not None:
         settings = settings.model_copy(update={"lanes": options.lanes})
     logs.configure(settings)
+    # Where TorchInductor keeps compiled steps; by default a temporary folder.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.data_dir / "compiled"))
     shutdown = Shutdown()
     shutdown.install()
     try:

@@ -67,6 +67,7 @@ class Worker:
             while not self._shutdown.requested:
                 if not self._train_next():
                     self._wait(listener)
+        self._drop_stack()
         try:
             with transaction(self._database) as session:
                 workers.leave(session, self.name)
@@ -82,12 +83,17 @@ class Worker:
             if study is None:
                 return False
             if self._stack is None or self._stack.study.study_id != study.study_id:
-                self._stack = None
+                self._drop_stack()
                 self._stack = self._build_stack(study)
             return self._stack is not None and self._train(self._stack)
         except (DBAPIError, DatabaseUnavailable, NotFound) as error:
             log.warning("database_lost", worker=self.name, error=str(error).splitlines()[0])
             return False
+
+    def _drop_stack(self) -> None:
+        if self._stack is not None:
+            self._stack.close()
+        self._stack = None
 
     def _choose(self) -> Study | None:
         with transaction(self._database) as session:

@@ -17,15 +17,16 @@ from sqlalchemy import Engine as Database
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from regtune import leasing, reporting, workers
+from regtune import leasing, reporting, studies, workers
 from regtune.database import transaction
 from regtune.leasing import Lease
 from regtune.reporting import Completed, Epoch, Failed, Outcome, Pruned, Verdicts
 from regtune.settings import Settings
-from regtune.studies import Study
+from regtune.spec import StudySpec
+from regtune.studies import ModelFacts, Study
 from regtune.task import Offer
 from worker.shutdown import Interrupted
-from worker.training.engine import Engine
+from worker.training.engine import KNOBS, Engine
 from worker.training.lanes import LaneEpoch, LaneTrial
 
 log = structlog.get_logger()
@@ -53,6 +54,9 @@ class Stack:
         self._device = device
         self._lanes = lanes
         self._engine = self._build_engine()
+        if study.model is None:
+            with transaction(database) as session:
+                studies.describe_model(session, study.study_id, _facts(self._engine))
         self._leases: dict[int, Lease] = {}
         self._epochs: dict[int, list[Epoch]] = {}
         self._outcomes: dict[int, Outcome] = {}
@@ -112,6 +116,10 @@ class Stack:
             free = self._lanes - len(leases)
             workers.beat(session, self._worker, wanted_lanes=free, study_id=self.study.study_id)
 
+    def close(self) -> None:
+        """Let go of the threads; what is still in training is lost to this worker."""
+        self._engine.close()
+
     def release(self) -> None:
         """Report what has ended, and give everything else back."""
         with transaction(self._database) as session:
@@ -127,11 +135,11 @@ class Stack:
         return Engine(
             task=spec.task,
             training=spec.training,
-            validation_fraction=spec.validation.fraction,
-            seed=spec.training.seed,
+            validation=spec.validation,
             data_dir=Path(self._settings.data_dir),
             device=self._device,
             max_lanes=self._lanes,
+            knobs=_knobs(spec),
         )
 
     def _end_lanes(self, ended: Sequence[LaneEpoch]) -> None:
@@ -141,6 +149,7 @@ class Stack:
         for epoch, result in zip(tested, results, strict=True):
             self._outcomes[epoch.key] = Completed(
                 validation_loss=result.validation_loss,
+                validation_loss_spread=result.validation_loss_spread,
                 validation_score=result.validation_score,
                 best_epoch=result.best_epoch,
                 test_loss=result.test_loss,
@@ -203,20 +212,35 @@ class Stack:
         self._engine.leave([key for key in self._engine.lanes if key not in staying])
         self._leases = {id_: lease for id_, lease in self._leases.items() if id_ in staying}
         self._leases |= {lease.trial_id: lease for lease in joining}
-        self._engine.join([_as_lane(lease) for lease in joining])
+        self._engine.join([_as_lane(lease, self.study.spec) for lease in joining])
         self._epochs.clear()
         self._outcomes.clear()
         self._met_at = time.monotonic()
 
 
-def _as_lane(lease: Lease) -> LaneTrial:
-    return LaneTrial(
-        key=lease.trial_id,
-        weight_decay=lease.params["weight_decay"],
-        dropout=lease.params["dropout"],
-        l1_lambda=lease.params["l1_lambda"],
-        patience=int(lease.params["patience"]),
+def _facts(engine: Engine) -> ModelFacts:
+    return ModelFacts(
+        parameters=engine.parameters,
+        penalized=engine.model.penalized,
+        spared=engine.model.spared,
+        dropout_sites=engine.model.sites,
+        vectorized=engine.model.vectorized,
+        steps_per_epoch=engine.steps_per_epoch,
+        training_rows=engine.training_rows,
     )
+
+
+def _knobs(spec: StudySpec) -> frozenset[str]:
+    """Return the strengths that a trial of the study may use: all that are not fixed at zero."""
+    return KNOBS & {
+        name for name, parameter in spec.search.parameters().items() if any(parameter.numbers())
+    }
+
+
+def _as_lane(lease: Lease, spec: StudySpec) -> LaneTrial:
+    """Return the trial to train; one that was appended by an older version has fewer parameters."""
+    params = {"learning_rate": spec.training.learning_rate, **lease.params}
+    return LaneTrial(key=lease.trial_id, patience=int(params.pop("patience")), **params)
 
 
 def _as_epoch(epoch: LaneEpoch) -> Epoch:

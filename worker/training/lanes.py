@@ -1,32 +1,42 @@
-"""What a lane is: a trial, how far it has come, and its slice of the stacked tensors."""
+"""The state of lanes: what the host knows of a trial, and what the device holds for it.
 
-from collections.abc import Callable, Sequence
+A trial takes as many lanes as it has members (folds × repeats, usually one); they stand side by
+side, start together and end together.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, nan
+from statistics import fmean, stdev
 from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
 from worker.training.early_stopping import EarlyStopping
+from worker.training.regularizers import dropout_threshold
 
 Ended = Literal["finished", "early_stopped", "diverged"]
 
 
 @dataclass(frozen=True)
 class LaneTrial:
-    """A trial to train in one lane; ``key`` is the caller's name for it."""
+    """A trial to train; ``key`` is the caller's name for it, the rest are its hyperparameters."""
 
     key: int
     weight_decay: float
     dropout: float
     l1_lambda: float
     patience: int
+    learning_rate: float
+    label_smoothing: float = 0.0
+    input_noise: float = 0.0
+    weight_noise: float = 0.0
 
 
 @dataclass(frozen=True)
 class LaneEpoch:
-    """What one lane did in one epoch.
+    """What one trial did in one epoch; with several members, the mean over them.
 
     ``epoch`` counts from 1. ``train_loss`` is the mean cross-entropy of the rows as they were
     trained on, without penalties; ``penalty`` is λ₁‖w‖₁ and, where decay is coupled, (λ₂/2)‖w‖²,
@@ -48,7 +58,10 @@ class LaneEpoch:
 
 @dataclass(frozen=True)
 class LaneResult:
-    """A lane at its best weights; scores are accuracies."""
+    """A trial at its best weights, the mean over its members; scores are accuracies.
+
+    ``validation_loss_spread`` is the standard deviation over the members, None for a single one.
+    """
 
     key: int
     best_epoch: int
@@ -56,6 +69,7 @@ class LaneResult:
     validation_score: float
     test_loss: float
     test_score: float
+    validation_loss_spread: float | None = None
 
 
 @dataclass
@@ -65,6 +79,8 @@ class Lane:
     trial: LaneTrial
     stopping: EarlyStopping
     best_score: float = nan
+    best_spread: float | None = None
+    latest_loss: float = nan
     ended: Ended | None = None
 
     @classmethod
@@ -83,12 +99,14 @@ class Lane:
         return self.stopping.epoch
 
     def observe(
-        self, train_loss: float, validation_loss: float, score: float, max_epochs: int
+        self, train_loss: float, validation_losses: Sequence[float], score: float, max_epochs: int
     ) -> None:
-        """Take in one more epoch, and decide whether it was the last."""
+        """Take in one more epoch of all members, and decide whether it was the last."""
+        self.latest_loss = validation_loss = fmean(validation_losses)
         self.stopping = self.stopping.observe(validation_loss)
         if self.stopping.improved:
             self.best_score = score
+            self.best_spread = stdev(validation_losses) if len(validation_losses) > 1 else None
         if not (isfinite(train_loss) and isfinite(validation_loss)):
             self.ended = "diverged"
         elif self.epoch >= max_epochs:
@@ -104,31 +122,53 @@ class LaneTensors:
     parameters_KP: Tensor
     best_parameters_KP: Tensor
     moments: tuple[Tensor, ...]
-    buffers: dict[str, Tensor]
-    best_buffers: dict[str, Tensor]
+    buffers: Mapping[str, Tensor]
+    best_buffers: Mapping[str, Tensor]
 
     @classmethod
     def starting(
-        cls, parameters_P: Tensor, buffers: dict[str, Tensor], moments: int, lanes: int
+        cls,
+        parameters_MP: Tensor,
+        buffers_M: Mapping[str, Tensor],
+        moments: int,
+        trials: int,
     ) -> Self:
-        """Return ``lanes`` copies of the initial weights and buffers, with moments of zero."""
-        parameters_KP = _repeat(parameters_P, lanes)
+        """Return lanes for ``trials`` trials, each with copies of the initial M members.
+
+        Moments start at zero.
+        """
+        parameters_KP = _repeat(parameters_MP, trials)
         return cls(
             parameters_KP=parameters_KP,
             best_parameters_KP=parameters_KP.clone(),
             moments=tuple(torch.zeros_like(parameters_KP) for _ in range(moments)),
-            buffers={name: _repeat(buffer, lanes) for name, buffer in buffers.items()},
-            best_buffers={name: _repeat(buffer, lanes) for name, buffer in buffers.items()},
+            buffers={name: _repeat(buffer, trials) for name, buffer in buffers_M.items()},
+            best_buffers={name: _repeat(buffer, trials) for name, buffer in buffers_M.items()},
         )
+
+    def __len__(self) -> int:
+        return self.parameters_KP.shape[0]
 
     def select(self, lanes: Sequence[int]) -> "LaneTensors":
         """Return copies of these lanes, in this order."""
         index = torch.tensor(lanes, dtype=torch.int64, device=self.parameters_KP.device)
         return _combine(lambda tensor: tensor.index_select(0, index), self)
 
+    def slice(self, lanes: slice) -> "LaneTensors":
+        """Return a view of some lanes: what is written there is written here."""
+        return _combine(lambda tensor: tensor[lanes], self)
+
     def join(self, others: "LaneTensors") -> "LaneTensors":
         """Return these lanes and, behind them, the others."""
         return _combine(lambda mine, theirs: torch.cat([mine, theirs]), self, others)
+
+    def best_of(self, lanes: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return copies of these lanes' best weights, ``(K, P)``, and buffers, in this order."""
+        index = torch.tensor(lanes, dtype=torch.int64, device=self.parameters_KP.device)
+        return (
+            self.best_parameters_KP.index_select(0, index),
+            {name: best.index_select(0, index) for name, best in self.best_buffers.items()},
+        )
 
     def keep_best_(self, improved_K: Tensor) -> None:
         """Copy weights and buffers of the lanes that ``improved_K`` (bool) marks."""
@@ -137,17 +177,45 @@ class LaneTensors:
             _copy_where_(best, self.buffers[name], improved_K)
 
 
-def _repeat(tensor: Tensor, lanes: int) -> Tensor:
-    return tensor.expand(lanes, *tensor.shape).clone()
+def strengths_of(
+    trials: Sequence[LaneTrial], device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return how strongly each lane is regularized, in the forms that a step wants: ``(K,)`` each.
+
+    ``trials`` are those of the lanes, one for each.
+    """
+    rates_K = torch.tensor([trial.dropout for trial in trials], dtype=torch.float64)
+    exact = {
+        "decay": [trial.weight_decay for trial in trials],
+        "l1": [trial.l1_lambda for trial in trials],
+        "dropout_scale": (1 / (1 - rates_K)).tolist(),
+        "label_smoothing": [trial.label_smoothing for trial in trials],
+        "input_noise": [trial.input_noise for trial in trials],
+        "weight_noise": [trial.weight_noise for trial in trials],
+    }
+    return {
+        "dropout_threshold": dropout_threshold(rates_K).to(device),
+        **{
+            name: torch.tensor(values, dtype=torch.float64).to(device, dtype)
+            for name, values in exact.items()
+        },
+    }
+
+
+def _repeat(tensor_M: Tensor, times: int) -> Tensor:
+    return tensor_M.repeat(times, *(1 for _ in tensor_M.shape[1:]))
 
 
 def _combine(function: Callable[..., Tensor], *stacks: LaneTensors) -> LaneTensors:
+    first = stacks[0]
     return LaneTensors(
         parameters_KP=function(*(s.parameters_KP for s in stacks)),
         best_parameters_KP=function(*(s.best_parameters_KP for s in stacks)),
         moments=tuple(map(function, *(s.moments for s in stacks))),
-        buffers={n: function(*(s.buffers[n] for s in stacks)) for n in stacks[0].buffers},
-        best_buffers={n: function(*(s.best_buffers[n] for s in stacks)) for n in stacks[0].buffers},
+        buffers={n: function(*(s.buffers[n] for s in stacks)) for n in first.buffers},
+        best_buffers={
+            n: function(*(s.best_buffers[n] for s in stacks)) for n in first.best_buffers
+        },
     )
 
 

@@ -1,8 +1,10 @@
 """K copies of one model, computed together."""
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import structlog
 import torch
@@ -11,17 +13,21 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.utils import _pytree as pytree
 
 from worker.tasks.preparation import Rows
-from worker.training.recording import Recorder
-from worker.training.regularizers import install_dropout_sites, penalized
+from worker.training.regularizers import (
+    dropout_threshold,
+    install_dropout_sites,
+    penalized,
+    perturbed,
+    smoothed_cross_entropy,
+)
 
 log = structlog.get_logger()
 
-EVALUATION_ROWS = 1000
-"""Rows of one evaluation batch."""
-
-Buffers = dict[str, Tensor]
+Tensors = Mapping[str, Tensor]
 LaneMap = Callable[..., Callable[..., Any]]
-Progress = Callable[[], None]
+
+PERTURBATIONS = 2
+"""Noise keys behind those of the dropout sites: of the inputs, and of the weights."""
 
 
 class UnsupportedModel(ValueError):
@@ -29,18 +35,11 @@ class UnsupportedModel(ValueError):
 
 
 @dataclass(frozen=True)
-class DropoutRates:
-    """Each lane's dropout rate in the forms that the sites want: ``(K,)`` each."""
-
-    threshold_K: Tensor
-    scale_K: Tensor
-
-
-@dataclass(frozen=True)
 class Batch:
     """What one step sees: the same for all lanes, or with a leading lane axis if ``per_lane``.
 
-    ``x`` is ``(B, *features)``, ``y`` is ``(B,)`` and ``keys`` is ``(D, 2)``, int32.
+    ``x`` is ``(B, *features)``, ``y`` is ``(B,)`` and ``keys`` is ``(N, 2)``, int32: one for each
+    dropout site, then one for the noise on inputs and one for that on weights.
     """
 
     x: Tensor
@@ -48,128 +47,170 @@ class Batch:
     keys: Tensor
     per_lane: bool
 
-    @property
-    def rows(self) -> int:
-        """How many rows each lane sees."""
-        return self.y.shape[-1]
-
 
 class LaneModel:
     """One model as a function of a row of parameters, mapped over lanes.
 
-    A lane's parameters are one row: weights (the first ``weights`` elements), then biases and
-    normalization parameters. Where ``vmap`` refuses the model, the same function runs in a loop.
+    A lane's parameters are one row: those on which decay and L1 act (the first ``weights``
+    elements), then the others. Where ``vmap`` refuses the model, the same function runs in a loop.
     """
 
-    def __init__(self, model: nn.Module, sample: Rows) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        sample: Rows,
+        *,
+        penalize: Literal["weights", "all"] = "weights",
+        knobs: Collection[str] = (),
+        autocast: torch.dtype | None = None,
+    ) -> None:
         """Take over ``model``; ``sample`` holds a few rows to try it on.
 
-        Raises UnsupportedModel, and whatever the model itself raises.
+        ``knobs`` names those of ``label_smoothing``, ``input_noise`` and ``weight_noise`` that any
+        lane may use; the others cost nothing. Raises UnsupportedModel, and whatever the model
+        itself raises.
         """
         self._sites = install_dropout_sites(model)
+        if autocast is not None:
+            _normalize_in_float32(model)
+        _use_plain_attention()
         self._model = model.requires_grad_(False)
+        self._knobs = frozenset(knobs)
+        self._autocast = autocast
         named = dict(model.named_parameters())
-        first = list(penalized(model))
-        names = first + [name for name in named if name not in first]
-        self._shapes = {name: named[name].shape for name in names}
+        self.penalized = tuple(penalized(model, penalize))
+        self.spared = tuple(name for name in named if name not in self.penalized)
+        self._shapes = {name: named[name].shape for name in self.penalized + self.spared}
         self._sizes = [shape.numel() for shape in self._shapes.values()]
-        self.weights = sum(self._sizes[: len(first)])
-        self.initial_parameters = torch.cat([named[name].flatten() for name in names])
-        self.initial_buffers = {
-            name: buffer.clone()
-            for name, buffer in model.named_buffers()
-            if name.rpartition(".")[0] not in self._sites
-        }
-        self._recorder = Recorder()
+        self.weights = sum(self._sizes[: len(self.penalized)])
         self._over_lanes = self._choose_map(sample)
+
+    def replica(self) -> "LaneModel":
+        """Return another one for another thread: a call keeps state in the module."""
+        twin = copy.copy(self)
+        twin._model = copy.deepcopy(self._model)
+        twin._sites = {name: twin._model.get_submodule(name) for name in self._sites}  # type: ignore[misc]
+        return twin
 
     def to(self, device: torch.device) -> Self:
         """Move to ``device``."""
         self._model.to(device)
-        self.initial_parameters = self.initial_parameters.to(device)
-        self.initial_buffers = {name: b.to(device) for name, b in self.initial_buffers.items()}
         return self
 
     @property
-    def sites(self) -> int:
-        """How many dropout sites the model has."""
-        return len(self._sites)
+    def sites(self) -> tuple[str, ...]:
+        """The names of the model's dropout sites."""
+        return tuple(self._sites)
+
+    @property
+    def vectorized(self) -> bool:
+        """Whether lanes are computed as one batched model, not one by one."""
+        return self._over_lanes is not loop
+
+    def row_of(self, model: nn.Module) -> Tensor:
+        """Return the parameters of a model that was built alike as one row: ``(P,)``."""
+        named = dict(model.named_parameters())
+        return torch.cat([named[name].detach().flatten() for name in self._shapes])
+
+    def buffers_of(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return copies of the buffers of a model that was built alike, without the sites' own."""
+        return {
+            name: buffer.clone()
+            for name, buffer in model.named_buffers()
+            if name.rpartition(".")[0] not in self._sites
+        }
 
     def gradients(
-        self, parameters_KP: Tensor, buffers: Buffers, rates: DropoutRates, batch: Batch
+        self, parameters_KP: Tensor, buffers: Tensors, strengths: Tensors, batch: Batch
     ) -> tuple[Tensor, Tensor]:
         """Return each lane's gradient ``(K, P)`` and mean training loss ``(K,)``.
 
-        Running statistics in ``buffers`` are updated in place.
+        Running statistics in ``buffers`` are updated in place. ``strengths`` are ``(K,)`` each.
         """
         shared = 0 if batch.per_lane else None
         self._model.train()
-        gradient_KP, loss_K = self._call(
-            grad_and_value(self._loss),
-            (0, 0, 0, 0, shared, shared, shared),
-            *(parameters_KP, buffers, rates.threshold_K, rates.scale_K),
-            *(batch.keys, batch.x, batch.y),
-        )
+        gradient_KP, loss_K = self._map(
+            grad_and_value(self._loss), (0, 0, 0, shared, shared, shared), len(parameters_KP)
+        )(parameters_KP, buffers, strengths, batch.keys, batch.x, batch.y)
         return gradient_KP, loss_K
 
     @torch.no_grad()
-    def evaluate(
-        self, parameters_KP: Tensor, buffers: Buffers, rows: Rows, progress: Progress
-    ) -> tuple[Tensor, Tensor]:
-        """Return each lane's mean loss and accuracy over ``rows``: ``(K,)`` each.
+    def measure(
+        self,
+        parameters_KP: Tensor,
+        buffers: Tensors,
+        x: Tensor,
+        y: Tensor,
+        weight: Tensor,
+        per_lane: bool,
+    ) -> Tensor:
+        """Return, summed over rows, each lane's losses and how many labels it hit: ``(2, K)``.
 
-        Dropout is off, running statistics are used and stay as they are.
+        Dropout and noise are off, running statistics are used and stay as they are. ``weight`` is
+        1 for a row that counts and 0 for one that does not; ``per_lane`` as in a batch.
         """
+        shared = 0 if per_lane else None
         self._model.eval()
-        totals_2K = torch.zeros(2, parameters_KP.shape[0], device=parameters_KP.device).to(
-            parameters_KP.dtype
-        )
-        for x, y in _evaluation_batches(rows):
-            totals_2K += torch.stack(
-                self._call(self._measure, (0, 0, None, None), parameters_KP, buffers, x, y)
-            )
-            progress()
-        loss_K, correct_K = totals_2K / len(rows)
-        return loss_K, correct_K
+        total_K2: Tensor = self._map(
+            self._measure, (0, 0, shared, shared, shared), len(parameters_KP)
+        )(parameters_KP, buffers, x, y, weight)
+        return total_K2.T
 
-    def _call(
-        self, function: Callable[..., Any], in_dims: tuple[int | None, ...], *arguments: Any
-    ) -> Any:
+    def _map(
+        self, function: Callable[..., Any], in_dims: tuple[int | None, ...], lanes: int
+    ) -> Callable[..., Any]:
         """Map ``function`` over lanes; a lane that is alone needs no ``vmap``."""
-        lanes = arguments[0].shape[0]
-        if self._over_lanes is loop:
-            return loop(function, in_dims)(*arguments)
-        mapped = (loop if lanes == 1 else self._over_lanes)(function, in_dims)
-        return self._recorder.call(function.__name__, mapped, *arguments)
+        return (loop if lanes == 1 else self._over_lanes)(function, in_dims)
 
     def _loss(
         self,
         parameters_P: Tensor,
-        buffers: Buffers,
-        threshold: Tensor,
-        scale: Tensor,
-        keys_D2: Tensor,
+        buffers: Tensors,
+        strengths: Tensors,
+        keys_N2: Tensor,
         x: Tensor,
         y_B: Tensor,
     ) -> Tensor:
-        noise: Buffers = {}
-        for (name, site), key_2 in zip(self._sites.items(), keys_D2, strict=True):
+        *site_keys, input_key, weight_key = keys_N2.unbind()
+        if "weight_noise" in self._knobs:
+            weights_W, others = parameters_P[: self.weights], parameters_P[self.weights :]
+            noisy_W = perturbed(weights_W, strengths["weight_noise"], weight_key)
+            parameters_P = torch.cat([noisy_W, others])
+        if "input_noise" in self._knobs:
+            x = perturbed(x, strengths["input_noise"], input_key)
+        noise: dict[str, Tensor] = {}
+        for (name, site), key_2 in zip(self._sites.items(), site_keys, strict=True):
             site.drawn = 0
             noise |= {
-                f"{name}.threshold": threshold,
-                f"{name}.scale": scale,
+                f"{name}.threshold": strengths["dropout_threshold"],
+                f"{name}.scale": strengths["dropout_scale"],
                 f"{name}.key": key_2,
             }
-        state = (self._named(parameters_P), buffers, noise)
-        return nn.functional.cross_entropy(functional_call(self._model, state, (x,)), y_B)
+        logits_BC = self._logits(self._named(parameters_P), buffers, x, noise)
+        if "label_smoothing" in self._knobs:
+            return smoothed_cross_entropy(logits_BC, y_B, strengths["label_smoothing"])
+        return nn.functional.cross_entropy(logits_BC, y_B)
 
     def _measure(
-        self, parameters_P: Tensor, buffers: Buffers, x: Tensor, y_B: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        logits_BC = functional_call(self._model, (self._named(parameters_P), buffers), (x,))
-        correct_B = logits_BC.argmax(1) == y_B
-        loss = nn.functional.cross_entropy(logits_BC, y_B, reduction="sum")
-        return loss, correct_B.sum().to(loss.dtype)
+        self, parameters_P: Tensor, buffers: Tensors, x: Tensor, y_B: Tensor, weight_B: Tensor
+    ) -> Tensor:
+        logits_BC = self._logits(self._named(parameters_P), buffers, x, {})
+        hit_B = logits_BC.argmax(1) == y_B
+        loss_B = nn.functional.cross_entropy(logits_BC, y_B, reduction="none")
+        return torch.stack([(loss_B * weight_B).sum(), (hit_B * weight_B).sum()])
+
+    def _logits(self, parameters: Tensors, buffers: Tensors, x: Tensor, noise: Tensors) -> Tensor:
+        """Return the model's logits, in the precision of ``x``."""
+        with self._precision(x.device):
+            logits_BC: Tensor = functional_call(
+                self._model, {**parameters, **buffers, **noise}, (x,)
+            )
+        return logits_BC.to(x.dtype)
+
+    def _precision(self, device: torch.device) -> AbstractContextManager[object]:
+        if self._autocast is None:
+            return nullcontext()
+        return torch.autocast(device.type, self._autocast, cache_enabled=False)
 
     def _named(self, parameters_P: Tensor) -> dict[str, Tensor]:
         """Return the model's parameters as views of one row.
@@ -201,22 +242,43 @@ class LaneModel:
     def _try(self, over_lanes: LaneMap, sample: Rows) -> None:
         """Take one gradient and one evaluation of two lanes, out of step with each other."""
         self._over_lanes = over_lanes
-        parameters_2P = self.initial_parameters.expand(2, -1).clone()
-        buffers = {name: torch.stack([b, b]) for name, b in self.initial_buffers.items()}
-        rates = DropoutRates(torch.zeros(2, dtype=torch.int32), torch.ones(2, dtype=sample.x.dtype))
-        batch = Batch(
-            x=torch.stack([sample.x, sample.x]),
-            y=torch.stack([sample.y, sample.y]),
-            keys=torch.zeros(2, self.sites, 2, dtype=torch.int32),
-            per_lane=True,
-        )
-        self.gradients(parameters_2P, buffers, rates, batch)
-        self.evaluate(parameters_2P, buffers, sample, lambda: None)
+        x, y = torch.stack([sample.x, sample.x]), torch.stack([sample.y, sample.y])
+        parameters_2P = self.row_of(self._model).expand(2, -1).clone()
+        buffers = {n: torch.stack([b, b]) for n, b in self.buffers_of(self._model).items()}
+        strengths = neutral_strengths(2, x.dtype)
+        keys = torch.zeros(2, len(self._sites) + PERTURBATIONS, 2, dtype=torch.int32)
+        self.gradients(parameters_2P, buffers, strengths, Batch(x, y, keys, per_lane=True))
+        self.measure(parameters_2P, buffers, x, y, torch.ones_like(y, dtype=x.dtype), per_lane=True)
 
 
-def _evaluation_batches(rows: Rows) -> Iterator[tuple[Tensor, Tensor]]:
-    xs, ys = torch.split(rows.x, EVALUATION_ROWS), torch.split(rows.y, EVALUATION_ROWS)
-    return zip(xs, ys, strict=True)
+def _normalize_in_float32(model: nn.Module) -> None:
+    """Let batch norms, which keep statistics, see float32 whatever the layer before them gives."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            module.register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
+
+
+def _use_plain_attention() -> None:
+    """Compute attention by plain matrix products, in this process: the fused kernels know no lanes.
+
+    Under ``vmap`` they would run lane by lane.
+    """
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def neutral_strengths(lanes: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return what a model is called with when nothing is regularized: ``(K,)`` each."""
+    off_K = torch.zeros(lanes, dtype=dtype)
+    return {
+        "dropout_threshold": dropout_threshold(off_K),
+        "dropout_scale": torch.ones(lanes, dtype=dtype),
+        "label_smoothing": off_K,
+        "input_noise": off_K,
+        "weight_noise": off_K,
+    }
 
 
 def loop(function: Callable[..., Any], in_dims: tuple[int | None, ...]) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-ORDER, KEYS = 1, 2
+ORDER, DROPOUT, PERTURBATION, MEMBER = 1, 2, 3, 4
 """Purposes: two uses of one seed never draw the same numbers."""
 
 LOWEST, HIGHEST = -(2**31), 2**31 - 1
@@ -32,14 +32,26 @@ def initial_weights(seed: int) -> Iterator[None]:
         yield
 
 
+def member_seed(seed: int, member: int) -> int:
+    """Return the seed of a trial's member, counted from 0; the first one has the study's own.
+
+    A trial with folds or repeats is trained several times, with other rows and other noise.
+    """
+    if member == 0:
+        return seed
+    return int(np.random.SeedSequence((seed, MEMBER, member)).generate_state(1)[0] >> 1)
+
+
 def data_order(seed: int, epoch: int, rows: int) -> NDArray[np.int64]:
     """Return the order in which ``rows`` training rows are seen in ``epoch``: ``(rows,)``."""
     return _generator(seed, ORDER, epoch).permutation(rows)
 
 
-def step_keys(seed: int, epoch: int, steps: int, sites: int) -> NDArray[np.int32]:
+def step_keys(
+    seed: int, epoch: int, steps: int, sites: int, purpose: int = DROPOUT
+) -> NDArray[np.int32]:
     """Return a 64-bit key for each step and site of ``epoch``: ``(steps, sites, 2)``, int32."""
-    return _generator(seed, KEYS, epoch).integers(
+    return _generator(seed, purpose, epoch).integers(
         LOWEST, HIGHEST, size=(steps, sites, 2), dtype=np.int32, endpoint=True
     )
 
@@ -60,6 +72,17 @@ def random_bits(key_2: Tensor, shape: Sequence[int], start: int = 0) -> Tensor:
     x *= 0x846CA68B - 2**32
     x ^= (x >> 16) & 0xFFFF
     return x.view(shape)
+
+
+def standard_normal(key_2: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return standard normal noise of ``shape``, by inversion of the distribution function.
+
+    The upper 23 bits of each hash give the middle of one of 2²³ equal intervals, exactly in any
+    precision, so that float32 and float64 see the same noise; it ends at ±5.2.
+    """
+    uniform = ((random_bits(key_2, shape) >> 9).to(dtype) + 0.5) * 2.0**-22
+    normal: Tensor = torch.erfinv(uniform) * 2.0**0.5
+    return normal
 
 
 def _generator(seed: int, purpose: int, epoch: int) -> np.random.Generator:

@@ -9,14 +9,16 @@ Adam: D. Kingma and J. Ba, arXiv 1412.6980. AdamW: I. Loshchilov and F. Hutter, 
 RMSprop: T. Tieleman and G. Hinton, Lecture 6.5 (2012), in torch's form (ε outside the root).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from regtune.spec import Training
 
 Float64s = NDArray[np.float64]
 
@@ -47,9 +49,13 @@ class LaneOptimizer(Protocol):
 
 @dataclass(frozen=True)
 class Sgd:
-    """Stochastic gradient descent with momentum, as ``torch.optim.SGD``."""
+    """Stochastic gradient descent with momentum, Nesterov's or plain, as ``torch.optim.SGD``.
+
+    I. Sutskever et al., ICML 2013, in torch's form: the rate multiplies the velocity.
+    """
 
     momentum: float = 0.9
+    nesterov: bool = False
     moments = 1
     decoupled_decay = False
 
@@ -64,10 +70,12 @@ class Sgd:
         moments: Sequence[Tensor],
         coefficients: Sequence[Tensor],
     ) -> None:
-        """Compute v ← μ·v + g, w ← w − η·v."""
+        """Compute v ← μ·v + g, then w ← w − η·v, or Nesterov's w ← w − η·(g + μ·v)."""
         (velocity_KP,) = moments
         (negative_rate_K1,) = coefficients
         velocity_KP.mul_(self.momentum).add_(gradient_KP)
+        if self.nesterov:
+            velocity_KP = gradient_KP.add_(velocity_KP, alpha=self.momentum)
         parameters_KP.addcmul_(velocity_KP, negative_rate_K1)
 
 
@@ -134,22 +142,32 @@ class RmsProp:
         parameters_KP.addcmul_(gradient_KP, negative_rate_K1)
 
 
-OPTIMIZERS: Mapping[str, LaneOptimizer] = {
-    "sgd": Sgd(),
-    "adam": Adam(),
-    "adamw": Adam(decoupled_decay=True),
-    "rmsprop": RmsProp(),
-}
+def find_optimizer(training: Training) -> LaneOptimizer:
+    """Return the optimizer that a training names."""
+    match training.optimizer:
+        case "sgd":
+            return Sgd(training.momentum, training.nesterov)
+        case "adam":
+            return Adam()
+        case "adamw":
+            return Adam(decoupled_decay=True)
+        case "rmsprop":
+            return RmsProp()
 
 
-def scheduled_rate(
-    schedule: Literal["constant", "cosine"], learning_rate: float, step: Float64s, steps: int
+def scheduled_rates(
+    training: Training, rate_K: Float64s, step_SK: Float64s, steps_per_epoch: int
 ) -> Float64s:
-    """Return the learning rate of each step, counted from 1 to ``steps``.
+    """Return the learning rates ``(S, K)`` of lanes that start at ``rate_K``, ``(K,)``.
 
-    The cosine starts at ``learning_rate`` and would reach zero one step after the last
-    (I. Loshchilov and F. Hutter, arXiv 1608.03983, without restarts).
+    Steps are counted from 1. The warm-up grows linearly, and its last step has the full rate. The
+    cosine starts there, and would reach zero one step after the last (I. Loshchilov and F. Hutter,
+    arXiv 1608.03983, without restarts).
     """
-    if schedule == "constant":
-        return np.full_like(step, learning_rate)
-    return learning_rate * (1 + np.cos(np.pi * (step - 1) / steps)) / 2
+    warmup = training.warmup_epochs * steps_per_epoch
+    steps = training.max_epochs * steps_per_epoch
+    factor_SK = np.minimum(step_SK / warmup, 1.0) if warmup else np.ones_like(step_SK)
+    if training.schedule == "cosine":
+        after_SK = np.maximum(step_SK - 1 - warmup, 0.0)
+        factor_SK *= (1 + np.cos(np.pi * after_SK / (steps - warmup))) / 2
+    return factor_SK * rate_K

@@ -1,20 +1,23 @@
-"""Regularizers with one strength per lane: dropout, weight decay and L1.
+"""Regularizers with one strength per lane: dropout, decay, L1, label smoothing and noise.
 
-Decay and L1 act on weights alone, never on biases or normalization parameters. A lane's parameters
-lie in one row, weights first, so that ``weights_KW`` is the first W columns of ``parameters_KP``.
+Decay and L1 act on weights alone, not on biases or normalization parameters, unless a study says
+otherwise. A lane's parameters lie in one row, those first, so that ``weights_KW`` is the first W
+columns of ``parameters_KP``.
 
 Dropout: N. Srivastava et al., JMLR 15 (2014). Alpha dropout: G. Klambauer et al., arXiv 1706.02515.
 Decoupled decay: I. Loshchilov and F. Hutter, arXiv 1711.05101. Proximal step: N. Parikh and S.
-Boyd, Proximal Algorithms (2014).
+Boyd, Proximal Algorithms (2014). Label smoothing: C. Szegedy et al., arXiv 1512.00567. Input
+noise: C. Bishop, Neural Computation 7 (1995). Weight noise: A. Graves, NIPS 2011.
 """
 
 from collections.abc import Iterator, Sequence
 from math import prod
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from worker.training.noise import HIGHEST, LOWEST, random_bits
+from worker.training.noise import HIGHEST, LOWEST, random_bits, standard_normal
 
 NORMALIZATIONS = (
     nn.modules.batchnorm._NormBase,  # every batch and instance norm
@@ -100,10 +103,10 @@ def dropout_threshold(rate: Tensor) -> Tensor:
     return threshold.clamp(max=HIGHEST).to(torch.int32)
 
 
-def penalized(model: nn.Module) -> Iterator[str]:
-    """Yield the names of the weights on which decay and L1 act.
+def penalized(model: nn.Module, which: Literal["weights", "all"]) -> Iterator[str]:
+    """Yield the names of the parameters on which decay and L1 act.
 
-    Those are the parameters of two or more dimensions that belong to no normalization layer.
+    The weights are the parameters of two or more dimensions that belong to no normalization layer.
     """
     spared = {
         id(parameter)
@@ -112,8 +115,23 @@ def penalized(model: nn.Module) -> Iterator[str]:
         for parameter in module.parameters(recurse=False)
     }
     for name, parameter in model.named_parameters():
-        if parameter.ndim >= 2 and id(parameter) not in spared:
+        if which == "all" or (parameter.ndim >= 2 and id(parameter) not in spared):
             yield name
+
+
+def smoothed_cross_entropy(logits_BC: Tensor, y_B: Tensor, smoothing: Tensor) -> Tensor:
+    """Return the mean cross-entropy with labels mixed with the uniform distribution.
+
+    As ``cross_entropy(…, label_smoothing=ε)``, with ε as a tensor.
+    """
+    log_BC = nn.functional.log_softmax(logits_BC, dim=1)
+    hit_B = log_BC.gather(1, y_B[:, None])[:, 0]
+    return -((1 - smoothing) * hit_B + smoothing * log_BC.mean(1)).mean()
+
+
+def perturbed(x: Tensor, deviation: Tensor, key_2: Tensor) -> Tensor:
+    """Return ``x`` with Gaussian noise of this standard deviation."""
+    return x + deviation * standard_normal(key_2, x.shape, x.dtype)
 
 
 def add_coupled_decay_(gradient_KW: Tensor, weights_KW: Tensor, decay_K1: Tensor) -> None:
@@ -140,14 +158,14 @@ def soft_threshold_(weights_KW: Tensor, threshold_K1: Tensor) -> None:
     weights_KW.sub_(torch.minimum(clipped_KW, threshold_K1, out=clipped_KW))
 
 
-def penalty(weights_KW: Tensor, l1_K1: Tensor, coupled_decay_K1: Tensor | None) -> Tensor:
+def penalty(weights_KW: Tensor, l1_K: Tensor, coupled_decay_K: Tensor | None) -> Tensor:
     """Return what is added to each lane's training objective: ``(K,)``.
 
     That is λ₁‖w‖₁ + (λ₂/2)‖w‖². A decoupled decay is no penalty and counts nothing.
     """
-    total_K = l1_K1[:, 0] * weights_KW.abs().sum(1)
-    if coupled_decay_K1 is not None:
-        total_K += coupled_decay_K1[:, 0] / 2 * weights_KW.square().sum(1)
+    total_K = l1_K * weights_KW.abs().sum(1)
+    if coupled_decay_K is not None:
+        total_K += coupled_decay_K / 2 * weights_KW.square().sum(1)
     return total_K
 
 

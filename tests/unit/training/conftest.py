@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from regtune.spec import TaskSpec, Training
+from regtune.spec import TaskSpec, Training, Validation
 from regtune.task import Data
 from worker.tasks.models import mlp
 from worker.training import engine as engine_module
@@ -51,6 +51,9 @@ def make_engine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
         dtype: torch.dtype = torch.float64,
         max_lanes: int = 8,
         seed: int = 3,
+        threads: int = 1,
+        validation: Validation | None = None,
+        knobs: frozenset[str] = engine_module.KNOBS,
         **training: Any,
     ) -> Engine:
         monkeypatch.setattr(engine_module, "find_dataset", lambda name: blobs)
@@ -58,20 +61,27 @@ def make_engine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
         defaults = {"batch_size": 16, "max_epochs": 12, "learning_rate": 0.01}
         return Engine(
             task=TaskSpec(dataset="blobs", model="own", **(settings or {"hidden": [16]})),
-            training=Training(**(defaults | training)),
-            validation_fraction=0.2,
-            seed=seed,
+            training=Training(**(defaults | {"seed": seed} | training)),
+            validation=validation or Validation(),
             data_dir=Path("unused"),
             device=torch.device("cpu"),
             max_lanes=max_lanes,
             dtype=dtype,
+            threads=threads,
+            knobs=knobs,
         )
 
     return make
 
 
 def trial(key: int = 0, **strengths: Any) -> LaneTrial:
-    defaults = {"weight_decay": 0.0, "dropout": 0.0, "l1_lambda": 0.0, "patience": 1000}
+    defaults = {
+        "weight_decay": 0.0,
+        "dropout": 0.0,
+        "l1_lambda": 0.0,
+        "patience": 1000,
+        "learning_rate": 0.01,
+    }
     return LaneTrial(key=key, **(defaults | strengths))
 
 
@@ -83,6 +93,13 @@ def train(engine: Engine, epochs: int) -> Curves:
             curves.setdefault(epoch.key, []).append(epoch)
         engine.leave([key for key in engine.lanes if curves[key][-1].ended])
     return curves
+
+
+def train_until_it_ends(engine: Engine) -> list[LaneEpoch]:
+    curve = engine.train_epoch()
+    while curve[-1].ended is None:
+        curve += engine.train_epoch()
+    return curve
 
 
 def losses(curve: list[LaneEpoch]) -> torch.Tensor:

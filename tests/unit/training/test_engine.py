@@ -1,5 +1,6 @@
 """What a trial's numbers may depend on, and what never touches them."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,9 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 
 from tests.unit.training.conftest import blobs, losses, train, trial
+from worker.training import compiling, epoch, noise
 from worker.training import engine as engine_module
-from worker.training import noise, recording
+from worker.training.batches import batch_sizes
 from worker.training.early_stopping import replay
 from worker.training.engine import Engine
 from worker.training.model import loop
@@ -56,7 +58,8 @@ def test_a_trial_is_the_same_refilled_into_a_running_stack(make_engine, optimize
 
 def test_a_trial_is_the_same_through_the_loop_over_lanes(make_engine):
     engine = make_engine()
-    engine._model._over_lanes = loop
+    for step in list(engine._epochs._steps.queue):
+        step._model._over_lanes = loop
     engine.join([OTHERS[0]])
     train(engine, 2)
     engine.join([trial(0, **STRONG)])
@@ -74,22 +77,23 @@ def test_in_single_precision_the_first_epoch_is_the_same_to_rounding(make_engine
 
 def test_a_trial_is_the_same_by_recorded_steps(make_engine, monkeypatch):
     as_called = alone(make_engine, schedule="cosine")
-    monkeypatch.setattr(recording, "CALLS_BEFORE", 2)
+    monkeypatch.setattr(compiling, "CALLS_BEFORE_RECORDING", 2)
     engine = make_engine(schedule="cosine")
     engine.join([trial(0, **STRONG)])
     first = losses(train(engine, 3)[0])
     engine.join(OTHERS)
     curve = torch.cat([first, losses(train(engine, EPOCHS)[0])])
-    assert engine._model._recorder._recordings
+    assert any(program.recording for program in engine._epochs._programs)
     torch.testing.assert_close(curve, as_called, rtol=1e-8, atol=0)
 
 
-def test_updating_lanes_in_blocks_changes_nothing(make_engine, monkeypatch):
-    whole = alone(make_engine)
-    monkeypatch.setattr(engine_module, "BLOCK_ELEMENTS", 1)
-    engine = make_engine()
+@pytest.mark.parametrize("threads", [2, 3])
+def test_a_trial_is_the_same_whatever_threads_compute_its_chunk(make_engine, monkeypatch, threads):
+    monkeypatch.setattr(epoch, "CPU_CHUNK", 2)
+    engine = make_engine(threads=threads)
     engine.join([*OTHERS, trial(0, **STRONG)])
-    torch.testing.assert_close(losses(train(engine, EPOCHS)[0]), whole, rtol=1e-8, atol=0)
+    curve = losses(train(engine, EPOCHS)[0])
+    torch.testing.assert_close(curve, alone(make_engine), rtol=1e-8, atol=0)
 
 
 def test_another_seed_is_another_training(make_engine):
@@ -99,7 +103,7 @@ def test_another_seed_is_another_training(make_engine):
 def test_a_diverged_lane_ends_and_never_touches_its_neighbours(make_engine):
     settings = {"optimizer": "sgd", "learning_rate": 0.1}
     engine = make_engine(**settings)
-    engine.join([trial(9, weight_decay=1e6), trial(0, **STRONG)])
+    engine.join([trial(9, weight_decay=1e6, learning_rate=0.1), trial(0, **STRONG)])
     curves = train(engine, EPOCHS)
     assert curves[9][-1].ended == "diverged"
     assert len(curves[9]) < EPOCHS
@@ -109,7 +113,7 @@ def test_a_diverged_lane_ends_and_never_touches_its_neighbours(make_engine):
 
 def test_a_trial_without_a_finite_epoch_has_no_result(make_engine):
     engine = make_engine(optimizer="sgd", learning_rate=100.0)
-    engine.join([trial(9, weight_decay=1e300)])
+    engine.join([trial(9, weight_decay=1e300, learning_rate=100.0)])
     assert engine.train_epoch()[0].ended == "diverged"
     with pytest.raises(ValueError, match="no epoch with a finite validation loss"):
         engine.results([9])
@@ -145,11 +149,11 @@ def test_the_result_is_that_of_the_best_weights_which_were_copied_when_they_were
     stopped_there.join([trial(0, patience=20)])
     train(stopped_there, best.epoch)
     now = stopped_there._tensors
-    test_loss_K, test_score_K = stopped_there._model.evaluate(
-        now.parameters_KP, now.buffers, stopped_there._rows.test, lambda: None
-    )
-    assert result.test_loss == pytest.approx(test_loss_K.item(), rel=1e-8)
-    assert result.test_score == test_score_K.item()
+    ((test_loss, test_score),) = stopped_there._epochs.test(
+        now.parameters_KP, now.buffers, [0]
+    ).tolist()
+    assert result.test_loss == pytest.approx(test_loss, rel=1e-8)
+    assert result.test_score == test_score
 
 
 def test_results_come_in_the_order_asked_for_and_change_nothing(make_engine):
@@ -198,8 +202,8 @@ def plain_training(engine: Engine, optimizer: str, decay: float) -> torch.Tensor
     ).double()
     stepper = plain_optimizer(optimizer, model, decay)
     curve = []
-    for epoch in range(1, EPOCHS + 1):
-        order = torch.from_numpy(rows[noise.data_order(3, epoch, len(rows))])
+    for number in range(1, EPOCHS + 1):
+        order = torch.from_numpy(rows[noise.data_order(3, number, len(rows))])
         total = 0.0
         for index in order.tensor_split(engine.steps_per_epoch):
             stepper.zero_grad()
@@ -233,7 +237,7 @@ def test_a_batch_norms_scale_does_not_decay(make_engine):
     engine = make_engine(optimizer="adamw", learning_rate=0.5)
     engine.join([trial(0, weight_decay=2.0)])  # η·λ₂ = 1: weights are zero before every step
     engine.train_epoch()
-    scale = engine._tensors.parameters_KP[0, engine._model.weights :]
+    scale = engine._tensors.parameters_KP[0, engine.model.weights :]
     assert scale.abs().max() > 0.5
 
 
@@ -252,10 +256,17 @@ def test_proximal_l1_gives_exact_zeros_and_the_subgradient_none(make_engine):
 @pytest.mark.parametrize(("optimizer", "counted"), [("adam", True), ("adamw", False)])
 def test_the_penalty_is_reported_apart_from_the_losses(make_engine, optimizer, counted):
     """A learning rate of almost zero leaves the weights, so that only the penalty can differ."""
-    engine = make_engine(optimizer=optimizer, learning_rate=1e-12)
-    engine.join([trial(0), trial(1, weight_decay=10.0), trial(2, l1_lambda=10.0)])
+    engine = make_engine(optimizer=optimizer)
+    still = {"learning_rate": 1e-12}
+    engine.join(
+        [
+            trial(0, **still),
+            trial(1, weight_decay=10.0, **still),
+            trial(2, l1_lambda=10.0, **still),
+        ]
+    )
     free, decayed, l1 = engine.train_epoch()
-    weights = engine._tensors.parameters_KP[0, : engine._model.weights]
+    weights = engine._tensors.parameters_KP[0, : engine.model.weights]
     assert free.penalty == 0
     assert decayed.penalty == pytest.approx(5 * float(weights.square().sum()) * counted)
     assert l1.penalty == pytest.approx(10 * float(weights.abs().sum()))
@@ -265,8 +276,8 @@ def test_the_penalty_is_reported_apart_from_the_losses(make_engine, optimizer, c
 
 
 def test_dropout_acts_on_the_training_loss_alone(make_engine):
-    engine = make_engine(learning_rate=1e-12)
-    engine.join([trial(0), trial(1, dropout=0.9)])
+    engine = make_engine()
+    engine.join([trial(0, learning_rate=1e-12), trial(1, dropout=0.9, learning_rate=1e-12)])
     free, dropped = engine.train_epoch()
     assert dropped.train_loss != pytest.approx(free.train_loss, rel=0.01)
     assert dropped.validation_loss == pytest.approx(free.validation_loss, rel=1e-6)
@@ -332,4 +343,67 @@ def test_progress_is_called_for_every_step_and_may_abort(make_engine):
     ],
 )
 def test_an_epoch_sees_every_row_in_batches_of_even_size(rows, batch_size, sizes):
-    assert engine_module._batch_sizes(rows, batch_size) == sizes
+    assert batch_sizes(rows, batch_size) == sizes
+
+
+@pytest.mark.parametrize("knob", ["label_smoothing", "input_noise", "weight_noise"])
+def test_a_trial_with_noise_is_the_same_alone_in_company_and_refilled(make_engine, knob):
+    strong = trial(0, **{knob: 0.2})
+    engine, by_itself, refilled, plain = (make_engine() for _ in range(4))
+    engine.join([trial(1), strong])
+    company = losses(train(engine, EPOCHS)[0])
+    by_itself.join([strong])
+    expected = losses(train(by_itself, EPOCHS)[0])
+    torch.testing.assert_close(company, expected, rtol=1e-8, atol=0)
+    refilled.join([trial(1)])
+    train(refilled, 3)
+    refilled.join([strong])
+    torch.testing.assert_close(losses(train(refilled, EPOCHS)[0]), expected, rtol=1e-8, atol=0)
+    plain.join([trial(0)])
+    assert not torch.allclose(losses(train(plain, EPOCHS)[0]), expected)
+
+
+def test_lanes_may_have_learning_rates_of_their_own(make_engine):
+    engine, faster = make_engine(schedule="cosine"), make_engine(schedule="cosine")
+    engine.join([trial(1, learning_rate=0.03), trial(0, **STRONG)])
+    curves = train(engine, EPOCHS)
+    by_itself = alone(make_engine, schedule="cosine")
+    torch.testing.assert_close(losses(curves[0]), by_itself, rtol=1e-8, atol=0)
+    faster.join([trial(1, learning_rate=0.03)])
+    by_itself = losses(train(faster, EPOCHS)[1])
+    torch.testing.assert_close(losses(curves[1]), by_itself, rtol=1e-8, atol=0)
+    assert not torch.allclose(losses(curves[0]), losses(curves[1]))
+
+
+def test_a_knob_that_no_trial_of_the_study_uses_changes_nothing_by_its_absence(make_engine):
+    curves = []
+    for knobs in (engine_module.KNOBS, frozenset({"dropout"})):
+        engine = make_engine(knobs=knobs)
+        engine.join([trial(0, dropout=0.3)])
+        curves.append(losses(train(engine, EPOCHS)[0]))
+    torch.testing.assert_close(*curves, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("penalized", "scale"), [("weights", 1.0), ("all", 0.0)])
+def test_a_study_may_penalize_all_parameters(make_engine, penalized, scale):
+    """η·λ₂ = 1 takes everything on which decay acts to nothing before every step."""
+    engine = make_engine(penalized=penalized, batch_size=1000)
+    engine.join([trial(0, weight_decay=100.0)])
+    engine.train_epoch()
+    batch_norm = engine._tensors.parameters_KP[0].max()  # everything else is near zero
+    assert batch_norm == pytest.approx(scale, abs=0.02)
+
+
+def test_an_exception_of_one_chunk_is_raised_after_the_others_have_ended(make_engine, monkeypatch):
+    monkeypatch.setattr(epoch, "CPU_CHUNK", 1)
+    engine = make_engine(threads=2)
+    engine.join([trial(0), trial(1)])
+    calls = itertools.count(1)
+
+    def raise_once() -> None:
+        if next(calls) == 3:
+            raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        engine.train_epoch(raise_once)
+    assert next(calls) > engine.steps_per_epoch + 2

@@ -16,7 +16,7 @@ def lane(patience: int = 2) -> Lane:
 )
 def test_a_loss_that_is_not_finite_ends_a_lane_as_diverged(train_loss, validation_loss):
     diverged = lane()
-    diverged.observe(train_loss, validation_loss, score=0.5, max_epochs=1)
+    diverged.observe(train_loss, [validation_loss], score=0.5, max_epochs=1)
     assert diverged.ended == "diverged"
 
 
@@ -24,14 +24,16 @@ def test_a_lane_goes_on_until_patience_or_the_epochs_run_out():
     patient, impatient = lane(patience=9), lane(patience=2)
     for loss in (1.0, 2.0, 3.0):
         assert patient.ended is impatient.ended is None
-        patient.observe(1.0, loss, score=loss, max_epochs=3)
-        impatient.observe(1.0, loss, score=loss, max_epochs=4)
+        patient.observe(1.0, [loss], score=loss, max_epochs=3)
+        impatient.observe(1.0, [loss], score=loss, max_epochs=4)
     assert (patient.ended, impatient.ended) == ("finished", "early_stopped")
     assert patient.best_score == impatient.best_score == 1.0
 
 
 def test_best_copies_are_copies_of_the_lanes_that_improved():
-    tensors = LaneTensors.starting(torch.zeros(3), {"mean": torch.zeros(2)}, moments=1, lanes=2)
+    tensors = LaneTensors.starting(
+        torch.zeros(1, 3), {"mean": torch.zeros(1, 2)}, moments=1, trials=2
+    )
     tensors.parameters_KP.fill_(1)
     tensors.buffers["mean"].fill_(2)
     tensors.keep_best_(torch.tensor([True, False]))
@@ -42,10 +44,40 @@ def test_best_copies_are_copies_of_the_lanes_that_improved():
 
 
 def test_selected_lanes_keep_all_that_is_theirs_in_the_order_asked_for():
-    one = LaneTensors.starting(torch.tensor([1.0]), {"mean": torch.tensor(1.0)}, 2, lanes=1)
-    two = LaneTensors.starting(torch.tensor([2.0]), {"mean": torch.tensor(2.0)}, 2, lanes=1)
+    one = LaneTensors.starting(torch.tensor([[1.0]]), {"mean": torch.tensor([1.0])}, 2, trials=1)
+    two = LaneTensors.starting(torch.tensor([[2.0]]), {"mean": torch.tensor([2.0])}, 2, trials=1)
     two.moments[1].fill_(5)
     swapped = one.join(two).select([1, 0])
     assert swapped.parameters_KP.tolist() == swapped.best_parameters_KP.tolist() == [[2.0], [1.0]]
     assert swapped.buffers["mean"].tolist() == swapped.best_buffers["mean"].tolist() == [2.0, 1.0]
     assert [moment.tolist() for moment in swapped.moments] == [[[0], [0]], [[5], [0]]]
+
+
+def test_a_view_of_lanes_is_no_copy():
+    tensors = LaneTensors.starting(torch.zeros(1, 2), {"mean": torch.zeros(1)}, 1, trials=3)
+    tensors.slice(slice(1, 2)).parameters_KP.fill_(5)
+    tensors.slice(slice(2, 3)).buffers["mean"].fill_(6)
+    assert tensors.parameters_KP.tolist() == [[0, 0], [5, 5], [0, 0]]
+    assert tensors.buffers["mean"].tolist() == [0, 0, 6]
+
+
+def test_every_trial_starts_with_all_of_its_members():
+    members = torch.tensor([[1.0], [2.0]])
+    tensors = LaneTensors.starting(members, {}, 0, trials=2)
+    assert tensors.parameters_KP.tolist() == [[1], [2], [1], [2]]
+
+
+def test_a_trial_goes_by_the_mean_of_its_members_and_keeps_their_spread():
+    trial_of_two = lane(patience=1)
+    for losses in ([1.0, 3.0], [0.0, 3.0], [0.0, 5.0]):
+        trial_of_two.observe(1.0, losses, score=losses[1], max_epochs=9)
+    assert trial_of_two.ended == "early_stopped"
+    assert trial_of_two.stopping.best_loss == 1.5
+    assert trial_of_two.best_spread == pytest.approx(4.5**0.5)
+    assert trial_of_two.best_score == 3.0
+
+
+def test_one_member_that_diverges_ends_its_trial():
+    trial_of_two = lane()
+    trial_of_two.observe(1.0, [1.0, inf], score=0.5, max_epochs=9)
+    assert trial_of_two.ended == "diverged"

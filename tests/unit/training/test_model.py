@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import structlog
 import torch
@@ -6,7 +8,15 @@ from torch.func import vmap
 
 from worker.tasks.models import mlp
 from worker.tasks.preparation import Rows
-from worker.training.model import Batch, DropoutRates, LaneModel, UnsupportedModel, loop
+from worker.training.model import (
+    PERTURBATIONS,
+    Batch,
+    LaneModel,
+    UnsupportedModel,
+    loop,
+    neutral_strengths,
+)
+from worker.training.noise import standard_normal
 from worker.training.regularizers import dropout_threshold
 
 IMAGES = (1, 8, 8)
@@ -83,13 +93,14 @@ def rows(n: int = 12) -> Rows:
     return Rows(x, torch.arange(n) % CLASSES)
 
 
-def lane_model(model: nn.Module) -> LaneModel:
-    return LaneModel(model.double(), Rows(rows().x[:4], rows().y[:4]))
+def lane_model(model: nn.Module, **options: Any) -> LaneModel:
+    return LaneModel(model.double(), Rows(rows().x[:4], rows().y[:4]), **options)
 
 
-def batch(lanes: int, sites: int, per_lane: bool) -> Batch:
+def batch(lanes: int, model: LaneModel, per_lane: bool) -> Batch:
     generator = torch.Generator().manual_seed(1)
-    keys = torch.randint(-(2**31), 2**31, (lanes, sites, 2), dtype=torch.int32, generator=generator)
+    shape = (lanes, len(model.sites) + PERTURBATIONS, 2)
+    keys = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, generator=generator)
     if not per_lane:
         return Batch(rows().x, rows().y, keys[0], per_lane)
     shuffled = torch.stack([torch.randperm(12, generator=generator) for _ in range(lanes)])
@@ -99,12 +110,28 @@ def batch(lanes: int, sites: int, per_lane: bool) -> Batch:
 def stack(model: LaneModel, lanes: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Lanes whose weights differ."""
     factors = torch.linspace(0.5, 1.5, lanes, dtype=torch.float64)[:, None]
-    buffers = {name: torch.stack([b] * lanes) for name, b in model.initial_buffers.items()}
-    return model.initial_parameters * factors, buffers
+    initial = model.buffers_of(model._model)
+    buffers = {name: torch.stack([buffer] * lanes) for name, buffer in initial.items()}
+    return model.row_of(model._model) * factors, buffers
 
 
-def rates() -> DropoutRates:
-    return DropoutRates(dropout_threshold(RATES), 1 / (1 - RATES.double()))
+def strengths(rates: torch.Tensor = RATES, **others: float) -> dict[str, torch.Tensor]:
+    neutral = neutral_strengths(len(rates), torch.float64)
+    return {
+        **neutral,
+        "dropout_threshold": dropout_threshold(rates),
+        "dropout_scale": 1 / (1 - rates.double()),
+        **{name: torch.full_like(neutral[name], value) for name, value in others.items()},
+    }
+
+
+def measured(
+    model: LaneModel, parameters: torch.Tensor, buffers: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """Mean losses and accuracies over all rows."""
+    weight = torch.ones(len(rows()), dtype=torch.float64)
+    total = model.measure(parameters, buffers, rows().x, rows().y, weight, per_lane=False)
+    return total / len(rows())
 
 
 @pytest.fixture
@@ -133,10 +160,10 @@ def test_the_loop_over_lanes_gives_the_numbers_of_vmap(name, per_lane, lines):
         model._over_lanes = over_lanes
         parameters, buffers = stack(model, 3)
         gradient, loss = model.gradients(
-            parameters, buffers, rates(), batch(3, model.sites, per_lane)
+            parameters, buffers, strengths(), batch(3, model, per_lane)
         )
-        evaluated = model.evaluate(parameters, buffers, rows(), lambda: None)
-        results.append([gradient, loss, *buffers.values(), *evaluated])
+        evaluated = measured(model, parameters, buffers)
+        results.append([gradient, loss, *buffers.values(), evaluated])
     for mapped, looped in zip(*results, strict=True):
         torch.testing.assert_close(mapped, looped, rtol=1e-9, atol=1e-12)
 
@@ -152,8 +179,8 @@ def test_a_lane_is_the_model_that_autograd_would_train():
     gradient, loss = model.gradients(
         parameters,
         buffers,
-        DropoutRates(dropout_threshold(RATES[:1]), torch.ones(1, dtype=torch.float64)),
-        batch(1, 1, per_lane=False),
+        strengths(RATES[:1]),
+        batch(1, model, per_lane=False),
     )
     expected_loss = nn.functional.cross_entropy(plain(rows().x), rows().y)
     expected_loss.backward()
@@ -171,7 +198,7 @@ def test_evaluation_leaves_running_statistics_and_weights_as_they_are():
     model = lane_model(cnn())
     parameters, buffers = stack(model, 2)
     before = [parameters.clone(), *(b.clone() for b in buffers.values())]
-    model.evaluate(parameters, buffers, rows(), lambda: None)
+    measured(model, parameters, buffers)
     for old, now in zip(before, [parameters, *buffers.values()], strict=True):
         assert torch.equal(old, now)
 
@@ -179,19 +206,19 @@ def test_evaluation_leaves_running_statistics_and_weights_as_they_are():
 def test_evaluation_has_no_dropout_even_right_after_a_training_step():
     model = lane_model(CalledTwice())
     parameters, buffers = stack(model, 3)
-    before = model.evaluate(parameters, buffers, rows(), lambda: None)
-    model.gradients(parameters, buffers, rates(), batch(3, 1, per_lane=False))
-    after = model.evaluate(parameters, buffers, rows(), lambda: None)
-    assert torch.equal(before[0], after[0])
+    before = measured(model, parameters, buffers)
+    model.gradients(parameters, buffers, strengths(), batch(3, model, per_lane=False))
+    assert torch.equal(before, measured(model, parameters, buffers))
 
 
-def test_evaluation_in_several_batches_is_the_mean_over_all_rows(monkeypatch):
+def test_rows_that_only_fill_up_a_batch_do_not_count():
     model = lane_model(cnn())
     parameters, buffers = stack(model, 2)
-    whole = model.evaluate(parameters, buffers, rows(), lambda: None)
-    monkeypatch.setattr("worker.training.model.EVALUATION_ROWS", 5)
-    in_batches = model.evaluate(parameters, buffers, rows(), lambda: None)
-    torch.testing.assert_close(whole, in_batches)
+    x = torch.cat([rows().x, 9 * rows().x[:3]])
+    y = torch.cat([rows().y, rows().y[:3]])
+    weight = torch.tensor([1.0] * len(rows()) + [0.0] * 3, dtype=torch.float64)
+    filled = model.measure(parameters, buffers, x, y, weight, per_lane=False)
+    torch.testing.assert_close(filled / len(rows()), measured(model, parameters, buffers))
 
 
 def test_lanes_that_share_a_batch_share_their_noise_at_rates_of_their_own():
@@ -199,19 +226,18 @@ def test_lanes_that_share_a_batch_share_their_noise_at_rates_of_their_own():
     model = lane_model(CalledTwice())
     parameters, buffers = stack(model, 3)
     parameters = parameters[1].expand(3, -1).clone()
-    same = DropoutRates(rates().threshold_K[[1, 1, 1]], rates().scale_K[[1, 1, 1]])
-    _, loss_K = model.gradients(parameters, buffers, same, batch(3, 1, per_lane=False))
+    same = strengths(RATES[[1, 1, 1]])
+    _, loss_K = model.gradients(parameters, buffers, same, batch(3, model, per_lane=False))
     torch.testing.assert_close(loss_K, loss_K[:1].expand(3))
-    _, loss_K = model.gradients(parameters, buffers, rates(), batch(3, 1, per_lane=False))
+    _, loss_K = model.gradients(parameters, buffers, strengths(), batch(3, model, per_lane=False))
     assert len(loss_K.unique()) == 3
 
 
 def test_a_model_that_vmap_refuses_runs_in_a_loop_and_says_so_once(lines):
     model = lane_model(Branching())
-    assert model._over_lanes is loop
+    assert not model.vectorized
     assert [line["event"] for line in lines] == ["lanes_run_one_by_one"]
-    parameters, buffers = stack(model, 2)
-    model.evaluate(parameters, buffers, rows(), lambda: None)
+    measured(model, *stack(model, 2))
     assert len(lines) == 1
 
 
@@ -228,3 +254,83 @@ def test_an_error_inside_the_model_is_the_users_to_see():
 
     with pytest.raises(ZeroDivisionError, match="mine"):
         lane_model(Broken())
+
+
+def test_replicas_compute_the_same_and_share_nothing():
+    model = lane_model(CalledTwice())
+    twin = model.replica()
+    results = []
+    for each in (model, twin):
+        parameters, buffers = stack(model, 3)
+        results.append(
+            each.gradients(parameters, buffers, strengths(), batch(3, model, per_lane=False))
+        )
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    modules = set(model._model.modules())
+    assert modules.isdisjoint(twin._model.modules())
+    assert set(twin._sites.values()).isdisjoint(modules)
+
+
+@pytest.mark.parametrize("per_lane", [False, True])
+@pytest.mark.parametrize("knob", ["input_noise", "weight_noise", "label_smoothing"])
+def test_a_knob_acts_in_training_alone_and_is_exactly_off_at_zero(knob, per_lane):
+    """Against a model without the knob, and against the loop over lanes."""
+    plain, with_knob = (lane_model(cnn(), knobs=knobs) for knobs in ((), (knob,)))
+    parameters, buffers = stack(plain, 3)
+
+    def gradients(model: LaneModel, strength: float) -> list[torch.Tensor]:
+        own = {name: buffer.clone() for name, buffer in buffers.items()}
+        chosen = strengths(**{knob: strength})
+        return list(model.gradients(parameters, own, chosen, batch(3, model, per_lane)))
+
+    off, unknown = gradients(with_knob, 0.0), gradients(plain, 0.0)
+    for ours, theirs in zip(off, unknown, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    on = gradients(with_knob, 0.3)
+    assert not torch.allclose(on[0], off[0], rtol=1e-3)
+    assert torch.equal(
+        measured(with_knob, parameters, buffers), measured(plain, parameters, buffers)
+    )
+    with_knob._over_lanes = loop
+    for mapped, looped in zip(on, gradients(with_knob, 0.3), strict=True):
+        torch.testing.assert_close(mapped, looped, rtol=1e-9, atol=1e-12)
+
+
+def test_input_and_weight_noise_are_what_their_names_say():
+    """One linear layer: noise on inputs and weights can be undone by hand."""
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(64, CLASSES))
+    model = lane_model(linear, knobs=("input_noise", "weight_noise"))
+    parameters, _ = stack(model, 1)
+    seen = batch(1, model, per_lane=False)
+    chosen = strengths(RATES[:1], input_noise=0.5, weight_noise=0.2)
+    _, loss = model.gradients(parameters, {}, chosen, seen)
+    input_key, weight_key = seen.keys
+    x = rows().x + 0.5 * standard_normal(input_key, rows().x.shape, torch.float64)
+    weights = parameters[0, : 64 * CLASSES]
+    weights = weights + 0.2 * standard_normal(weight_key, weights.shape, torch.float64)
+    logits = x.flatten(1) @ weights.view(CLASSES, 64).T + parameters[0, 64 * CLASSES :]
+    torch.testing.assert_close(loss[0], nn.functional.cross_entropy(logits, rows().y))
+
+
+def test_bfloat16_keeps_weights_and_losses_in_full_precision():
+    sample = Rows(rows().x[:4].float(), rows().y[:4])
+    model, full = (
+        LaneModel(mlp({"hidden": [16]}, IMAGES, CLASSES), sample, autocast=autocast)
+        for autocast in (torch.bfloat16, None)
+    )
+    assert model.vectorized
+    parameters, buffers = stack(model, 2)
+    parameters = parameters.float()
+    seen = batch(2, model, per_lane=False)
+    seen = Batch(seen.x.float(), seen.y, seen.keys, per_lane=False)
+    chosen = {
+        name: value.float() if value.is_floating_point() else value
+        for name, value in strengths(RATES[:2]).items()
+    }
+    gradient, loss = model.gradients(parameters, buffers, chosen, seen)
+    exact, exact_loss = full.gradients(parameters, buffers, chosen, seen)
+    assert gradient.dtype == loss.dtype == torch.float32
+    assert not torch.equal(loss, exact_loss)
+    torch.testing.assert_close(loss, exact_loss, rtol=0.05, atol=0)
+    assert (gradient - exact).norm() < 0.1 * exact.norm()

@@ -113,3 +113,30 @@ def test_initial_weights_depend_on_the_seed_and_leave_other_randomness_alone():
     torch.rand(5)
     assert torch.equal(draw(1), first)
     assert not torch.equal(draw(2), first)
+
+
+def test_normal_noise_is_standard_normal_and_the_same_in_any_precision():
+    for key in keys().flatten(0, 1):
+        z = noise.standard_normal(key, (N,), torch.float64)
+        assert abs(z.mean()) < SIGMAS / N**0.5
+        assert abs(z.var() - 1) < SIGMAS * (2 / N) ** 0.5
+        assert stats.kstest(z.numpy(), "norm").pvalue > 1e-5
+        single = noise.standard_normal(key, (N,), torch.float32)
+        torch.testing.assert_close(single.double(), z, rtol=1e-4, atol=1e-6)
+
+
+def test_normal_noise_is_finite_at_both_ends(monkeypatch):
+    ends = torch.tensor([noise.LOWEST, noise.HIGHEST], dtype=torch.int32)
+    monkeypatch.setattr(noise, "random_bits", lambda key, shape: ends)
+    for dtype in (torch.float32, torch.float64):
+        low, high = noise.standard_normal(keys()[0, 0], (2,), dtype).tolist()
+        assert -5.5 < low < -5
+        assert low == pytest.approx(-high, rel=1e-3)
+
+
+def test_every_member_has_a_seed_of_its_own_and_the_first_the_studys():
+    seeds = [noise.member_seed(7, member) for member in range(256)]
+    assert seeds[0] == 7
+    assert len(set(seeds)) == 256
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    assert seeds[1] != noise.member_seed(8, 1)

@@ -1,11 +1,14 @@
 """Every optimizer against its twin in torch.optim, for lanes that joined at different times."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from worker.training.optimizers import OPTIMIZERS, scheduled_rate
+from regtune.spec import Training
+from worker.training.optimizers import LaneOptimizer, find_optimizer, scheduled_rates
 from worker.training.regularizers import add_coupled_decay_, decay_
 
 STEPS = 200
@@ -24,11 +27,25 @@ def start(lane: int) -> Tensor:
     return torch.linspace(-2, 2 + lane, WEIGHTS, dtype=torch.float64)
 
 
+KINDS = {
+    "sgd": Training(optimizer="sgd"),
+    "sgd without momentum": Training(optimizer="sgd", momentum=0.0),
+    "sgd, Nesterov": Training(optimizer="sgd", momentum=0.8, nesterov=True),
+    "adam": Training(optimizer="adam"),
+    "adamw": Training(optimizer="adamw"),
+    "rmsprop": Training(optimizer="rmsprop"),
+}
+
+
 def twin(name: str, w: Tensor, lane: int) -> torch.optim.Optimizer:
     arguments = {"lr": RATES[lane], "weight_decay": DECAYS[lane]}
     match name:
         case "sgd":
             return torch.optim.SGD([w], momentum=0.9, **arguments)
+        case "sgd without momentum":
+            return torch.optim.SGD([w], **arguments)
+        case "sgd, Nesterov":
+            return torch.optim.SGD([w], momentum=0.8, nesterov=True, **arguments)
         case "adam":
             return torch.optim.Adam([w], **arguments)
         case "adamw":
@@ -51,7 +68,7 @@ def trained_by_twin(name: str, lane: int, steps: int) -> list[Tensor]:
 
 def trained_as_lanes(name: str) -> dict[int, list[Tensor]]:
     """Each lane starts with a step count of its own while the others are already under way."""
-    optimizer = OPTIMIZERS[name]
+    optimizer: LaneOptimizer = find_optimizer(KINDS[name])
     w_KP = torch.empty(0, WEIGHTS, dtype=torch.float64)
     moments = [torch.empty_like(w_KP) for _ in range(optimizer.moments)]
     paths: dict[int, list[Tensor]] = {}
@@ -75,7 +92,7 @@ def trained_as_lanes(name: str) -> dict[int, list[Tensor]]:
     return paths
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", KINDS)
 def test_each_lane_takes_the_steps_of_its_twin_in_torch(name):
     for lane, path in trained_as_lanes(name).items():
         assert len(path) == STEPS - JOINED_AFTER[lane]
@@ -83,18 +100,54 @@ def test_each_lane_takes_the_steps_of_its_twin_in_torch(name):
         torch.testing.assert_close(torch.stack(path), torch.stack(expected), rtol=1e-9, atol=1e-12)
 
 
-def test_the_cosine_schedule_is_that_of_torch():
-    w = torch.zeros(1, requires_grad=True)
-    optimizer = torch.optim.SGD([w], lr=0.3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50)
-    expected = []
-    for _ in range(50):
-        expected.append(schedule.get_last_lr()[0])
+WARMUP_STEPS, STEPS_PER_EPOCH = 20, 10
+
+
+def constant(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+
+def cosine(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50)
+
+
+def warm(after: Callable) -> Callable:
+    """A linear warm-up in front; torch counts from zero, so its first step has the first rate."""
+
+    def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        warmup = torch.optim.lr_scheduler.LinearLR(
+            optimizer, 1 / WARMUP_STEPS, total_iters=WARMUP_STEPS - 1
+        )
+        return torch.optim.lr_scheduler.SequentialLR(
+            optimizer, [warmup, after(optimizer)], [WARMUP_STEPS]
+        )
+
+    return schedule
+
+
+def rates_of_torch(schedule: Callable, steps: int) -> list[float]:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    scheduled = schedule(optimizer)
+    rates = []
+    for _ in range(steps):
+        rates.append(scheduled.get_last_lr()[0])
         optimizer.step()
-        schedule.step()
-    rates = scheduled_rate("cosine", 0.3, np.arange(1.0, 51.0), 50)
-    np.testing.assert_allclose(rates, expected, rtol=1e-9)
+        scheduled.step()
+    return rates
 
 
-def test_the_constant_schedule_is_constant():
-    assert scheduled_rate("constant", 0.3, np.arange(1.0, 4.0), 3).tolist() == [0.3, 0.3, 0.3]
+@pytest.mark.parametrize(
+    ("training", "schedule"),
+    [
+        ({"schedule": "constant", "max_epochs": 5}, constant),
+        ({"schedule": "cosine", "max_epochs": 5}, cosine),
+        ({"schedule": "constant", "max_epochs": 5, "warmup_epochs": 2}, warm(constant)),
+        ({"schedule": "cosine", "max_epochs": 7, "warmup_epochs": 2}, warm(cosine)),
+    ],
+)
+def test_a_schedule_is_that_of_torch_for_lanes_at_any_step(training, schedule):
+    expected = np.array(rates_of_torch(schedule, 50))
+    step_SK = np.stack([np.arange(1.0, 31.0), np.arange(21.0, 51.0)], axis=1)
+    rates_SK = scheduled_rates(Training(**training), np.array([0.3, 0.6]), step_SK, STEPS_PER_EPOCH)
+    np.testing.assert_allclose(rates_SK[:, 0], expected[:30], rtol=1e-9)
+    np.testing.assert_allclose(rates_SK[:, 1], 2 * expected[20:], rtol=1e-9)

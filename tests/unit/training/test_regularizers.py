@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torch import nn
 
@@ -74,7 +75,9 @@ def test_only_weights_are_penalized_never_biases_or_normalization():
         nn.Linear(72, 3),
         nn.RMSNorm(3),
     )
-    assert list(regularizers.penalized(model)) == ["0.weight", "4.weight"]
+    assert list(regularizers.penalized(model, "weights")) == ["0.weight", "4.weight"]
+    every = [name for name, _ in model.named_parameters()]
+    assert list(regularizers.penalized(model, "all")) == every
 
 
 def test_coupled_decay_is_the_gradient_of_half_the_squared_norm():
@@ -121,10 +124,27 @@ def test_the_proximal_step_with_a_strength_of_zero_changes_nothing():
 
 def test_the_penalty_is_l1_plus_half_the_squared_norm():
     w = torch.tensor([[1.0, -2.0], [3.0, 0.0]], dtype=torch.float64)
-    l1, decay = column(0.1, 0.2), column(2.0, 4.0)
+    l1, decay = column(0.1, 0.2)[:, 0], column(2.0, 4.0)[:, 0]
     assert regularizers.penalty(w, l1, decay).tolist() == [0.1 * 3 + 5, 0.2 * 3 + 18]
-    torch.testing.assert_close(regularizers.penalty(w, l1, None), l1[:, 0] * 3)
+    torch.testing.assert_close(regularizers.penalty(w, l1, None), l1 * 3)
 
 
 def test_sparsity_counts_exact_zeros():
     assert regularizers.sparsity(torch.tensor([[0.0, 1e-30], [0, 0]])).tolist() == [0.5, 1.0]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
+def test_label_smoothing_is_that_of_torch(smoothing):
+    logits = torch.randn(6, 4, dtype=torch.float64)
+    y = torch.tensor([0, 1, 2, 3, 0, 1])
+    expected = nn.functional.cross_entropy(logits, y, label_smoothing=smoothing)
+    ours = regularizers.smoothed_cross_entropy(logits, y, torch.tensor(smoothing).double())
+    torch.testing.assert_close(ours, expected)
+
+
+def test_a_perturbation_has_its_deviation_and_none_at_zero():
+    x = torch.full((300, 300), 2.0, dtype=torch.float64)
+    noisy = regularizers.perturbed(x, torch.tensor(0.3).double(), KEY)
+    assert abs(noisy.mean() - 2) < 4.5 * 0.3 / 300
+    assert abs(noisy.std() - 0.3) < 4.5 * 0.3 / (2**0.5 * 300)
+    assert torch.equal(regularizers.perturbed(x, torch.tensor(0.0).double(), KEY), x)

@@ -1,0 +1,220 @@
+"""Functions that get faster while they are in use, and never anything else than faster."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+import structlog
+import torch
+
+from tests.unit.training.conftest import losses, train, trial
+from tests.waiting import wait_until
+from worker.training import compiling
+from worker.training.compiling import Program, Programs, compile_recording
+from worker.training.engine import Engine
+
+
+@pytest.fixture(autouse=True)
+def eager_to_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "CALLS_BEFORE_RECORDING", 2)
+
+
+@pytest.fixture
+def lines() -> list:
+    with structlog.testing.capture_logs() as captured:
+        yield captured
+
+
+class Counted:
+    """Adds in place and counts how often Python came by."""
+
+    def __init__(self) -> None:
+        self.visits = 0
+
+    def __call__(self, state: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        self.visits += 1
+        state["sum"].add_(x.sum())
+        return x * 2
+
+
+def test_after_some_calls_the_recording_runs_instead():
+    function, state = Counted(), {"sum": torch.zeros(())}
+    double = Program("double", 1, 1).bind(function, state)
+    for call in range(1, 7):
+        assert double(torch.full((3,), float(call))).tolist() == [2.0 * call] * 3
+        assert state["sum"] == 3 * sum(range(call + 1))
+    assert function.visits == 4  # three calls, of which the last one recorded, too
+
+
+def test_a_recording_serves_whatever_is_bound_to_its_program():
+    program, functions = Program("double", 1, 1), (Counted(), Counted())
+    for function in functions:
+        state = {"sum": torch.zeros(())}
+        bound = program.bind(function, state)
+        for _ in range(4):
+            bound(torch.ones(2))
+        assert state["sum"] == 8
+    assert functions[1].visits == 0
+
+
+def test_what_cannot_be_recorded_runs_as_before_and_says_so_once(lines):
+    def branching(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if x.sum().item() > 0 else x - 1
+
+    bound = Program("branching", 1, 1).bind(branching)
+    for _ in range(5):
+        assert bound(torch.ones(2)).tolist() == [2, 2]
+    assert bound(-torch.ones(2)).tolist() == [-2, -2]
+    assert [line["event"] for line in lines] == ["not_recorded"]
+
+
+def test_programs_are_told_apart_by_name_lanes_threads_and_shapes():
+    programs = Programs(compiles=False)
+    first = programs.find("step", 4, 1, (64,))
+    assert programs.find("step", 4, 1, (64,)) is first
+    others = [("measure", 4, 1, (64,)), ("step", 3, 1, (64,)), ("step", 4, 2, (64,))]
+    others.append(("step", 4, 1, (4, 64)))
+    assert first not in [programs.find(*other) for other in others]
+
+
+def busy(x: torch.Tensor) -> torch.Tensor:
+    """Something that is faster in one pass over its input than in many."""
+    for _ in range(20):
+        x = torch.relu(x * 1.01 + 0.1)
+    return x
+
+
+def recorded(function: Callable[[torch.Tensor], torch.Tensor]) -> Program:
+    program = Program("busy", 1, 1)
+    bound = program.bind(function)
+    for _ in range(4):
+        bound(torch.ones(10))
+    assert program.recording is not None
+    return program
+
+
+def challenged(program: Program, challenger: Callable) -> torch.Tensor:
+    program.challenger = challenger
+    return program.bind(busy)(torch.ones(10))
+
+
+def test_a_program_that_runs_for_long_is_compiled_in_the_background(monkeypatch, lines):
+    monkeypatch.setattr(compiling, "SECONDS_BEFORE_COMPILING", 2.0)
+    programs = Programs(compiles=True)
+    program = programs.find("busy", 1, 1)
+    bound = program.bind(busy)
+    x = torch.linspace(-1, 1, 200_000)
+    expected = busy(x)
+    for seconds in (1.0, 0.5):
+        for _ in range(4):
+            bound(x)
+        programs.epoch_ended(seconds)
+        assert not program.queued
+    bound(x)
+    programs.epoch_ended(0.6)
+    assert program.queued
+
+    def ready() -> bool:
+        programs.epoch_ended(0.0)
+        return program.challenger is not None
+
+    wait_until(ready, seconds=120)
+    torch.testing.assert_close(bound(x), expected)
+    assert [line["event"] for line in lines if line["log_level"] == "info"] == ["compiled"]
+    torch.testing.assert_close(bound(x), expected)
+    programs.close()
+
+
+WITHOUT_A_COMPILER = """
+import torch
+from tests.unit.training.test_compiling import busy
+from tests.waiting import wait_until
+from worker.training import compiling
+
+compiling.CALLS_BEFORE_RECORDING, compiling.SECONDS_BEFORE_COMPILING = 2, 0.0
+programs = compiling.Programs(compiles=True)
+x, bound = torch.ones(9), [programs.find(name, 1, 1).bind(busy) for name in ("one", "two")]
+for call in bound * 4:
+    call(x)
+programs.epoch_ended(1.0)
+wait_until(lambda: not programs._thread.is_alive(), 60)
+programs.epoch_ended(1.0)
+assert torch.equal(bound[0](x), busy(x)) and torch.equal(bound[1](x), busy(x))
+"""
+
+
+def test_where_there_is_no_compiler_that_is_said_once_and_recordings_go_on(tmp_path):
+    environment = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_A_COMPILER],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("not_compiled") == 1
+    assert "compiler" in done.stdout
+
+
+def test_a_compiled_form_that_computes_something_else_is_not_used(lines):
+    program = recorded(busy)
+    for wrong in (lambda x: (busy(x) * 1.01,), lambda x: (busy(x.fill_(2)),)):
+        torch.testing.assert_close(challenged(program, wrong), busy(torch.ones(10)))
+        torch.testing.assert_close(program.bind(busy)(torch.ones(10)), busy(torch.ones(10)))
+    assert [line["event"] for line in lines] == ["compiled_in_vain"] * 2
+
+
+def test_a_compiled_form_that_is_slower_is_not_used(lines):
+    program = recorded(busy)
+    calls = []
+
+    def slow(x: torch.Tensor) -> tuple[torch.Tensor]:
+        calls.append(1)
+        time.sleep(0.01)
+        return (busy(x),)
+
+    challenged(program, slow)
+    before = len(calls)
+    program.bind(busy)(torch.ones(10))
+    assert len(calls) == before
+    assert lines[-1]["event"] == "compiled_in_vain"
+
+
+def test_a_short_study_never_compiles():
+    programs = Programs(compiles=True)
+    program = programs.find("busy", 1, 1)
+    bound = program.bind(busy)
+    for _ in range(10):
+        bound(torch.ones(10))
+    programs.epoch_ended(compiling.SECONDS_BEFORE_COMPILING / 2)
+    assert not program.queued
+
+
+def compiled(engine: Engine) -> None:
+    """Compile, right now, every program that the engine has used."""
+    for program in engine._epochs._programs:
+        assert program.recording is not None
+        program._form = compile_recording(program.recording, program.examples, program.threads)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "epochs", "tolerance"), [(torch.float64, 12, 1e-8), (torch.float32, 1, 1e-5)]
+)
+@pytest.mark.parametrize("training", [{}, {"optimizer": "sgd", "l1": "subgradient"}])
+def test_a_trial_is_the_same_compiled(make_engine, training, dtype, epochs, tolerance):
+    settings = {"dtype": dtype, "batch_size": 20, **training}  # three batches of 20 rows
+    strong = trial(0, weight_decay=0.3, dropout=0.4, l1_lambda=0.02, input_noise=0.1)
+    plain, engine = make_engine(**settings), make_engine(**settings)
+    plain.join([strong, trial(1)])
+    expected = losses(train(plain, epochs)[0])
+    engine.join([trial(2), trial(3)])
+    train(engine, 3)
+    engine.leave([2, 3])
+    compiled(engine)
+    assert len(list(engine._epochs._programs)) == 2  # the step and the measurement
+    engine.join([strong, trial(1)])
+    curve = losses(train(engine, epochs)[0])
+    torch.testing.assert_close(curve, expected, rtol=tolerance, atol=0)

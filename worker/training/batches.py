@@ -1,0 +1,83 @@
+"""Which rows and which noise each lane sees in each step of an epoch."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from worker.tasks.preparation import Split
+from worker.training.noise import PERTURBATION, data_order, member_seed, step_keys
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a lane's rows and noise depend on: its member, and its epoch, counted from 1."""
+
+    member: int
+    epoch: int
+
+
+class Batches:
+    """The batches of a study.
+
+    Every epoch sees each row once, in batches whose sizes differ by one at most. Where splits
+    differ in size, by one row at most, a random row of the larger ones is left out of each epoch.
+    """
+
+    def __init__(
+        self, splits: Sequence[Split], batch_size: int, seed: int, sites: int, device: torch.device
+    ) -> None:
+        self.rows = min(len(split.training) for split in splits)
+        self.sizes = batch_sizes(self.rows, batch_size)
+        self._splits = splits
+        self._seeds = [member_seed(seed, member) for member in range(len(splits))]
+        self._sites = sites
+        self._device = device
+
+    def of_epoch(self, places: Sequence[Place]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield, for each step, the numbers of its rows and its noise keys.
+
+        They are ``(B,)`` and ``(N, 2)`` if all lanes stand at the same place, and then see the same
+        rows and noise; else ``(K, B)`` and ``(K, N, 2)``.
+        """
+        distinct = sorted(set(places), key=lambda place: (place.member, place.epoch))
+        group_K = [distinct.index(place) for place in places] if len(distinct) > 1 else 0
+        order = self._on_device(np.stack([self._order(place) for place in distinct])[group_K])
+        keys = self._on_device(np.stack([self._keys(place) for place in distinct])[group_K])
+        ends = accumulate(self.sizes)
+        for step, (size, end) in enumerate(zip(self.sizes, ends, strict=True)):
+            yield order[..., end - size : end], keys[..., step, :, :]
+
+    def _order(self, place: Place) -> NDArray[np.int64]:
+        training = self._splits[place.member].training
+        shuffled = data_order(self._seeds[place.member], place.epoch, len(training))
+        return training[shuffled[: self.rows]]
+
+    def _keys(self, place: Place) -> NDArray[np.int32]:
+        seed, steps = self._seeds[place.member], len(self.sizes)
+        return np.concatenate(
+            [
+                step_keys(seed, place.epoch, steps, self._sites),
+                step_keys(seed, place.epoch, steps, 2, PERTURBATION),
+            ],
+            axis=1,
+        )
+
+    def _on_device(self, array: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+
+def batch_sizes(rows: int, batch_size: int) -> list[int]:
+    """Return the sizes of an epoch's batches: every row is seen once, sizes differ by one at most.
+
+    No batch is of a single row, on which batch norm cannot train, unless single rows are asked for.
+    """
+    steps = -(-rows // batch_size)
+    if batch_size > 1:
+        steps = max(1, min(steps, rows // 2))
+    size, larger = divmod(rows, steps)
+    return [size + 1] * larger + [size] * (steps - larger)

@@ -1,0 +1,266 @@
+"""How functions of lanes that are called again and again get faster while they are in use.
+
+A function is first called as it is written. Walking through ``vmap``, ``grad`` and
+``functional_call`` costs some 2 ms of Python each time, so after a few calls it is recorded, by
+``make_fx``, as the plain list of operations that it comes down to. Once a recording has run for
+about as long as compiling takes, TorchInductor compiles it in the background; from the next epoch
+on the compiled form runs, if it gives the same numbers and is faster. A short study therefore
+never compiles, and a long one spends at most twice what it had to (the ski-rental bound).
+TorchInductor keeps what it has compiled on disk, where the next worker finds it.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from time import perf_counter
+from typing import Any
+
+import structlog
+import torch
+import torch._inductor
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+log = structlog.get_logger()
+
+CALLS_BEFORE_RECORDING = 60
+"""Recording takes as long as about this many calls save, so rarer shapes are not worth it."""
+
+SECONDS_BEFORE_COMPILING = 8.0
+"""About what it takes to compile one function on one core."""
+
+MOST_COMPILED = 8
+"""Programs of one engine that are compiled; those in use longest, rarer ones stay recorded."""
+
+TRIES = 3
+"""Calls by which two forms of a program are compared."""
+
+TOLERANCE = 1e-3
+"""Largest difference in one call between two forms of a program, relative to the norm."""
+
+Function = Callable[..., Tensor]
+Form = Callable[..., Sequence[Tensor]]
+Leaves = Sequence[Tensor]
+
+
+class Program:
+    """A function of tensors for one set of shapes, in the fastest form found so far.
+
+    A form takes the leaves of the arguments and returns the result in a tuple. Several threads may
+    call a program at once, each with arguments of its own.
+    """
+
+    def __init__(self, name: str, lanes: int, threads: int) -> None:
+        self.name = name
+        self.lanes = lanes
+        self.threads = threads
+        self.calls = 0
+        self.seconds = 0.0
+        self._calls_before = 0
+        self.queued = False
+        self.challenger: Form | None = None
+        self.recording: GraphModule | None = None
+        self.examples: Leaves = ()
+        self._form: Form | None = None
+        self._recordable = True
+        self._changing = threading.Lock()
+
+    def bind(self, function: Function, *fixed: Any) -> Function:
+        """Return a function of the arguments that change from call to call, given the others.
+
+        Arguments are tensors, or trees of them for the fixed ones. Wherever a program is bound,
+        ``function`` must do the same.
+        """
+        leaves, spec = pytree.tree_flatten(fixed)
+
+        def call(*varying: Tensor) -> Tensor:
+            self.calls += 1
+            if self.challenger is not None:
+                self._alone(lambda: self._duel([*leaves, *varying]))
+            if self._form is not None:
+                return self._form(*leaves, *varying)[0]
+            if self._recordable and self.calls > CALLS_BEFORE_RECORDING:
+                self._alone(lambda: self._record(function, spec, [*leaves, *varying]))
+            return function(*fixed, *varying)
+
+        return call
+
+    def take_work(self) -> int:
+        """Return how many lane-steps this program has computed since it was last asked."""
+        calls, self._calls_before = self.calls - self._calls_before, self.calls
+        return calls * self.lanes
+
+    def _alone(self, change: Callable[[], None]) -> None:
+        """Change this program, unless another thread does so right now."""
+        if self._changing.acquire(blocking=False):
+            try:
+                change()
+            finally:
+                self._changing.release()
+
+    def _record(self, function: Function, spec: pytree.TreeSpec, arguments: Leaves) -> None:
+        if self._form is not None or not self._recordable:
+            return
+        try:
+            self.recording, self.examples = record(function, spec, arguments)
+            self._form = self.recording.forward
+        except Exception as error:  # noqa: BLE001 - whatever it is, the function itself still works
+            log.warning("not_recorded", program=self.name, reason=first_line(error))
+            self._recordable = False
+
+    def _duel(self, arguments: Leaves) -> None:
+        """Let the challenger take over if it does the same in less time; on copies."""
+        challenger, champion = self.challenger, self._form
+        self.challenger = None
+        if challenger is None or champion is None:
+            return
+        difference = largest_difference(champion, challenger, arguments)
+        seconds, before = fastest(challenger, arguments), fastest(champion, arguments)
+        if difference <= TOLERANCE and seconds < before:
+            self._form = challenger
+        log.info(
+            "compiled" if self._form is challenger else "compiled_in_vain",
+            program=self.name,
+            lanes=self.lanes,
+            speedup=round(before / seconds, 2),
+            difference=float(f"{difference:.1e}"),
+        )
+
+
+class Programs:
+    """All programs of one engine; compiles, in a thread of its own, those that earn it."""
+
+    def __init__(self, *, compiles: bool) -> None:
+        self._compiles = compiles
+        self._programs: dict[Hashable, Program] = {}
+        self._finding = threading.Lock()
+        self._queue: queue.SimpleQueue[Program | None] = queue.SimpleQueue()
+        self._compiled: queue.SimpleQueue[tuple[Program, Form]] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def find(self, name: str, lanes: int, threads: int, *shapes: Hashable) -> Program:
+        """Return the program of this name for so many lanes, intra-op threads and shapes."""
+        with self._finding:
+            key = (name, lanes, threads, *shapes)
+            if key not in self._programs:
+                self._programs[key] = Program(name, lanes, threads)
+            return self._programs[key]
+
+    def __iter__(self) -> Iterator[Program]:
+        with self._finding:
+            return iter(list(self._programs.values()))
+
+    def epoch_ended(self, seconds: float) -> None:
+        """Share an epoch's time out among the programs that were called, and compile for the next.
+
+        Takes no time itself.
+        """
+        while not self._compiled.empty():
+            program, form = self._compiled.get()
+            program.challenger = form
+        programs = list(self)
+        work = [program.take_work() for program in programs]
+        for program, share in zip(programs, work, strict=True):
+            program.seconds += seconds * share / max(sum(work), 1)
+        if not self._compiles:
+            return
+        queued = sum(program.queued for program in programs)
+        for program in programs:
+            earned = program.recording is not None and program.seconds >= SECONDS_BEFORE_COMPILING
+            if earned and not program.queued and queued < MOST_COMPILED:
+                program.queued = True
+                queued += 1
+                self._submit(program)
+
+    def close(self) -> None:
+        """Compile nothing more; what is being compiled right now is left to end by itself."""
+        self._queue.put(None)
+
+    def _submit(self, program: Program) -> None:
+        self._queue.put(program)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._compile_all, name="compiler", daemon=True)
+            self._thread.start()
+
+    def _compile_all(self) -> None:
+        while (program := self._queue.get()) is not None:
+            started = perf_counter()
+            try:
+                assert program.recording is not None  # else it would not have been queued
+                form = compile_recording(program.recording, program.examples, program.threads)
+            except Exception as error:  # noqa: BLE001 - no compiler, or not for this model
+                log.warning("not_compiled", program=program.name, reason=first_line(error))
+                return
+            self._compiled.put((program, form))
+            log.debug("compiling_took", seconds=round(perf_counter() - started, 1))
+
+
+def record(
+    function: Function, spec: pytree.TreeSpec, arguments: Leaves
+) -> tuple[GraphModule, Leaves]:
+    """Return the operations that ``function`` calls, and stand-ins for its arguments.
+
+    The last arguments beyond ``spec`` are given as they are. Nothing is computed, and no argument
+    is kept: the stand-ins have shapes alone. Raises whatever keeps torch from recording.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    examples = [mode.from_tensor(argument) for argument in arguments]
+
+    def flat(*leaves: Tensor) -> tuple[Tensor]:
+        fixed = pytree.tree_unflatten(leaves[: spec.num_leaves], spec)
+        return (function(*fixed, *leaves[spec.num_leaves :]),)
+
+    return make_fx(flat)(*examples), examples
+
+
+def compile_recording(recording: GraphModule, examples: Leaves, threads: int) -> Form:
+    """Return a recording as TorchInductor compiles it, for so many intra-op threads on a CPU.
+
+    Wrapped in C++, so that a call holds no interpreter lock. Raises if there is no compiler, or
+    whatever else TorchInductor raises.
+    """
+    options = {"cpp_wrapper": True, "cpp.threads": threads, "compile_threads": 1}
+    with torch.no_grad():
+        form: Form = torch._inductor.compile(recording, list(examples), options=options)
+    return form
+
+
+def largest_difference(one: Form, other: Form, arguments: Leaves) -> float:
+    """Return by how much two forms differ in what they return and change, relative to the norm."""
+    outcomes = []
+    for form in (one, other):
+        copies = [argument.clone() for argument in arguments]
+        outcomes.append([*copies, *form(*copies)])
+    return max(_relative(a, b) for a, b in zip(*outcomes, strict=True))
+
+
+def fastest(form: Form, arguments: Leaves) -> float:
+    """Return the seconds of the fastest of a few calls, on copies."""
+    copies = [argument.clone() for argument in arguments]
+    seconds = []
+    for _ in range(TRIES):
+        _synchronize(copies)
+        started = perf_counter()
+        form(*copies)
+        _synchronize(copies)
+        seconds.append(perf_counter() - started)
+    return min(seconds)
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says, after its kind."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    a, b = a.double().nan_to_num(), b.double().nan_to_num()
+    norm = float(a.norm())
+    return float((a - b).norm()) / norm if norm else float(b.norm())
+
+
+def _synchronize(tensors: Leaves) -> None:
+    if tensors[0].device.type == "cuda":
+        torch.cuda.synchronize(tensors[0].device)

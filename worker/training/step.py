@@ -1,0 +1,95 @@
+"""One optimizer step of some lanes, and one measurement of them, as functions of tensors alone.
+
+Whatever differs from lane to lane or from step to step is an argument, so that both can be recorded
+and compiled once for a number of lanes and used for any of them.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from worker.training import regularizers
+from worker.training.model import Batch, LaneModel
+from worker.training.optimizers import LaneOptimizer
+
+Tensors = Mapping[str, Tensor]
+Live = tuple[Tensor, tuple[Tensor, ...], Tensors]
+"""What a step changes: parameters ``(K, P)``, the optimizer's moments, the model's buffers."""
+Source = tuple[Tensor, ...]
+"""All rows ``x`` and ``y``; where lanes standardize differently, also scale and shift of each."""
+
+
+class LaneStep:
+    """How lanes move: gradient, decay, optimizer, proximal step."""
+
+    def __init__(
+        self,
+        model: LaneModel,
+        optimizer: LaneOptimizer,
+        *,
+        decay: bool,
+        l1: Literal["proximal", "subgradient"] | None,
+    ) -> None:
+        """``decay`` and ``l1`` say whether any lane of the study may use them."""
+        self._model = model
+        self._optimizer = optimizer
+        self._decay = decay
+        self._l1 = l1
+
+    def take(
+        self,
+        live: Live,
+        strengths: Tensors,
+        source: Source,
+        rate_K1: Tensor,
+        coefficients_CK1: Tensor,
+        keys: Tensor,
+        index: Tensor,
+    ) -> Tensor:
+        """Move K lanes by one batch, in place; return their losses before it: ``(K,)``.
+
+        ``index`` are the numbers of the rows, ``(B,)`` for all lanes or ``(K, B)``; ``keys`` are
+        the noise keys, ``(N, 2)`` or ``(K, N, 2)``.
+        """
+        parameters_KP, moments, buffers = live
+        x, y, per_lane = gather(source, index)
+        gradient_KP, loss_K = self._model.gradients(
+            parameters_KP, buffers, strengths, Batch(x, y, keys, per_lane)
+        )
+        weights_KW = parameters_KP[:, : self._model.weights]
+        gradient_KW = gradient_KP[:, : self._model.weights]
+        if self._decay and self._optimizer.decoupled_decay:
+            regularizers.decay_(weights_KW, strengths["decay"][:, None], rate_K1)
+        elif self._decay:
+            decay_K1 = strengths["decay"][:, None]
+            regularizers.add_coupled_decay_(gradient_KW, weights_KW, decay_K1)
+        if self._l1 == "subgradient":
+            regularizers.add_l1_subgradient_(gradient_KW, weights_KW, strengths["l1"][:, None])
+        self._optimizer.update_(parameters_KP, gradient_KP, moments, coefficients_CK1.unbind())
+        if self._l1 == "proximal":
+            regularizers.soft_threshold_(weights_KW, rate_K1 * strengths["l1"][:, None])
+        return loss_K
+
+    def measure(
+        self, parameters_KP: Tensor, buffers: Tensors, source: Source, index: Tensor, weight: Tensor
+    ) -> Tensor:
+        """Return, summed over a batch, K lanes' losses and hits: ``(2, K)``.
+
+        ``weight``, of the shape of ``index``, is 0 where a row only fills up the batch.
+        """
+        x, y, per_lane = gather(source, index)
+        return self._model.measure(parameters_KP, buffers, x, y, weight, per_lane)
+
+
+def gather(source: Source, index: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Return the rows of these numbers, and whether they have a leading lane axis."""
+    x, y, *standardizing = source
+    per_lane = index.ndim == 2
+    if not standardizing:
+        return x[index], y[index], per_lane
+    scale_K, shift_K = standardizing
+    # Lanes that share their rows are of one split.
+    scale, shift = (scale_K[:, None], shift_K[:, None]) if per_lane else (scale_K[0], shift_K[0])
+    return torch.addcmul(shift, x[index], scale), y[index], per_lane
