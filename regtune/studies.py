@@ -153,6 +153,11 @@ def by_id(session: Session, study_id: int) -> Study:
     return _study(row)
 
 
+def has_more(session: Session, study_id: int) -> bool:
+    """Say whether a study has trials that no worker has begun, or may still get some."""
+    return bool(session.execute(text(_HAS_MORE), {"study_id": study_id}).scalar())
+
+
 def describe_model(session: Session, study_id: int, facts: ModelFacts) -> None:
     """Write down what a worker found out about a study's model; the first one's word stands.
 
@@ -314,6 +319,12 @@ def _cancel_trials(session: Session, study_id: int, states: tuple[str, ...], rea
         ).all()
     )
 
+
+_HAS_MORE = """
+SELECT s.state = 'active' AND (s.appended < s.budget_trials OR EXISTS (
+    SELECT FROM regtune.trials t WHERE t.study_id = s.study_id AND t.state = 'waiting'))
+FROM regtune.studies s WHERE s.study_id = :study_id
+"""
 
 _CANCEL = """
 WITH picked AS (

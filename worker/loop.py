@@ -17,8 +17,8 @@ from regtune.settings import Settings
 from regtune.studies import Study
 from worker.heartbeat import Heartbeat
 from worker.shutdown import Interrupted, Shutdown
-from worker.stack import Stack
-from worker.training.capacity import default_lanes
+from worker.stack import Stack, describe
+from worker.training import capacity
 
 log = structlog.get_logger()
 
@@ -40,10 +40,11 @@ class Worker:
         self._url = url
         self._settings = settings
         self._device = device
-        self._lanes = settings.lanes or default_lanes(device)
+        self._lanes = settings.lanes or capacity.provisional(device)
         self._offer = task.installed()
         self._shutdown = shutdown or Shutdown()
         self._database: Database = database.connect(url, pool_size=min(2, settings.pool_size))
+        self._listener = database.Listener(url, database.WORK)
         self._stack: Stack | None = None
 
     def run(self) -> None:
@@ -58,15 +59,15 @@ class Worker:
                 name=self.name,
                 host=socket.gethostname(),
                 pid=os.getpid(),
-                device=_describe(self._device),
+                device=describe(self._device),
                 lanes=self._lanes,
                 offer=self._offer,
             )
         log.info("worker_started", worker=self.name, device=str(self._device), lanes=self._lanes)
-        with database.Listener(self._url, database.WORK) as listener:
+        with self._listener:
             while not self._shutdown.requested:
                 if not self._train_next():
-                    self._wait(listener)
+                    self._wait()
         self._drop_stack()
         try:
             with transaction(self._database) as session:
@@ -113,7 +114,7 @@ class Worker:
                 self.name,
                 self._offer,
                 self._device,
-                self._lanes,
+                self._listener,
             )
         except Exception as error:  # noqa: BLE001 - a user's crash is data
             log.error("task_failed", study=study.name, error=str(error))
@@ -153,15 +154,9 @@ class Worker:
             heartbeat.stop()
         return True
 
-    def _wait(self, listener: database.Listener) -> None:
+    def _wait(self) -> None:
         """Wait until there may be something to train, for one poll at most."""
         due = time.monotonic() + self._settings.poll_seconds
         while not self._shutdown.requested and time.monotonic() < due:
-            if listener.wait(min(_SLICE_SECONDS, self._settings.poll_seconds)):
+            if self._listener.wait(min(_SLICE_SECONDS, self._settings.poll_seconds)):
                 return
-
-
-def _describe(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu ({torch.get_num_threads()} threads)"

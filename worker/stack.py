@@ -9,6 +9,8 @@ brings everything along the next time.
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from math import ceil
 from pathlib import Path
 
 import structlog
@@ -18,7 +20,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from regtune import leasing, reporting, studies, workers
-from regtune.database import transaction
+from regtune.database import Listener, transaction
 from regtune.leasing import Lease
 from regtune.reporting import Completed, Epoch, Failed, Outcome, Pruned, Verdicts
 from regtune.settings import Settings
@@ -26,10 +28,38 @@ from regtune.spec import StudySpec
 from regtune.studies import ModelFacts, Study
 from regtune.task import Offer
 from worker.shutdown import Interrupted
+from worker.training import capacity
+from worker.training.capacity import Capacity
 from worker.training.engine import KNOBS, Engine
 from worker.training.lanes import LaneEpoch, LaneTrial
 
 log = structlog.get_logger()
+
+SUGGESTION_SECONDS = 1.0
+"""Ample time for a scheduler to hear that a worker wants a trial, and to append one."""
+
+
+class Occupancy:
+    """Which share of its slots a worker kept in training while there were trials to be had."""
+
+    def __init__(self) -> None:
+        self._trained = 0.0
+        self._offered = 0.0
+        self.epoch_seconds: float | None = None
+
+    @property
+    def share(self) -> float | None:
+        """The share so far, by time; None before the first epoch."""
+        return self._trained / self._offered if self._offered else None
+
+    def note(self, epochs: Sequence[LaneEpoch], slots: int, more_to_come: bool) -> None:
+        """Take in one epoch of all lanes; at the end of a study, idle slots are no fault."""
+        if not epochs:
+            return
+        self.epoch_seconds = seconds = epochs[0].seconds
+        if more_to_come or len(epochs) == slots:
+            self._trained += len(epochs) * seconds
+            self._offered += slots * seconds
 
 
 class Stack:
@@ -43,23 +73,30 @@ class Stack:
         worker: str,
         offer: Offer,
         device: torch.device,
-        lanes: int,
+        listener: Listener,
     ) -> None:
-        """Load the data and build the model; raises whatever the task's own code raises."""
+        """Load the data, build the model and see how many lanes the device takes.
+
+        Raises whatever the task's own code raises.
+        """
         self.study = study
         self._database = database
         self._settings = settings
         self._worker = worker
         self._offer = offer
         self._device = device
-        self._lanes = lanes
+        self._listener = listener
         self._engine = self._build_engine()
+        self._capacity = self._settle_capacity()
+        self._occupancy = Occupancy()
         if study.model is None:
             with transaction(database) as session:
                 studies.describe_model(session, study.study_id, _facts(self._engine))
         self._leases: dict[int, Lease] = {}
         self._epochs: dict[int, list[Epoch]] = {}
         self._outcomes: dict[int, Outcome] = {}
+        self._given_back: frozenset[int] = frozenset()
+        self._more_to_come = True
         self._meeting = threading.Lock()
         self._met_at = time.monotonic()
 
@@ -80,27 +117,28 @@ class Stack:
         """
         try:
             epochs = self._engine.train_epoch(progress)
+            for epoch in epochs:
+                self._epochs.setdefault(epoch.key, []).append(_as_epoch(epoch))
+            self._occupancy.note(epochs, self._engine.slots, self._more_to_come)
+            self._end_lanes([epoch for epoch in epochs if epoch.ended])
         except Interrupted:
             raise
         except Exception as error:  # noqa: BLE001 - a user's crash is data
-            self._fail_all(error)
-            return
-        for epoch in epochs:
-            self._epochs.setdefault(epoch.key, []).append(_as_epoch(epoch))
-        ended = [epoch for epoch in epochs if epoch.ended]
-        if ended:
-            self._end_lanes(ended)
+            if capacity.is_out_of_memory(error) and self._engine.slots > 1:
+                self._take_fewer_lanes()
+            else:
+                self._fail_all(error)
 
     def meet(self) -> bool:
         """Meet the database, if it is time; return whether it could be reached."""
-        urgent = self._outcomes or not self._engine.lanes
-        if not urgent and time.monotonic() - self._met_at < self._settings.flush_seconds:
+        if not self._is_time_to_meet():
             return True
         with self._meeting:
             try:
                 with transaction(self._database) as session:
                     verdicts = self._flush(session)
                     outcomes = self._finish(session, verdicts)
+                    self._give_back(session)
                     joining = self._lease(session, verdicts, outcomes)
             except DBAPIError as error:
                 log.warning("meeting_failed", error=str(error.orig).splitlines()[0])
@@ -113,7 +151,7 @@ class Stack:
         with self._meeting, transaction(self._database) as session:
             leases = list(self._leases.values())
             reporting.flush(session, leases, {}, self._settings.lease_seconds)
-            free = self._lanes - len(leases)
+            free = max(0, self._engine.slots - len(leases))
             workers.beat(session, self._worker, wanted_lanes=free, study_id=self.study.study_id)
 
     def close(self) -> None:
@@ -138,12 +176,70 @@ class Stack:
             validation=spec.validation,
             data_dir=Path(self._settings.data_dir),
             device=self._device,
-            max_lanes=self._lanes,
+            max_lanes=self._settings.lanes or capacity.MOST_LANES,
             knobs=_knobs(spec),
         )
 
+    def _settle_capacity(self) -> Capacity:
+        """Return how many lanes to train: as set, as remembered, or as measured now."""
+        if self._settings.lanes:
+            chosen = Capacity(self._settings.lanes, "REGTUNE_LANES or --lanes says so")
+        else:
+            remembered = self._memory.recall(*self._situation)
+            chosen = remembered or capacity.measure(
+                self._engine.rehearse,
+                self._engine.footprint(),
+                self._device,
+                self._engine.members,
+            )
+            if not remembered:
+                self._memory.keep(chosen, *self._situation)
+        self._engine.max_lanes = chosen.lanes
+        log.info("capacity", study=self.study.name, **asdict(chosen))
+        return chosen
+
+    @property
+    def _memory(self) -> capacity.Memory:
+        return capacity.Memory(self._settings.data_dir / "capacity.json")
+
+    @property
+    def _situation(self) -> tuple[object, ...]:
+        """What the capacity depends on."""
+        spec = self.study.spec
+        return (
+            describe(self._device),
+            torch.__version__,
+            spec.task.model_dump(mode="json"),
+            (spec.training.optimizer, spec.training.batch_size, spec.training.precision),
+            self._engine.members,
+            sorted(_knobs(spec)),
+        )
+
+    def _is_time_to_meet(self) -> bool:
+        """Say whether there is something to end or to begin, or enough to record."""
+        if self._outcomes or not self._engine.lanes:
+            return True
+        if self._engine.free_slots and self._listener.wait(0):
+            return True
+        return time.monotonic() - self._met_at >= self._settings.flush_seconds
+
+    def _take_fewer_lanes(self) -> None:
+        """Give all trials back, at no cost to them, and go on with half as many lanes."""
+        self._engine.leave(self._engine.lanes)
+        self._capacity = self._capacity.halved()
+        self._engine.max_lanes = self._capacity.lanes
+        if not self._settings.lanes:
+            self._memory.keep(self._capacity, *self._situation)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._given_back = frozenset(self._leases.keys() - self._outcomes.keys())
+        self._epochs.clear()
+        log.warning("out_of_memory", study=self.study.name, lanes=self._capacity.lanes)
+
     def _end_lanes(self, ended: Sequence[LaneEpoch]) -> None:
         """Take ended trials out of the engine, with what they reached at their best weights."""
+        if not ended:
+            return
         tested = [epoch for epoch in ended if epoch.ended != "diverged"]
         results = self._engine.results([epoch.key for epoch in tested]) if tested else []
         for epoch, result in zip(tested, results, strict=True):
@@ -187,35 +283,75 @@ class Stack:
         )
         return outcomes
 
+    def _give_back(self, session: Session) -> None:
+        """Let others train what did not fit; or this worker itself, a moment later."""
+        leases = [self._leases[id_] for id_ in self._given_back]
+        leasing.release(session, leases, self._worker)
+
     def _lease(
         self, session: Session, verdicts: Verdicts, outcomes: Mapping[int, Outcome]
     ) -> Sequence[Lease]:
-        """Lease trials for the free lanes, if it is this study's turn; say how many stay free."""
+        """Lease trials for the free slots, if it is this study's turn; say how many more it wants.
+
+        Those are the slots that stay free, and those whose trials may end before the scheduler
+        could answer.
+        """
         study_id = self.study.study_id
-        free = self._lanes - len(verdicts.held - outcomes.keys())
+        staying = verdicts.held - outcomes.keys() - self._given_back
+        free = max(0, self._engine.slots - len(staying))
         joining: Sequence[Lease] = []
         if free and workers.choose_study(session, self._offer) == study_id:
             joining = leasing.lease(
                 session, study_id, self._worker, free, self._settings.lease_seconds
             )
-        workers.beat(session, self._worker, wanted_lanes=free - len(joining), study_id=study_id)
+        if free > len(joining):
+            self._more_to_come = studies.has_more(session, study_id)
+        workers.beat(
+            session,
+            self._worker,
+            wanted_lanes=free - len(joining) + self._ending_soon(staying),
+            study_id=study_id,
+            lanes=self._engine.slots,
+            occupancy=self._occupancy.share,
+            capacity=asdict(self._capacity),
+        )
         return joining
+
+    def _ending_soon(self, staying: frozenset[int]) -> int:
+        """Return how many trials may end within the time that a suggestion takes to arrive."""
+        seconds = self._occupancy.epoch_seconds
+        horizon = ceil(SUGGESTION_SECONDS / seconds) if seconds else 0
+        left = self._engine.epochs_left()
+        return sum(left[id_] <= horizon for id_ in staying if id_ in left)
 
     def _apply(
         self, verdicts: Verdicts, outcomes: Mapping[int, Outcome], joining: Sequence[Lease]
     ) -> None:
         """Let the lanes follow what the database has said."""
-        staying = verdicts.held - outcomes.keys()
+        staying = verdicts.held - outcomes.keys() - self._given_back
         lost = self._leases.keys() - verdicts.held
         if lost:
             log.warning("leases_lost", study=self.study.name, trials=len(lost))
         self._engine.leave([key for key in self._engine.lanes if key not in staying])
         self._leases = {id_: lease for id_, lease in self._leases.items() if id_ in staying}
         self._leases |= {lease.trial_id: lease for lease in joining}
-        self._engine.join([_as_lane(lease, self.study.spec) for lease in joining])
         self._epochs.clear()
         self._outcomes.clear()
+        self._given_back = frozenset()
+        try:
+            self._engine.join([_as_lane(lease, self.study.spec) for lease in joining])
+        except Exception as error:
+            if not capacity.is_out_of_memory(error) or self._engine.slots == 1:
+                raise
+            self._take_fewer_lanes()
         self._met_at = time.monotonic()
+
+
+def describe(device: torch.device) -> str:
+    """Return the name of a device, as people know it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({torch.get_num_threads()} threads)"
 
 
 def _facts(engine: Engine) -> ModelFacts:

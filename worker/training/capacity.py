@@ -1,18 +1,171 @@
-"""How many lanes a device takes."""
+"""How many lanes a device takes of a model: measured at first use, then remembered.
 
+Lanes are doubled until the memory that the next doubling would need is not there, or until it no
+longer brings more trial-epochs a second. Fewer lanes of the same speed are better: each trial that
+runs beside others was suggested without knowing how they end.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from math import inf
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import structlog
 import torch
 
-CPU_LANES = 16
-"""Beyond this many, more lanes no longer raise trial-epochs a second on a CPU (measured)."""
+from worker.training.epoch import CPU_CHUNK
 
-CUDA_LANES = 128
-BYTES_PER_LANE = 256 * 2**20
-"""Room for a lane's weights, moments, best copy and activations; ample for millions of weights."""
+log = structlog.get_logger()
+
+MOST_LANES = 4096
+
+WORTHWHILE = 1.1
+"""What doubling the lanes has to gain in speed to be worth it."""
+
+MEMORY_MARGIN = 0.8
+"""The share of the free memory that lanes may take; the rest is for what is not foreseen."""
+
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
+_LIMIT_AND_USE = ("memory.max", "memory.current")
+
+PATIENCE_SECONDS = 20.0
+"""A measurement that has taken as long is over: the steps are so long that few lanes will do."""
 
 
-def default_lanes(device: torch.device) -> int:
-    """Return a number of lanes that suits ``device`` without knowing the model."""
-    if device.type != "cuda":
-        return CPU_LANES
-    free_bytes, _ = torch.cuda.mem_get_info(device)
-    return max(1, min(CUDA_LANES, free_bytes // BYTES_PER_LANE))
+@dataclass(frozen=True)
+class Footprint:
+    """The bytes of one lane.
+
+    ``state`` is what it holds from epoch to epoch (weights, best copy, moments, buffers), ``step``
+    what it needs besides within a step (gradient, activations).
+    """
+
+    state: int
+    step: int
+
+    @property
+    def total(self) -> int:
+        """The most that it needs at a time: in a step, or while lanes are copied to join others."""
+        return self.state + max(self.state, self.step)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """How many lanes to train at once, and why not more."""
+
+    lanes: int
+    reason: str
+    bytes_per_lane: int | None = None
+    trial_epochs_per_second: float | None = None
+
+    def halved(self) -> "Capacity":
+        """Return what is left after these lanes have run out of memory."""
+        return Capacity(
+            max(1, self.lanes // 2), f"{self.lanes} lanes ran out of memory", self.bytes_per_lane
+        )
+
+
+def provisional(device: torch.device) -> int:
+    """Return how many lanes to begin with: on a CPU, a full chunk for each core."""
+    return torch.get_num_threads() * CPU_CHUNK if device.type == "cpu" else 1
+
+
+def measure(
+    rehearse: Callable[[int], float], footprint: Footprint, device: torch.device, members: int = 1
+) -> Capacity:
+    """Return the smallest number of lanes that is about as fast as any.
+
+    ``rehearse`` trains so many lanes for a moment and returns trial-epochs a second. ``members`` is
+    how many lanes one trial takes.
+    """
+    started = perf_counter()
+    room = max(members, int(MEMORY_MARGIN * free_bytes(device)) // footprint.total)
+    trials = -(-min(room, provisional(device)) // members)
+    lanes = max(1, trials) * members
+    rates: dict[int, float] = {}
+    reason = ""
+    while not reason:
+        try:
+            rates[lanes] = rehearse(lanes)
+        except Exception as error:
+            if not is_out_of_memory(error) or not rates:
+                raise
+            reason = f"{lanes} lanes ran out of memory"
+            break
+        log.debug("rehearsed", lanes=lanes, trial_epochs_per_second=round(rates[lanes], 3))
+        if _in_vain(list(rates.values())):
+            reason = f"{lanes} lanes are hardly faster"
+        elif lanes * 2 > min(room, MOST_LANES):
+            reason = f"there is room for {min(room, MOST_LANES)}"
+        elif perf_counter() - started > PATIENCE_SECONDS:
+            reason = f"steps of {lanes} lanes are long enough"
+        lanes *= 2
+    chosen = min(lanes for lanes in rates if rates[lanes] * WORTHWHILE >= max(rates.values()))
+    return Capacity(chosen, reason, footprint.total, round(rates[chosen], 4))
+
+
+def _in_vain(rates: Sequence[float]) -> bool:
+    """Say whether the last doubling has not been worth while."""
+    return len(rates) > 1 and rates[-1] < WORTHWHILE * max(rates[:-1])
+
+
+class Memory:
+    """What was measured before, in a file; several workers may share it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def recall(self, *situation: object) -> Capacity | None:
+        """Return the capacity that was measured in the same situation, if any was."""
+        known = self._read().get(_key(situation))
+        return Capacity(**known) if known else None
+
+    def keep(self, capacity: Capacity, *situation: object) -> None:
+        """Remember a capacity; a file that cannot be written costs a measurement next time."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            draft = self._path.with_suffix(f".{os.getpid()}")
+            draft.write_text(json.dumps({**self._read(), _key(situation): asdict(capacity)}))
+            draft.replace(self._path)
+        except OSError as error:
+            log.warning("capacity_not_kept", reason=str(error))
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        try:
+            known = json.loads(self._path.read_text())
+        except (OSError, ValueError):
+            return {}
+        return known if isinstance(known, dict) else {}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an exception means that a device or the machine has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def free_bytes(device: torch.device) -> float:
+    """Return how much memory a device has left, whatever torch holds in reserve included."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"), _left_to_container())
+
+
+def _left_to_container() -> float:
+    """Return what a container's limit leaves, infinity without one (Linux, control groups 2)."""
+    try:
+        limit, used = ((_CONTROL_GROUP / name).read_text() for name in _LIMIT_AND_USE)
+        return int(limit) - int(used)
+    except (OSError, ValueError):
+        return inf
+
+
+def _key(situation: Sequence[object]) -> str:
+    return hashlib.sha256(repr(situation).encode()).hexdigest()[:16]

@@ -34,9 +34,14 @@ class EarlyStopping:
         return self.epoch == self.best_epoch
 
     @property
+    def epochs_left(self) -> int:
+        """After how many more epochs without an improvement patience will have run out."""
+        return self.patience - (self.epoch - self.best_epoch)
+
+    @property
     def stops(self) -> bool:
         """Whether patience has run out."""
-        return self.epoch - self.best_epoch >= self.patience
+        return self.epochs_left <= 0
 
 
 def replay(validation_losses: Sequence[float], patience: int, min_delta: float) -> EarlyStopping:

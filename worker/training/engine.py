@@ -17,6 +17,7 @@ from regtune.spec import TaskSpec, Training, Validation
 from regtune.task import find_dataset, find_model
 from worker.tasks.preparation import Prepared, Rows, prepare
 from worker.training.batches import Place
+from worker.training.capacity import Footprint
 from worker.training.checkpoint import Checkpoint
 from worker.training.epoch import Epochs, Tick
 from worker.training.lanes import (
@@ -44,7 +45,7 @@ class Engine:
     """Trains lanes of one study, epoch by epoch.
 
     After an exception out of ``train_epoch`` (its ``tick`` may raise to abort) the lanes stand in
-    the middle of an epoch, and the engine must be dropped.
+    the middle of an epoch: all must leave, and may join again from the start or a checkpoint.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class Engine:
             threads=threads or torch.get_num_threads(),
             compiles=compiles,
         )
-        self._max_lanes = max_lanes
+        self.max_lanes = max_lanes
         self._lanes: list[Lane] = []
         self._tensors = self._starting_tensors(0)
         self._strengths = self._stack_strengths()
@@ -111,9 +112,14 @@ class Engine:
         return self._members
 
     @property
-    def free_lanes(self) -> int:
-        """How many more trials may join; there is room for one, however many lanes it takes."""
-        return max(1, self._max_lanes // self._members) - len(self._lanes)
+    def slots(self) -> int:
+        """How many trials it trains at once; at least one, however many lanes that takes."""
+        return max(1, self.max_lanes // self._members)
+
+    @property
+    def free_slots(self) -> int:
+        """How many more trials may join."""
+        return self.slots - len(self._lanes)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -130,16 +136,25 @@ class Engine:
         """How many parameters a lane has."""
         return self._initial_MP.shape[1]
 
+    def epochs_left(self) -> dict[int, int]:
+        """Return the fewest epochs after which each trial may end of itself, by key."""
+        return {
+            lane.key: min(self._training.max_epochs - lane.epoch, lane.stopping.epochs_left)
+            for lane in self._lanes
+        }
+
     def join(
         self, trials: Sequence[LaneTrial], checkpoints: Mapping[int, Checkpoint] | None = None
     ) -> None:
         """Let trials start with the next epoch, at their own first one or where they were left.
 
-        ``checkpoints`` are by key. Raises ValueError when there are more of them than free lanes, a
+        ``checkpoints`` are by key. Raises ValueError when there are more of them than free slots, a
         key is in use, or a checkpoint is of another model or training.
         """
-        if len(trials) > self.free_lanes:
-            raise ValueError(f"{len(trials)} trials want to join, {self.free_lanes} lanes are free")
+        if len(trials) > self.free_slots:
+            raise ValueError(
+                f"{len(trials)} trials want to join, there is room for {self.free_slots}"
+            )
         keys = self.lanes + [trial.key for trial in trials]
         if len(set(keys)) < len(keys):
             raise ValueError(f"each key may stand in the stack only once: {keys}")
@@ -214,6 +229,36 @@ class Engine:
             _result(self._lanes[place], loss, score)
             for place, (loss, score) in zip(places, tested, strict=True)
         ]
+
+    def rehearse(self, lanes: int) -> float:
+        """Return how many trial-epochs a second so many lanes would make; trains throwaway ones.
+
+        ``lanes`` are rounded up to whole trials.
+        """
+        trials = -(-lanes // self._members)
+        typical = LaneTrial(0, 1e-3, 0.2, 1e-4, 1, self._training.learning_rate, 0.1, 0.1, 0.01)
+        each = [typical] * (trials * self._members)
+        return (
+            self._epochs.rehearse(
+                self._starting_tensors(trials),
+                strengths_of(each, self._device, self._dtype),
+                np.array([trial.learning_rate for trial in each]),
+                [Place(member, 1) for member in list(range(self._members)) * trials],
+            )
+            / self._members
+        )
+
+    def footprint(self) -> Footprint:
+        """Return how many bytes a lane takes."""
+        row = self._initial_MP[0]
+        buffers = {name: buffer[0] for name, buffer in self._initial_buffers.items()}
+        weights = row.nbytes
+        kept = sum(buffer.nbytes for buffer in buffers.values())
+        batch = self._epochs.largest_batch()
+        return Footprint(
+            state=(2 + self._optimizer.moments) * weights + 2 * kept,
+            step=weights + self.model.activation_bytes(row, buffers, batch),
+        )
 
     def close(self) -> None:
         """Give threads back; the engine must not be used any more."""

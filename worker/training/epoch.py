@@ -6,9 +6,11 @@ not wait for a core that another program has taken. Elsewhere all lanes are one 
 """
 
 import queue
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ from regtune.spec import Training
 from worker.tasks.preparation import Prepared, Rows
 from worker.training import regularizers
 from worker.training.batches import Batches, Place
-from worker.training.compiling import Programs
+from worker.training.compiling import CALLS_BEFORE_RECORDING, Programs
 from worker.training.lanes import LaneTensors
 from worker.training.model import LaneModel
 from worker.training.optimizers import LaneOptimizer, scheduled_rates
@@ -30,6 +32,9 @@ EVALUATION_ROWS = 1000
 
 CPU_CHUNK = 4
 """Most lanes in a chunk on a CPU: beyond, a step falls out of a core's cache (measured)."""
+
+WARM_UP_SECONDS = 1.0
+REHEARSAL_SECONDS = 0.2
 
 Tick = Callable[[], None]
 Tensors = Mapping[str, Tensor]
@@ -101,9 +106,9 @@ class Epochs:
         self._validation = Held.out(prepared.rows, [split.validation for split in prepared.splits])
         self._test = Held.out(prepared.test, [every_row] * len(prepared.splits))
         self._programs = Programs(compiles=compiles and model.vectorized)
-        self._steps: queue.LifoQueue[LaneStep] = queue.LifoQueue()
+        self._replicas: queue.LifoQueue[LaneStep] = queue.LifoQueue()
         for _ in range(threads):
-            self._steps.put(
+            self._replicas.put(
                 LaneStep(
                     model.replica(),
                     optimizer,
@@ -130,17 +135,22 @@ class Epochs:
         """
 
         def work(step: LaneStep, chunk: Chunk) -> Tensor:
-            own = tensors.slice(chunk.lanes)
-            own_strengths = {name: values[chunk.lanes] for name, values in strengths.items()}
-            own_places = places[chunk.lanes]
-            members = [place.member for place in own_places]
-            loss_K = self._take_steps(
-                step, chunk, own, own_strengths, rate_K[chunk.lanes], own_places, tick
-            )
+            own = self._share(chunk, tensors, strengths, rate_K, places)
+            total_K = torch.zeros_like(own.tensors.parameters_KP[:, 0])
+            for loss_K, rows in self._take_steps(step, chunk, own):
+                total_K += loss_K * rows
+                tick()
             held_K2 = self._measure(
-                step, chunk, own.parameters_KP, own.buffers, members, self._validation, tick
+                step,
+                chunk,
+                own.tensors.parameters_KP,
+                own.tensors.buffers,
+                own.members,
+                self._validation,
+                tick,
             )
-            return torch.cat([loss_K[:, None], held_K2, self._weigh(own, own_strengths)], dim=1)
+            loss_K1 = (total_K / self.batches.rows)[:, None]
+            return torch.cat([loss_K1, held_K2, self._weigh(own)], dim=1)
 
         return self._in_chunks(work, len(tensors))
 
@@ -160,6 +170,39 @@ class Epochs:
 
         return self._in_chunks(work, len(members))
 
+    def rehearse(
+        self,
+        tensors: LaneTensors,
+        strengths: Tensors,
+        rate_K: NDArray[np.float64],
+        places: Sequence[Place],
+    ) -> float:
+        """Train K lanes for a moment; return how many trial-epochs a second they would make.
+
+        Without validation. The moment is counted from when the step has been recorded, unless that
+        is long in coming.
+        """
+
+        def work(step: LaneStep, chunk: Chunk) -> Tensor:
+            own = self._share(chunk, tensors, strengths, rate_K, places)
+            clock = _Rehearsal()
+            while not clock.over:
+                for _ in self._take_steps(step, chunk, own):
+                    self._synchronize()
+                    clock.step()
+                    if clock.over:
+                        break
+            return torch.tensor([chunk.lanes.stop - chunk.lanes.start]) * clock.rate
+
+        rate_C = self._in_chunks(work, len(tensors))
+        at_a_time = min(len(rate_C), self._threads)
+        return float(rate_C.mean()) * at_a_time / len(self.batches.sizes)
+
+    def largest_batch(self) -> Rows:
+        """Return the rows of an epoch's largest batch, some of them."""
+        size = max(self.batches.sizes)
+        return Rows(self._rows.x[:size], self._rows.y[:size])
+
     def ended(self, seconds: float) -> None:
         """Note that an epoch took so long; what has been compiled meanwhile takes over."""
         self._programs.epoch_ended(seconds)
@@ -178,12 +221,12 @@ class Epochs:
         def run(chunk: Chunk) -> Tensor:
             if torch.get_num_threads() != chunk.threads:
                 torch.set_num_threads(chunk.threads)
-            step = self._steps.get()
+            step = self._replicas.get()
             try:
                 with torch.no_grad():
                     return work(step, chunk)
             finally:
-                self._steps.put(step)
+                self._replicas.put(step)
 
         futures = [self._pool.submit(run, chunk) for chunk in self._chunks(lanes)]
         wait(futures)
@@ -196,30 +239,35 @@ class Epochs:
         starts = range(0, lanes, size)
         return [Chunk(slice(start, min(start + size, lanes)), 1) for start in starts]
 
-    def _take_steps(
+    def _share(
         self,
-        step: LaneStep,
         chunk: Chunk,
         tensors: LaneTensors,
         strengths: Tensors,
         rate_K: NDArray[np.float64],
         places: Sequence[Place],
-        tick: Tick,
-    ) -> Tensor:
-        """Take an epoch's steps; return each lane's mean training loss: ``(K,)``."""
-        source = self._source(self._rows, [place.member for place in places])
-        live = (tensors.parameters_KP, tensors.moments, tensors.buffers)
-        rate_SK1, coefficients_SCK1 = self._scheduled(rate_K, places)
-        total_K = torch.zeros_like(tensors.parameters_KP[:, 0])
+    ) -> "_Share":
+        return _Share(
+            tensors.slice(chunk.lanes),
+            {name: values[chunk.lanes] for name, values in strengths.items()},
+            rate_K[chunk.lanes],
+            places[chunk.lanes],
+        )
+
+    def _take_steps(
+        self, step: LaneStep, chunk: Chunk, own: "_Share"
+    ) -> Iterator[tuple[Tensor, int]]:
+        """Take an epoch's steps; yield each lane's loss before each, ``(K,)``, and its rows."""
+        source = self._source(self._rows, own.members)
+        live = (own.tensors.parameters_KP, own.tensors.moments, own.tensors.buffers)
+        rate_SK1, coefficients_SCK1 = self._scheduled(own.rate_K, own.places)
         calls: dict[torch.Size, Callable[..., Tensor]] = {}
-        for number, (index, keys) in enumerate(self.batches.of_epoch(places)):
+        for number, (index, keys) in enumerate(self.batches.of_epoch(own.places)):
             if index.shape not in calls:
-                program = self._programs.find("step", len(tensors), chunk.threads, index.shape)
-                calls[index.shape] = program.bind(step.take, live, strengths, source)
+                program = self._programs.find("step", len(own.places), chunk.threads, index.shape)
+                calls[index.shape] = program.bind(step.take, live, own.strengths, source)
             loss_K = calls[index.shape](rate_SK1[number], coefficients_SCK1[number], keys, index)
-            total_K += loss_K * index.shape[-1]
-            tick()
-        return total_K / self.batches.rows
+            yield loss_K, index.shape[-1]
 
     def _measure(
         self,
@@ -246,6 +294,10 @@ class Epochs:
             tick()
         return (total_2K / held.rows_M[members]).T
 
+    def _synchronize(self) -> None:
+        if self._rows.x.device.type == "cuda":
+            torch.cuda.synchronize(self._rows.x.device)
+
     def _source(self, rows: Rows, members: Sequence[int]) -> Source:
         if len(self._splits) == 1:
             return rows.x, rows.y
@@ -270,12 +322,50 @@ class Epochs:
         )
         return rate_SK1, coefficients_SCK1
 
-    def _weigh(self, tensors: LaneTensors, strengths: Tensors) -> Tensor:
+    def _weigh(self, own: "_Share") -> Tensor:
         """Return each lane's penalty and sparsity: ``(K, 2)``."""
-        weights_KW = tensors.parameters_KP[:, : self._weights]
-        coupled_K = None if self._optimizer.decoupled_decay else strengths["decay"]
-        penalty_K = regularizers.penalty(weights_KW, strengths["l1"], coupled_K)
+        weights_KW = own.tensors.parameters_KP[:, : self._weights]
+        coupled_K = None if self._optimizer.decoupled_decay else own.strengths["decay"]
+        penalty_K = regularizers.penalty(weights_KW, own.strengths["l1"], coupled_K)
         return torch.stack([penalty_K, regularizers.sparsity(weights_KW).to(penalty_K)], dim=1)
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What a chunk has of all lanes."""
+
+    tensors: LaneTensors
+    strengths: Tensors
+    rate_K: NDArray[np.float64]
+    places: Sequence[Place]
+
+    @property
+    def members(self) -> list[int]:
+        return [place.member for place in self.places]
+
+
+class _Rehearsal:
+    """Times steps, once they are warm, for a moment."""
+
+    def __init__(self) -> None:
+        self._started = self._latest = perf_counter()
+        self._seconds: list[float] = []
+        self._steps = 0
+        self.over = False
+
+    @property
+    def rate(self) -> float:
+        """Steps a second, by the median: a step may be recorded, or another program intrude."""
+        return 1 / median(self._seconds)
+
+    def step(self) -> None:
+        """Note a step."""
+        seconds, self._latest = perf_counter() - self._latest, perf_counter()
+        self._steps += 1
+        slow = self._latest - self._started > WARM_UP_SECONDS
+        if self._steps > CALLS_BEFORE_RECORDING + 1 or slow:
+            self._seconds.append(seconds)
+            self.over = sum(self._seconds) > REHEARSAL_SECONDS
 
 
 def _prepare_thread() -> None:

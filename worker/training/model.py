@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 import structlog
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call, grad_and_value, vmap
 from torch.utils import _pytree as pytree
 
@@ -155,6 +156,32 @@ class LaneModel:
             self._measure, (0, 0, shared, shared, shared), len(parameters_KP)
         )(parameters_KP, buffers, x, y, weight)
         return total_K2.T
+
+    def activation_bytes(self, parameters_P: Tensor, buffers: Tensors, rows: Rows) -> int:
+        """Return how much one lane's forward pass over ``rows`` keeps for its backward pass."""
+        self._model.train()
+        weights_P = parameters_P.detach().clone().requires_grad_()
+        given = {tensor.untyped_storage().data_ptr() for tensor in (weights_P, rows.x, rows.y)}
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in given:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        keys = torch.zeros(len(self._sites) + PERTURBATIONS, 2, dtype=torch.int32)
+        strengths = {name: value[0] for name, value in neutral_strengths(1, rows.x.dtype).items()}
+        with torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
+            self._loss(
+                weights_P,
+                {name: buffer.clone() for name, buffer in buffers.items()},
+                {name: value.to(rows.x.device) for name, value in strengths.items()},
+                keys.to(rows.x.device),
+                rows.x,
+                rows.y,
+            )
+        return sum(kept.values())
 
     def _map(
         self, function: Callable[..., Any], in_dims: tuple[int | None, ...], lanes: int

@@ -58,7 +58,7 @@ def test_a_trial_is_the_same_refilled_into_a_running_stack(make_engine, optimize
 
 def test_a_trial_is_the_same_through_the_loop_over_lanes(make_engine):
     engine = make_engine()
-    for step in list(engine._epochs._steps.queue):
+    for step in list(engine._epochs._replicas.queue):
         step._model._over_lanes = loop
     engine.join([OTHERS[0]])
     train(engine, 2)
@@ -287,12 +287,12 @@ def test_lanes_come_and_go_between_epochs(make_engine):
     engine = make_engine(max_lanes=3)
     assert engine.train_epoch() == []
     engine.join([trial(1), trial(2)])
-    assert (engine.lanes, engine.free_lanes) == ([1, 2], 1)
+    assert (engine.lanes, engine.free_slots) == ([1, 2], 1)
     engine.train_epoch()
     engine.join([trial(3)])
     assert [(e.key, e.epoch) for e in engine.train_epoch()] == [(1, 2), (2, 2), (3, 1)]
     engine.leave([1, 3])
-    assert (engine.lanes, engine.free_lanes) == ([2], 2)
+    assert (engine.lanes, engine.free_slots) == ([2], 2)
     assert [(e.key, e.epoch) for e in engine.train_epoch()] == [(2, 3)]
     assert engine._tensors.parameters_KP.shape[0] == 1
 
@@ -300,7 +300,7 @@ def test_lanes_come_and_go_between_epochs(make_engine):
 def test_what_cannot_join_leave_or_go_on_is_refused(make_engine):
     engine = make_engine(max_lanes=2, max_epochs=1)
     engine.join([trial(1)])
-    with pytest.raises(ValueError, match="1 lanes are free"):
+    with pytest.raises(ValueError, match="room for 1"):
         engine.join([trial(2), trial(3)])
     with pytest.raises(ValueError, match="only once"):
         engine.join([trial(1)])

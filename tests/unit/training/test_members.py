@@ -68,7 +68,7 @@ def test_a_trial_without_folds_has_no_spread(make_engine):
 def test_a_trial_of_several_lanes_leaves_and_resumes_whole(make_engine):
     settings = {"validation": CROSS_VALIDATION, "max_lanes": 18}
     engine, other = make_engine(**settings), make_engine(**settings)
-    assert (engine.members, engine.free_lanes) == (MEMBERS, 3)
+    assert (engine.members, engine.free_slots) == (MEMBERS, 3)
     engine.join([trial(1), trial(0, **STRONG)])
     train(engine, 3)
     engine.leave([1])
@@ -81,9 +81,9 @@ def test_a_trial_of_several_lanes_leaves_and_resumes_whole(make_engine):
 
 def test_a_trial_of_more_members_than_lanes_still_finds_room(make_engine):
     engine = make_engine(validation=CROSS_VALIDATION, max_lanes=4)
-    assert engine.free_lanes == 1
+    assert engine.free_slots == 1
     engine.join([trial(0)])
-    assert engine.free_lanes == 0
+    assert engine.free_slots == 0
 
 
 def test_folds_whose_sizes_differ_take_steps_of_the_same_size(make_engine):

@@ -1,0 +1,128 @@
+"""How many lanes: as many as memory and speed are good for."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.unit.training.conftest import losses, train, trial
+from worker.training import capacity
+from worker.training.capacity import Capacity, Footprint, Memory, measure
+
+CPU = torch.device("cpu")
+SMALL = Footprint(state=1000, step=500)
+
+
+@pytest.fixture(autouse=True)
+def one_lane_to_begin_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capacity, "provisional", lambda device: 1)
+
+
+def saturating_at(lanes: int) -> Callable[[int], float]:
+    return lambda k: float(min(k, lanes))
+
+
+def test_lanes_are_doubled_until_that_is_no_longer_faster():
+    found = measure(saturating_at(16), SMALL, CPU)
+    assert found.lanes == 16
+    assert found.reason == "32 lanes are hardly faster"
+    assert found.trial_epochs_per_second == 16
+    assert found.bytes_per_lane == 2000
+
+
+def test_of_two_numbers_that_are_about_as_fast_the_smaller_is_taken():
+    rates = {1: 1.0, 2: 1.9, 4: 2.0}
+    assert measure(rates.__getitem__, SMALL, CPU).lanes == 2
+
+
+def test_memory_ends_the_doubling_before_it_is_tried(monkeypatch):
+    monkeypatch.setattr(capacity, "free_bytes", lambda device: 10 * 2000 / capacity.MEMORY_MARGIN)
+    tried = []
+
+    def rehearse(lanes: int) -> float:
+        tried.append(lanes)
+        return float(lanes)
+
+    found = measure(rehearse, SMALL, CPU)
+    assert (found.lanes, found.reason) == (8, "there is room for 10")
+    assert tried == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_running_out_of_memory_ends_the_doubling_too(error):
+    def rehearse(lanes: int) -> float:
+        if lanes > 4:
+            raise error
+        return float(lanes)
+
+    found = measure(rehearse, SMALL, CPU)
+    assert (found.lanes, found.reason) == (4, "8 lanes ran out of memory")
+
+
+def test_an_error_of_the_model_is_no_lack_of_memory():
+    def rehearse(lanes: int) -> float:
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        measure(rehearse, SMALL, CPU)
+
+
+def test_lanes_are_those_of_whole_trials(monkeypatch):
+    monkeypatch.setattr(capacity, "provisional", lambda device: 8)
+    assert measure(saturating_at(1), SMALL, CPU, members=5).lanes == 10
+
+
+def test_half_the_lanes_remain_after_an_accident_and_never_none():
+    assert Capacity(9, "").halved() == Capacity(4, "9 lanes ran out of memory")
+    assert Capacity(1, "").halved().lanes == 1
+
+
+def test_what_was_measured_is_remembered_for_the_same_situation_alone(tmp_path):
+    memory, found = Memory(tmp_path / "new" / "capacity.json"), Capacity(16, "why", 10, 2.5)
+    assert memory.recall("gpu", "mlp") is None
+    memory.keep(found, "gpu", "mlp")
+    memory.keep(Capacity(4, "why"), "gpu", "cnn")
+    assert Memory(tmp_path / "new" / "capacity.json").recall("gpu", "mlp") == found
+    assert memory.recall("gpu", "cnn") == Capacity(4, "why")
+    assert memory.recall("cpu", "mlp") is None
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "\x00"])
+def test_a_broken_file_is_as_good_as_none(tmp_path: Path, content: str):
+    path = tmp_path / "capacity.json"
+    path.write_text(content)
+    memory = Memory(path)
+    assert memory.recall("gpu") is None
+    memory.keep(Capacity(2, "why"), "gpu")
+    assert memory.recall("gpu") == Capacity(2, "why")
+    assert len(json.loads(path.read_text())) == 1
+
+
+def test_an_engine_rehearses_without_touching_its_lanes(make_engine):
+    plain, rehearsed = make_engine(), make_engine()
+    for engine in (plain, rehearsed):
+        engine.join([trial(0, dropout=0.3)])
+        train(engine, 2)
+    assert rehearsed.rehearse(3) > 0
+    ours, theirs = (losses(train(engine, 3)[0]) for engine in (rehearsed, plain))
+    torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=0)
+
+
+def test_the_footprint_counts_weights_moments_copies_and_activations(make_engine):
+    """6 inputs, 16 hidden and 3 classes, AdamW, batches of 16 rows, float64."""
+    engine = make_engine(settings={"hidden": [16], "norm": "none"}, knobs=frozenset({"dropout"}))
+    footprint = engine.footprint()
+    weights = 6 * 16 + 16 + 16 * 3 + 3
+    assert footprint.state == 8 * weights * 4  # current, best, two moments
+    # After the activation, after dropout, the mask; and the logits.
+    activations = 8 * 16 * (3 * 16 + 3)
+    assert footprint.step - 8 * weights == pytest.approx(activations, rel=0.1)
