@@ -156,6 +156,7 @@ class Stack:
 
     def close(self) -> None:
         """Let go of the threads; what is still in training is lost to this worker."""
+        log.info("stack_closed", study=self.study.name, occupancy=self._occupancy.share)
         self._engine.close()
 
     def release(self) -> None:

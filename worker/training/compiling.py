@@ -117,8 +117,12 @@ class Program:
         self.challenger = None
         if challenger is None or champion is None:
             return
-        difference = largest_difference(champion, challenger, arguments)
-        seconds, before = fastest(challenger, arguments), fastest(champion, arguments)
+        try:
+            difference = largest_difference(champion, challenger, arguments)
+            seconds, before = fastest(challenger, arguments), fastest(champion, arguments)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the champion still works
+            log.warning("compiled_in_vain", program=self.name, reason=first_line(error))
+            return
         if difference <= TOLERANCE and seconds < before:
             self._form = challenger
         log.info(
@@ -232,14 +236,14 @@ def largest_difference(one: Form, other: Form, arguments: Leaves) -> float:
     """Return by how much two forms differ in what they return and change, relative to the norm."""
     outcomes = []
     for form in (one, other):
-        copies = [argument.clone() for argument in arguments]
+        copies = _copies(arguments)
         outcomes.append([*copies, *form(*copies)])
     return max(_relative(a, b) for a, b in zip(*outcomes, strict=True))
 
 
 def fastest(form: Form, arguments: Leaves) -> float:
     """Return the seconds of the fastest of a few calls, on copies."""
-    copies = [argument.clone() for argument in arguments]
+    copies = _copies(arguments)
     seconds = []
     for _ in range(TRIES):
         _synchronize(copies)
@@ -253,6 +257,14 @@ def fastest(form: Form, arguments: Leaves) -> float:
 def first_line(error: Exception) -> str:
     """Return the first line of what an error says, after its kind."""
     return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+def _copies(tensors: Leaves) -> list[Tensor]:
+    """Return copies that lie in memory as their originals do, which ``clone`` does not promise."""
+    return [
+        torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
+        for t in tensors
+    ]
 
 
 def _relative(a: Tensor, b: Tensor) -> float:

@@ -183,6 +183,30 @@ def test_a_compiled_form_that_is_slower_is_not_used(lines):
     assert lines[-1]["event"] == "compiled_in_vain"
 
 
+def test_a_compiled_form_that_raises_is_not_used(lines):
+    def broken(x: torch.Tensor) -> tuple[torch.Tensor]:
+        raise RuntimeError("not for these strides")
+
+    program = recorded(busy)
+    for _ in range(2):
+        torch.testing.assert_close(challenged(program, broken), busy(torch.ones(10)))
+    assert {line["reason"] for line in lines} == {"RuntimeError: not for these strides"}
+
+
+def test_two_forms_are_compared_on_arguments_that_lie_in_memory_as_the_real_ones():
+    column = torch.arange(12.0).view(4, 3)[:, :2]
+    seen = []
+
+    def form(x: torch.Tensor) -> tuple[torch.Tensor]:
+        seen.append(x.stride())
+        return (x.add_(1),)
+
+    assert compiling.largest_difference(form, form, [column]) == 0
+    compiling.fastest(form, [column])
+    assert set(seen) == {(3, 1)}
+    assert column[0].tolist() == [0, 1]
+
+
 def test_a_short_study_never_compiles():
     programs = Programs(compiles=True)
     program = programs.find("busy", 1, 1)
