@@ -29,6 +29,9 @@ log = structlog.get_logger()
 CALLS_BEFORE_RECORDING = 60
 """Recording takes as long as about this many calls save, so rarer shapes are not worth it."""
 
+SECONDS_BEFORE_RECORDING = 10.0
+"""Slow functions gain little by being recorded, but the faster of two ways may gain much."""
+
 SECONDS_BEFORE_COMPILING = 8.0
 """About what it takes to compile one function on one core."""
 
@@ -60,6 +63,7 @@ class Program:
         self.calls = 0
         self.seconds = 0.0
         self._calls_before = 0
+        self._first_called = perf_counter()
         self.queued = False
         self.challenger: Form | None = None
         self.recording: GraphModule | None = None
@@ -68,11 +72,12 @@ class Program:
         self._recordable = True
         self._changing = threading.Lock()
 
-    def bind(self, function: Function, *fixed: Any) -> Function:
+    def bind(self, functions: Sequence[Function], *fixed: Any) -> Function:
         """Return a function of the arguments that change from call to call, given the others.
 
-        Arguments are tensors, or trees of them for the fixed ones. Wherever a program is bound,
-        ``function`` must do the same.
+        Arguments are tensors, or trees of them for the fixed ones. ``functions`` are ways to do the
+        same, wherever the program is bound: the first one is called until all are recorded, and
+        from then on the fastest.
         """
         leaves, spec = pytree.tree_flatten(fixed)
 
@@ -82,11 +87,15 @@ class Program:
                 self._alone(lambda: self._duel([*leaves, *varying]))
             if self._form is not None:
                 return self._form(*leaves, *varying)[0]
-            if self._recordable and self.calls > CALLS_BEFORE_RECORDING:
-                self._alone(lambda: self._record(function, spec, [*leaves, *varying]))
-            return function(*fixed, *varying)
+            if self._recordable and self._has_earned_recording():
+                self._alone(lambda: self._record(functions, spec, [*leaves, *varying]))
+            return functions[0](*fixed, *varying)
 
         return call
+
+    def _has_earned_recording(self) -> bool:
+        since = perf_counter() - self._first_called
+        return self.calls > CALLS_BEFORE_RECORDING or since > SECONDS_BEFORE_RECORDING
 
     def take_work(self) -> int:
         """Return how many lane-steps this program has computed since it was last asked."""
@@ -101,11 +110,16 @@ class Program:
             finally:
                 self._changing.release()
 
-    def _record(self, function: Function, spec: pytree.TreeSpec, arguments: Leaves) -> None:
+    def _record(
+        self, functions: Sequence[Function], spec: pytree.TreeSpec, arguments: Leaves
+    ) -> None:
         if self._form is not None or not self._recordable:
             return
         try:
-            self.recording, self.examples = record(function, spec, arguments)
+            recordings = [record(function, spec, arguments) for function in functions]
+            if len(recordings) > 1:
+                recordings.sort(key=lambda pair: fastest(pair[0].forward, arguments))
+            self.recording, self.examples = recordings[0]
             self._form = self.recording.forward
         except Exception as error:  # noqa: BLE001 - whatever it is, the function itself still works
             log.warning("not_recorded", program=self.name, reason=first_line(error))

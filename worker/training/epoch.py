@@ -33,6 +33,9 @@ EVALUATION_ROWS = 1000
 CPU_CHUNK = 4
 """Most lanes in a chunk on a CPU: beyond, a step falls out of a core's cache (measured)."""
 
+EPOCHS_TRIED = 3
+"""Epochs after which the faster number of threads is chosen."""
+
 WARM_UP_SECONDS = 1.0
 REHEARSAL_SECONDS = 0.2
 
@@ -72,6 +75,32 @@ class Held:
             torch.from_numpy(weight_MR).to(rows.x),
             torch.from_numpy(counts).to(rows.x),
         )
+
+
+class Spread:
+    """How many threads compute a chunk when there are more cores than chunks.
+
+    Small matrix products lose more by being shared than they gain, convolutions gain. So one thread
+    and all that there are get some epochs each, and from then on the faster.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[tuple[int, int], list[float]] = {}
+        self._latest = (0, 0)
+
+    def choose(self, chunks: int, most: int) -> int:
+        """Return the threads for each of so many chunks, ``most`` at most."""
+        candidates = [(chunks, threads) for threads in dict.fromkeys((1, max(1, most)))]
+        tried = {each: self._seconds.get(each, []) for each in candidates}
+        if len(candidates) > 1 and min(map(len, tried.values())) >= EPOCHS_TRIED:
+            self._latest = min(candidates, key=lambda each: min(tried[each]))
+        else:
+            self._latest = min(candidates, key=lambda each: len(tried[each]))
+        return self._latest[1]
+
+    def note(self, seconds: float) -> None:
+        """Note how long the latest epoch took."""
+        self._seconds.setdefault(self._latest, []).append(seconds)
 
 
 class Epochs:
@@ -117,7 +146,7 @@ class Epochs:
                 )
             )
         self._pool = ThreadPoolExecutor(threads, "lanes", _prepare_thread)
-        self._fastest_alone: dict[int, float] = {}
+        self._spread = Spread()
 
     def train(
         self,
@@ -205,6 +234,7 @@ class Epochs:
 
     def ended(self, seconds: float) -> None:
         """Note that an epoch took so long; what has been compiled meanwhile takes over."""
+        self._spread.note(seconds)
         self._programs.epoch_ended(seconds)
 
     def close(self) -> None:
@@ -237,7 +267,8 @@ class Epochs:
             return [Chunk(slice(0, lanes), self._threads)]
         size = min(CPU_CHUNK, -(-lanes // self._threads))
         starts = range(0, lanes, size)
-        return [Chunk(slice(start, min(start + size, lanes)), 1) for start in starts]
+        threads = self._spread.choose(len(starts), self._threads // len(starts))
+        return [Chunk(slice(start, min(start + size, lanes)), threads) for start in starts]
 
     def _share(
         self,
@@ -265,7 +296,7 @@ class Epochs:
         for number, (index, keys) in enumerate(self.batches.of_epoch(own.places)):
             if index.shape not in calls:
                 program = self._programs.find("step", len(own.places), chunk.threads, index.shape)
-                calls[index.shape] = program.bind(step.take, live, own.strengths, source)
+                calls[index.shape] = program.bind(step.ways_to_take(), live, own.strengths, source)
             loss_K = calls[index.shape](rate_SK1[number], coefficients_SCK1[number], keys, index)
             yield loss_K, index.shape[-1]
 
@@ -290,7 +321,9 @@ class Epochs:
         for some, counts in zip(*batches, strict=True):
             shapes = some.shape, len(held.rows)
             program = self._programs.find("measure", len(members), chunk.threads, *shapes)
-            total_2K += program.bind(step.measure, parameters_KP, buffers, source)(some, counts)
+            total_2K += program.bind(step.ways_to_measure(), parameters_KP, buffers, source)(
+                some, counts
+            )
             tick()
         return (total_2K / held.rows_M[members]).T
 

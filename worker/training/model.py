@@ -93,6 +93,17 @@ class LaneModel:
         twin._sites = {name: twin._model.get_submodule(name) for name in self._sites}  # type: ignore[misc]
         return twin
 
+    def one_by_one(self) -> "LaneModel":
+        """Return the same model, module included, that computes one lane after the other."""
+        twin = copy.copy(self)
+        twin._over_lanes = loop
+        return twin
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module lies."""
+        return next(self._model.parameters()).device
+
     def to(self, device: torch.device) -> Self:
         """Move to ``device``."""
         self._model.to(device)

@@ -42,7 +42,7 @@ class Counted:
 
 def test_after_some_calls_the_recording_runs_instead():
     function, state = Counted(), {"sum": torch.zeros(())}
-    double = Program("double", 1, 1).bind(function, state)
+    double = Program("double", 1, 1).bind([function], state)
     for call in range(1, 7):
         assert double(torch.full((3,), float(call))).tolist() == [2.0 * call] * 3
         assert state["sum"] == 3 * sum(range(call + 1))
@@ -53,18 +53,42 @@ def test_a_recording_serves_whatever_is_bound_to_its_program():
     program, functions = Program("double", 1, 1), (Counted(), Counted())
     for function in functions:
         state = {"sum": torch.zeros(())}
-        bound = program.bind(function, state)
+        bound = program.bind([function], state)
         for _ in range(4):
             bound(torch.ones(2))
         assert state["sum"] == 8
     assert functions[1].visits == 0
 
 
+def test_of_two_ways_to_do_the_same_the_faster_one_runs():
+    def long_way(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(200):
+            x = x + 1
+        return x - 199
+
+    def short_way(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    for ways in ([long_way, short_way], [short_way, long_way]):
+        program = Program("ways", 1, 1)
+        bound = program.bind(ways)
+        for _ in range(4):
+            assert bound(torch.zeros(3)).tolist() == [1, 1, 1]
+        assert program.recording is not None
+        assert len(program.recording.graph.nodes) < 10
+
+
+def test_what_is_slow_is_recorded_after_fewer_calls(monkeypatch):
+    monkeypatch.setattr(compiling, "CALLS_BEFORE_RECORDING", 1000)
+    monkeypatch.setattr(compiling, "SECONDS_BEFORE_RECORDING", 0.0)
+    assert recorded(busy).recording is not None
+
+
 def test_what_cannot_be_recorded_runs_as_before_and_says_so_once(lines):
     def branching(x: torch.Tensor) -> torch.Tensor:
         return x + 1 if x.sum().item() > 0 else x - 1
 
-    bound = Program("branching", 1, 1).bind(branching)
+    bound = Program("branching", 1, 1).bind([branching])
     for _ in range(5):
         assert bound(torch.ones(2)).tolist() == [2, 2]
     assert bound(-torch.ones(2)).tolist() == [-2, -2]
@@ -89,7 +113,7 @@ def busy(x: torch.Tensor) -> torch.Tensor:
 
 def recorded(function: Callable[[torch.Tensor], torch.Tensor]) -> Program:
     program = Program("busy", 1, 1)
-    bound = program.bind(function)
+    bound = program.bind([function])
     for _ in range(4):
         bound(torch.ones(10))
     assert program.recording is not None
@@ -98,14 +122,14 @@ def recorded(function: Callable[[torch.Tensor], torch.Tensor]) -> Program:
 
 def challenged(program: Program, challenger: Callable) -> torch.Tensor:
     program.challenger = challenger
-    return program.bind(busy)(torch.ones(10))
+    return program.bind([busy])(torch.ones(10))
 
 
 def test_a_program_that_runs_for_long_is_compiled_in_the_background(monkeypatch, lines):
     monkeypatch.setattr(compiling, "SECONDS_BEFORE_COMPILING", 2.0)
     programs = Programs(compiles=True)
     program = programs.find("busy", 1, 1)
-    bound = program.bind(busy)
+    bound = program.bind([busy])
     x = torch.linspace(-1, 1, 200_000)
     expected = busy(x)
     for seconds in (1.0, 0.5):
@@ -136,7 +160,7 @@ from worker.training import compiling
 
 compiling.CALLS_BEFORE_RECORDING, compiling.SECONDS_BEFORE_COMPILING = 2, 0.0
 programs = compiling.Programs(compiles=True)
-x, bound = torch.ones(9), [programs.find(name, 1, 1).bind(busy) for name in ("one", "two")]
+x, bound = torch.ones(9), [programs.find(name, 1, 1).bind([busy]) for name in ("one", "two")]
 for call in bound * 4:
     call(x)
 programs.epoch_ended(1.0)
@@ -163,7 +187,7 @@ def test_a_compiled_form_that_computes_something_else_is_not_used(lines):
     program = recorded(busy)
     for wrong in (lambda x: (busy(x) * 1.01,), lambda x: (busy(x.fill_(2)),)):
         torch.testing.assert_close(challenged(program, wrong), busy(torch.ones(10)))
-        torch.testing.assert_close(program.bind(busy)(torch.ones(10)), busy(torch.ones(10)))
+        torch.testing.assert_close(program.bind([busy])(torch.ones(10)), busy(torch.ones(10)))
     assert [line["event"] for line in lines] == ["compiled_in_vain"] * 2
 
 
@@ -178,7 +202,7 @@ def test_a_compiled_form_that_is_slower_is_not_used(lines):
 
     challenged(program, slow)
     before = len(calls)
-    program.bind(busy)(torch.ones(10))
+    program.bind([busy])(torch.ones(10))
     assert len(calls) == before
     assert lines[-1]["event"] == "compiled_in_vain"
 
@@ -210,7 +234,7 @@ def test_two_forms_are_compared_on_arguments_that_lie_in_memory_as_the_real_ones
 def test_a_short_study_never_compiles():
     programs = Programs(compiles=True)
     program = programs.find("busy", 1, 1)
-    bound = program.bind(busy)
+    bound = program.bind([busy])
     for _ in range(10):
         bound(torch.ones(10))
     programs.epoch_ended(compiling.SECONDS_BEFORE_COMPILING / 2)

@@ -1,0 +1,144 @@
+"""Models that people have: convolutional, residual, transformers, and one of a user's own."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import structlog
+import torch
+from torch import nn
+from torchvision.models import VisionTransformer, resnet18
+
+from regtune.task import Data
+from tests.unit.training.conftest import losses, train, trial
+from worker.training.engine import Engine
+from worker.training.model import loop
+
+CLASSES = 4
+STRONG = {"weight_decay": 0.3, "dropout": 0.4, "l1_lambda": 0.01, "label_smoothing": 0.1}
+EPOCHS = 2
+
+
+def small_images(data_dir: Path) -> Data:
+    """Colour images of 16 × 16 in which each class has a corner of its own."""
+    random = np.random.default_rng(0)
+
+    def draw(rows: int) -> tuple[np.ndarray, np.ndarray]:
+        y = np.arange(rows) % CLASSES
+        x = random.integers(0, 200, size=(rows, 3, 16, 16))
+        for row, label in enumerate(y):
+            top, left = 8 * (label // 2), 8 * (label % 2)
+            x[row, :, top : top + 8, left : left + 8] += 40
+        return x.astype(np.uint8), y.astype(np.int64)
+
+    return Data(*draw(20), *draw(8), classes=CLASSES)
+
+
+def cnn(*_: object) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Dropout2d(),
+        nn.Conv2d(4, 8, 3, stride=2),
+        nn.GroupNorm(2, 8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32, CLASSES),
+    )
+
+
+def residual(*_: object) -> nn.Module:
+    network = resnet18(num_classes=CLASSES)
+    network.fc = nn.Sequential(nn.Dropout(), network.fc)
+    return network
+
+
+def transformer(*_: object) -> nn.Module:
+    network = VisionTransformer(
+        image_size=16,
+        patch_size=4,
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=16,
+        mlp_dim=32,
+        dropout=0.1,
+        num_classes=CLASSES,
+    )
+    nn.init.normal_(network.heads.head.weight, std=0.1)  # it starts at zero, and would hide much
+    return network
+
+
+class SqueezeAndGate(nn.Module):
+    """Nobody's standard layer: channels gated by what they are on average."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(channels, 1, 1))
+        self.gate = nn.Linear(channels, channels)
+        self.register_buffer("seen", torch.zeros(()))
+        self.dropout = nn.Dropout(0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.seen.add_(1)
+        gate = torch.sigmoid(self.gate(x.mean((2, 3))))
+        return x * self.dropout(gate)[:, :, None, None] * self.scale
+
+
+def own(*_: object) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 4, stride=4),
+        SqueezeAndGate(6),
+        nn.GELU(),
+        nn.Flatten(),
+        nn.LayerNorm(96),
+        nn.Linear(96, CLASSES),
+    )
+
+
+MODELS = {"cnn": cnn, "ResNet-18": residual, "vision transformer": transformer, "own": own}
+SITES = {"cnn": 1, "ResNet-18": 1, "vision transformer": 7, "own": 1}
+
+
+@pytest.fixture
+def build(make_engine, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
+    monkeypatch.setattr("tests.unit.training.conftest.blobs", small_images)
+    return lambda name: make_engine(model=MODELS[name], batch_size=8, max_epochs=EPOCHS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_its_lanes_are_one_batched_model_and_its_dropouts_are_sites(build, name):
+    with structlog.testing.capture_logs() as lines:
+        engine = build(name)
+    assert engine.model.vectorized
+    assert lines == []
+    assert len(engine.model.sites) == SITES[name]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.filterwarnings("error:There is a performance drop")
+def test_a_trial_is_the_same_alone_in_company_and_lane_by_lane(build, name):
+    alone, company, looped = (build(name) for _ in range(3))
+    alone.join([trial(0, **STRONG)])
+    expected = losses(train(alone, EPOCHS)[0])
+    company.join([trial(1), trial(2, dropout=0.7), trial(0, **STRONG)])
+    torch.testing.assert_close(losses(train(company, EPOCHS)[0]), expected, rtol=1e-8, atol=0)
+    for step in list(looped._epochs._replicas.queue):
+        step._model._over_lanes = loop
+    looped.join([trial(1), trial(0, **STRONG)])
+    torch.testing.assert_close(losses(train(looped, EPOCHS)[0]), expected, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_are_penalized_and_biases_and_norms_are_spared(build, name):
+    engine = build(name)
+    module = engine.model._model
+    norms = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
+    for path in engine.model.penalized:
+        owner, _, leaf = path.rpartition(".")
+        assert leaf != "bias"
+        assert not isinstance(module.get_submodule(owner), norms)
+    assert {path for path in engine.model.spared if path.endswith("bias")}

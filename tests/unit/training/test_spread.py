@@ -1,0 +1,32 @@
+"""How many threads compute a chunk of lanes."""
+
+import pytest
+
+from worker.training.epoch import EPOCHS_TRIED, Spread
+
+
+def chosen(spread: Spread, chunks: int, most: int, seconds: dict[int, float]) -> list[int]:
+    """The choices of some epochs, each of which takes so long by its threads."""
+    choices = []
+    for _ in range(2 * EPOCHS_TRIED + 3):
+        choices.append(spread.choose(chunks, most))
+        spread.note(seconds[choices[-1]])
+    return choices
+
+
+@pytest.mark.parametrize(("seconds", "faster"), [({1: 1.0, 4: 2.0}, 1), ({1: 2.0, 4: 1.0}, 4)])
+def test_one_thread_and_all_are_tried_and_then_the_faster_is_taken(seconds, faster):
+    choices = chosen(Spread(), 1, 4, seconds)
+    assert sorted(choices[: 2 * EPOCHS_TRIED]) == [1] * EPOCHS_TRIED + [4] * EPOCHS_TRIED
+    assert set(choices[2 * EPOCHS_TRIED :]) == {faster}
+
+
+def test_where_every_core_has_a_chunk_there_is_nothing_to_try():
+    assert set(chosen(Spread(), 4, 1, {1: 1.0})) == {1}
+    assert set(chosen(Spread(), 8, 0, {1: 1.0})) == {1}
+
+
+def test_other_numbers_of_chunks_are_tried_for_themselves():
+    spread = Spread()
+    chosen(spread, 1, 4, {1: 1.0, 4: 2.0})
+    assert 2 in chosen(spread, 2, 2, {1: 1.0, 2: 2.0})
