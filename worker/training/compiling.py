@@ -24,6 +24,8 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from worker.training.capturing import Captured, capture, first_replay
+
 log = structlog.get_logger()
 
 CALLS_BEFORE_RECORDING = 60
@@ -37,6 +39,9 @@ SECONDS_BEFORE_COMPILING = 8.0
 
 MOST_COMPILED = 8
 """Programs of one engine that are compiled; those in use longest, rarer ones stay recorded."""
+
+CALLS_BEFORE_CAPTURING = 20
+"""Calls on the same lanes after which a CUDA graph is worth its capture."""
 
 TRIES = 3
 """Calls by which two forms of a program are compared."""
@@ -70,6 +75,10 @@ class Program:
         self.examples: Leaves = ()
         self._form: Form | None = None
         self._recordable = True
+        self._capturable = True
+        self._captured: Captured | None = None
+        self._place: Hashable = None
+        self._calls_here = 0
         self._changing = threading.Lock()
 
     def bind(self, functions: Sequence[Function], *fixed: Any) -> Function:
@@ -86,12 +95,42 @@ class Program:
             if self.challenger is not None:
                 self._alone(lambda: self._duel([*leaves, *varying]))
             if self._form is not None:
-                return self._form(*leaves, *varying)[0]
+                return self._run(self._form, leaves, varying)
             if self._recordable and self._has_earned_recording():
                 self._alone(lambda: self._record(functions, spec, [*leaves, *varying]))
             return functions[0](*fixed, *varying)
 
         return call
+
+    def _run(self, form: Form, fixed: Leaves, varying: Leaves) -> Tensor:
+        """Call a form; on CUDA as a graph, once it has been called often enough in one place."""
+        if not self._capturable or varying[0].device.type != "cuda":
+            return form(*fixed, *varying)[0]
+        place = (form, *(leaf.data_ptr() for leaf in fixed))
+        if place != self._place:
+            self._place, self._calls_here, self._captured = place, 0, None
+        if self._captured is not None:
+            return self._captured(*varying)
+        self._calls_here += 1
+        if self._calls_here <= CALLS_BEFORE_CAPTURING:
+            return form(*fixed, *varying)[0]
+        return self._capture(form, fixed, varying)
+
+    def _capture(self, form: Form, fixed: Leaves, varying: Leaves) -> Tensor:
+        """Capture a form and call it once."""
+        try:
+            captured = capture(form, fixed, varying)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the form itself still works
+            self._capturable = False
+            log.warning("not_captured", program=self.name, reason=first_line(error))
+            return form(*fixed, *varying)[0]
+        result, agrees = first_replay(captured, form, fixed, varying, TOLERANCE)
+        if agrees:
+            self._captured = captured
+        else:
+            self._capturable = False
+            log.warning("not_captured", program=self.name, reason="it computes something else")
+        return result
 
     def _has_earned_recording(self) -> bool:
         since = perf_counter() - self._first_called
@@ -237,10 +276,12 @@ def record(
 def compile_recording(recording: GraphModule, examples: Leaves, threads: int) -> Form:
     """Return a recording as TorchInductor compiles it, for so many intra-op threads on a CPU.
 
-    Wrapped in C++, so that a call holds no interpreter lock. Raises if there is no compiler, or
-    whatever else TorchInductor raises.
+    There it is wrapped in C++, so that a call holds no interpreter lock. Raises if there is no
+    compiler, or whatever else TorchInductor raises.
     """
-    options = {"cpp_wrapper": True, "cpp.threads": threads, "compile_threads": 1}
+    options: dict[str, Any] = {"compile_threads": 1}
+    if examples[0].device.type == "cpu":
+        options |= {"cpp_wrapper": True, "cpp.threads": threads}
     with torch.no_grad():
         form: Form = torch._inductor.compile(recording, list(examples), options=options)
     return form
