@@ -12,7 +12,7 @@ TorchInductor keeps what it has compiled on disk, where the next worker finds it
 import queue
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import structlog
@@ -34,6 +34,9 @@ SECONDS_BEFORE_COMPILING = 8.0
 
 MOST_COMPILED = 8
 """Programs of one engine that are compiled; those in use longest, rarer ones stay recorded."""
+
+SETTLING_SECONDS = 0.05
+"""How often is looked whether all has been compiled."""
 
 TRIES = 3
 """Calls by which two forms of a program are compared."""
@@ -137,7 +140,7 @@ class Programs:
         self._compiles = compiles
         self._programs: dict[Hashable, Program] = {}
         self._finding = threading.Lock()
-        self._queue: queue.SimpleQueue[Program | None] = queue.SimpleQueue()
+        self._queue: queue.Queue[Program | None] = queue.Queue()
         self._compiled: queue.SimpleQueue[tuple[Program, Form]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -158,9 +161,7 @@ class Programs:
 
         Takes no time itself.
         """
-        while not self._compiled.empty():
-            program, form = self._compiled.get()
-            program.challenger = form
+        self._take_compiled()
         programs = list(self)
         work = [program.take_work() for program in programs]
         for program, share in zip(programs, work, strict=True):
@@ -175,9 +176,20 @@ class Programs:
                 queued += 1
                 self._submit(program)
 
+    def settle(self) -> None:
+        """Wait until nothing is being compiled any more; the next calls try what has been."""
+        while self._thread is not None and self._thread.is_alive() and self._queue.unfinished_tasks:
+            sleep(SETTLING_SECONDS)
+        self._take_compiled()
+
     def close(self) -> None:
         """Compile nothing more; what is being compiled right now is left to end by itself."""
         self._queue.put(None)
+
+    def _take_compiled(self) -> None:
+        while not self._compiled.empty():
+            program, form = self._compiled.get()
+            program.challenger = form
 
     def _submit(self, program: Program) -> None:
         self._queue.put(program)
@@ -195,6 +207,7 @@ class Programs:
                 log.warning("not_compiled", program=program.name, reason=first_line(error))
                 return
             self._compiled.put((program, form))
+            self._queue.task_done()
             log.debug("compiling_took", seconds=round(perf_counter() - started, 1))
 
 

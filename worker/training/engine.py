@@ -215,6 +215,10 @@ class Engine:
             for place, (loss, score) in zip(places, tested, strict=True)
         ]
 
+    def settle(self) -> None:
+        """Wait until nothing is being compiled any more; the next epoch uses what has been."""
+        self._epochs.settle()
+
     def close(self) -> None:
         """Give threads back; the engine must not be used any more."""
         self._epochs.close()

@@ -164,6 +164,10 @@ class Epochs:
         """Note that an epoch took so long; what has been compiled meanwhile takes over."""
         self._programs.epoch_ended(seconds)
 
+    def settle(self) -> None:
+        """Wait until nothing is being compiled any more."""
+        self._programs.settle()
+
     def close(self) -> None:
         """Give the threads back."""
         self._programs.close()
