@@ -30,8 +30,8 @@ from worker.training.engine import Engine
 PREPARING_SHARE = 0.7
 """Of a limited time, what is spent at most on compiling."""
 
-TUNING_SECONDS = 1.0
-"""For how long at least each tuning of the peer is tried."""
+TRYING_SECONDS = 1.0
+"""For how long at least something is tried of which the fastest is wanted."""
 
 FORMATS = {torch.contiguous_format: "contiguous", torch.channels_last: "channels last"}
 """How the peer may lay out images in memory."""
@@ -124,7 +124,7 @@ class Contest:
         # The most lanes first: if time runs out, the fewer ones are missed least.
         for lanes in sorted(self.setting.lanes, reverse=True):
             self._enter(f"{lanes} lanes", partial(self._lanes, lanes=lanes, compiles=True))
-        self._take_turns(self.contenders)
+        self._take_turns(list(self.contenders))
         if not self.setting.quick:
             self._run_again_uncompiled()
             if self.setting.device.type == "cpu":
@@ -162,11 +162,8 @@ class Contest:
         started = perf_counter()
         try:
             contender = prepare(name)
-        except Exception as error:
-            if name == "hand-tuned":
-                raise
-            self.left_out[name] = first_line(error)
-            say(f"{self.setting.problem.name}: {name} left out: {self.left_out[name]}")
+        except Exception as error:  # noqa: BLE001 - see _leave_out
+            self._leave_out(name, error)
             return None
         finally:
             empty_caches()
@@ -176,12 +173,24 @@ class Contest:
         say(f"{self.setting.problem.name}: {name} ready after {took:.1f} s {how}")
         return contender
 
+    def _leave_out(self, name: str, error: Exception) -> None:
+        """Go on without a contender, unless it is the one that the others are compared with."""
+        if name == "hand-tuned":
+            raise error
+        self.left_out[name] = first_line(error)
+        self.contenders = [contender for contender in self.contenders if contender.name != name]
+        say(f"{self.setting.problem.name}: {name} left out: {self.left_out[name]}")
+
     def _take_turns(self, contenders: Sequence[Contender]) -> None:
         for number in range(self.setting.rounds):
             for contender in contenders:
-                # Everyone counts at least once.
-                if number == 0 or not self._deadline.passed():
+                late = number > 0 and self._deadline.passed()  # everyone counts once
+                if contender.name in self.left_out or late:
+                    continue
+                try:
                     contender.seconds.append(timed(contender.train_epoch, self.setting.device))
+                except Exception as error:  # noqa: BLE001 - see _leave_out
+                    self._leave_out(contender.name, error)
 
     def _tutorial(self, name: str) -> Contender:
         setting = self.setting
@@ -283,20 +292,20 @@ def with_threads(count: int, train_epoch: Callable[[], object]) -> Callable[[], 
     return train
 
 
-def tried(train_epoch: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of the fastest of some epochs, after one to warm up."""
-    train_epoch()
+def tried(work: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of the fastest of some calls, after one to warm up."""
+    work()
     seconds = list[float]()
-    while sum(seconds) < TUNING_SECONDS:
-        seconds.append(timed(train_epoch, device))
+    while sum(seconds) < TRYING_SECONDS:
+        seconds.append(timed(work, device))
     return min(seconds)
 
 
-def timed(train_epoch: Callable[[], object], device: torch.device) -> float:
-    """Return how many seconds an epoch takes."""
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Return how many seconds a call takes, with all that it starts on the device."""
     synchronize(device)
     started = perf_counter()
-    train_epoch()
+    work()
     synchronize(device)
     return perf_counter() - started
 

@@ -21,6 +21,7 @@ import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -30,7 +31,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.contest import EVENTS, Contender, Contest, Deadline, timed
+from benchmarks.contest import EVENTS, Contender, Contest, Deadline, tried
 from benchmarks.peers import EVALUATION_ROWS, shortened
 from benchmarks.problems import PROBLEMS, STRENGTHS, Problem, Setting, sample_batch
 from regtune.task import Data
@@ -152,8 +153,7 @@ def arithmetic_peak(device: torch.device, threads: int) -> float:
     rates = []
     for side in PEAK_SIZES[device.type]:
         a, b = (torch.randn(side, side, device=device) for _ in range(2))
-        seconds = [timed(lambda a=a, b=b: a @ b, device) for _ in range(6)]
-        rates.append(2 * side**3 / min(seconds))
+        rates.append(2 * side**3 / tried(partial(torch.matmul, a, b), device))
     return max(rates)
 
 
