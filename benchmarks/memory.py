@@ -89,8 +89,8 @@ def bytes_per_lane(one: LaneBytes, lanes: int, setting: Setting) -> float:
 
 
 def check_memory(needed: int, device: torch.device) -> None:
-    """Raise MemoryError where lanes would not fit; CUDA says so by itself."""
-    if device.type == "cpu":
+    """Raise MemoryError where lanes would not fit, as far as that is known; CUDA says so itself."""
+    if device.type == "cpu" and "SC_AVPHYS_PAGES" in os.sysconf_names:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if needed > MOST_MEMORY * free:
             raise MemoryError(f"{needed / 2**20:.0f} MiB do not fit well into {free / 2**20:.0f}")
