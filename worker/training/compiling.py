@@ -11,8 +11,8 @@ TorchInductor keeps what it has compiled on disk, where the next worker finds it
 
 import queue
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from time import perf_counter
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from time import perf_counter, sleep
 from typing import Any
 
 import structlog
@@ -43,11 +43,17 @@ MOST_COMPILED = 8
 CALLS_BEFORE_CAPTURING = 20
 """Calls on the same lanes after which a CUDA graph is worth its capture."""
 
+SETTLING_SECONDS = 0.05
+"""How often is looked whether all has been compiled."""
+
 TRIES = 3
 """Calls by which two forms of a program are compared."""
 
 TOLERANCE = 1e-3
 """Largest difference in one call between two forms of a program, relative to the norm."""
+
+_RECORDING = threading.Lock()
+"""``make_fx`` changes modules of torch while it runs, so one thread at a time may record."""
 
 Function = Callable[..., Tensor]
 Form = Callable[..., Sequence[Tensor]]
@@ -61,8 +67,12 @@ class Program:
     call a program at once, each with arguments of its own.
     """
 
-    def __init__(self, name: str, lanes: int, threads: int) -> None:
+    def __init__(
+        self, name: str, lanes: int, threads: int, constants: Collection[int] = ()
+    ) -> None:
+        """``constants`` are the addresses of arguments that no call changes."""
         self.name = name
+        self._constants = constants
         self.lanes = lanes
         self.threads = threads
         self.calls = 0
@@ -157,12 +167,19 @@ class Program:
         try:
             recordings = [record(function, spec, arguments) for function in functions]
             if len(recordings) > 1:
-                recordings.sort(key=lambda pair: fastest(pair[0].forward, arguments))
+                copies = self._copies(arguments)
+                recordings.sort(key=lambda pair: fastest(pair[0].forward, copies))
             self.recording, self.examples = recordings[0]
             self._form = self.recording.forward
         except Exception as error:  # noqa: BLE001 - whatever it is, the function itself still works
             log.warning("not_recorded", program=self.name, reason=first_line(error))
             self._recordable = False
+
+    def _copies(self, arguments: Leaves) -> list[Tensor]:
+        return [
+            argument if argument.data_ptr() in self._constants else copy_of(argument)
+            for argument in arguments
+        ]
 
     def _duel(self, arguments: Leaves) -> None:
         """Let the challenger take over if it does the same in less time; on copies."""
@@ -171,8 +188,9 @@ class Program:
         if challenger is None or champion is None:
             return
         try:
-            difference = largest_difference(champion, challenger, arguments)
-            seconds, before = fastest(challenger, arguments), fastest(champion, arguments)
+            copies, others = self._copies(arguments), self._copies(arguments)
+            difference = largest_difference(champion, copies, challenger, others)
+            seconds, before = fastest(challenger, copies), fastest(champion, copies)
         except Exception as error:  # noqa: BLE001 - whatever it is, the champion still works
             log.warning("compiled_in_vain", program=self.name, reason=first_line(error))
             return
@@ -190,11 +208,13 @@ class Program:
 class Programs:
     """All programs of one engine; compiles, in a thread of its own, those that earn it."""
 
-    def __init__(self, *, compiles: bool) -> None:
+    def __init__(self, *, compiles: bool, constants: Leaves = ()) -> None:
+        """``constants`` are arguments that no call changes, such as the data set."""
         self._compiles = compiles
+        self._constants = frozenset(tensor.data_ptr() for tensor in constants)
         self._programs: dict[Hashable, Program] = {}
         self._finding = threading.Lock()
-        self._queue: queue.SimpleQueue[Program | None] = queue.SimpleQueue()
+        self._queue: queue.Queue[Program | None] = queue.Queue()
         self._compiled: queue.SimpleQueue[tuple[Program, Form]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -203,7 +223,7 @@ class Programs:
         with self._finding:
             key = (name, lanes, threads, *shapes)
             if key not in self._programs:
-                self._programs[key] = Program(name, lanes, threads)
+                self._programs[key] = Program(name, lanes, threads, self._constants)
             return self._programs[key]
 
     def __iter__(self) -> Iterator[Program]:
@@ -215,9 +235,7 @@ class Programs:
 
         Takes no time itself.
         """
-        while not self._compiled.empty():
-            program, form = self._compiled.get()
-            program.challenger = form
+        self._take_compiled()
         programs = list(self)
         work = [program.take_work() for program in programs]
         for program, share in zip(programs, work, strict=True):
@@ -232,9 +250,20 @@ class Programs:
                 queued += 1
                 self._submit(program)
 
+    def settle(self) -> None:
+        """Wait until nothing is being compiled any more; the next calls try what has been."""
+        while self._thread is not None and self._thread.is_alive() and self._queue.unfinished_tasks:
+            sleep(SETTLING_SECONDS)
+        self._take_compiled()
+
     def close(self) -> None:
         """Compile nothing more; what is being compiled right now is left to end by itself."""
         self._queue.put(None)
+
+    def _take_compiled(self) -> None:
+        while not self._compiled.empty():
+            program, form = self._compiled.get()
+            program.challenger = form
 
     def _submit(self, program: Program) -> None:
         self._queue.put(program)
@@ -252,6 +281,7 @@ class Programs:
                 log.warning("not_compiled", program=program.name, reason=first_line(error))
                 return
             self._compiled.put((program, form))
+            self._queue.task_done()
             log.debug("compiling_took", seconds=round(perf_counter() - started, 1))
 
 
@@ -270,7 +300,8 @@ def record(
         fixed = pytree.tree_unflatten(leaves[: spec.num_leaves], spec)
         return (function(*fixed, *leaves[spec.num_leaves :]),)
 
-    return make_fx(flat)(*examples), examples
+    with _RECORDING:
+        return make_fx(flat)(*examples), examples
 
 
 def compile_recording(recording: GraphModule, examples: Leaves, threads: int) -> Form:
@@ -287,24 +318,23 @@ def compile_recording(recording: GraphModule, examples: Leaves, threads: int) ->
     return form
 
 
-def largest_difference(one: Form, other: Form, arguments: Leaves) -> float:
-    """Return by how much two forms differ in what they return and change, relative to the norm."""
-    outcomes = []
-    for form in (one, other):
-        copies = _copies(arguments)
-        outcomes.append([*copies, *form(*copies)])
-    return max(_relative(a, b) for a, b in zip(*outcomes, strict=True))
+def largest_difference(one: Form, ones: Leaves, other: Form, others: Leaves) -> float:
+    """Return by how much two forms differ in what they return and change, relative to the norm.
+
+    Each gets arguments of its own, of equal content; what both get is taken for unchanged.
+    """
+    pairs = zip([*one(*ones), *ones], [*other(*others), *others], strict=True)
+    return max(_relative(a, b) for a, b in pairs if a is not b)
 
 
 def fastest(form: Form, arguments: Leaves) -> float:
-    """Return the seconds of the fastest of a few calls, on copies."""
-    copies = _copies(arguments)
+    """Return the seconds of the fastest of a few calls, which may change the arguments."""
     seconds = []
     for _ in range(TRIES):
-        _synchronize(copies)
+        _synchronize(arguments)
         started = perf_counter()
-        form(*copies)
-        _synchronize(copies)
+        form(*arguments)
+        _synchronize(arguments)
         seconds.append(perf_counter() - started)
     return min(seconds)
 
@@ -314,12 +344,12 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
-def _copies(tensors: Leaves) -> list[Tensor]:
-    """Return copies that lie in memory as their originals do, which ``clone`` does not promise."""
-    return [
-        torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
-        for t in tensors
-    ]
+def copy_of(tensor: Tensor) -> Tensor:
+    """Return a copy that lies in memory as the original does, which ``clone`` does not promise."""
+    copy = torch.empty_strided(
+        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+    )
+    return copy.copy_(tensor)
 
 
 def _relative(a: Tensor, b: Tensor) -> float:

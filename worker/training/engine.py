@@ -260,6 +260,10 @@ class Engine:
             step=weights + self.model.activation_bytes(row, buffers, batch),
         )
 
+    def settle(self) -> None:
+        """Wait until nothing is being compiled any more; the next epoch uses what has been."""
+        self._epochs.settle()
+
     def close(self) -> None:
         """Give threads back; the engine must not be used any more."""
         self._epochs.close()

@@ -27,8 +27,10 @@ from worker.training.model import LaneModel
 from worker.training.optimizers import LaneOptimizer, scheduled_rates
 from worker.training.step import LaneStep, Source
 
-EVALUATION_ROWS = 1000
-"""Rows of one evaluation batch."""
+EVALUATION_BATCHES = 4
+LEAST_EVALUATION_ROWS, MOST_EVALUATION_ROWS = 256, 1024
+"""Rows of one evaluation batch: a few training batches, so that it takes no more memory than a
+training step, which keeps all activations of its rows; within these bounds."""
 
 CPU_CHUNK = 4
 """Most lanes in a chunk on a CPU: beyond, a step falls out of a core's cache (measured)."""
@@ -131,10 +133,17 @@ class Epochs:
             len(model.sites),
             prepared.rows.x.device,
         )
+        self._evaluation_rows = min(
+            max(EVALUATION_BATCHES * training.batch_size, LEAST_EVALUATION_ROWS),
+            MOST_EVALUATION_ROWS,
+        )
         every_row = np.arange(len(prepared.test))
         self._validation = Held.out(prepared.rows, [split.validation for split in prepared.splits])
         self._test = Held.out(prepared.test, [every_row] * len(prepared.splits))
-        self._programs = Programs(compiles=compiles and model.vectorized)
+        self._programs = Programs(
+            compiles=compiles and model.vectorized,
+            constants=[*_tensors(prepared.rows), *_tensors(prepared.test)],
+        )
         self._replicas: queue.LifoQueue[LaneStep] = queue.LifoQueue()
         for _ in range(threads):
             self._replicas.put(
@@ -237,6 +246,10 @@ class Epochs:
         self._spread.note(seconds)
         self._programs.epoch_ended(seconds)
 
+    def settle(self) -> None:
+        """Wait until nothing is being compiled any more."""
+        self._programs.settle()
+
     def close(self) -> None:
         """Give the threads back."""
         self._programs.close()
@@ -317,7 +330,7 @@ class Epochs:
         )
         source = self._source(held.rows, members)
         total_2K = parameters_KP.new_zeros(2, len(members))
-        batches = (torch.split(part, EVALUATION_ROWS, dim=-1) for part in (index, weight))
+        batches = (torch.split(part, self._evaluation_rows, dim=-1) for part in (index, weight))
         for some, counts in zip(*batches, strict=True):
             shapes = some.shape, len(held.rows)
             program = self._programs.find("measure", len(members), chunk.threads, *shapes)
@@ -399,6 +412,10 @@ class _Rehearsal:
         if self._steps > CALLS_BEFORE_RECORDING + 1 or slow:
             self._seconds.append(seconds)
             self.over = sum(self._seconds) > REHEARSAL_SECONDS
+
+
+def _tensors(rows: Rows) -> tuple[Tensor, Tensor]:
+    return rows.x, rows.y
 
 
 def _prepare_thread() -> None:

@@ -3,15 +3,16 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import structlog
 import torch
 
 from tests.unit.training.conftest import losses, train, trial
-from tests.waiting import wait_until
 from worker.training import compiling
 from worker.training.compiling import Program, Programs, compile_recording
 from worker.training.engine import Engine
@@ -141,11 +142,8 @@ def test_a_program_that_runs_for_long_is_compiled_in_the_background(monkeypatch,
     programs.epoch_ended(0.6)
     assert program.queued
 
-    def ready() -> bool:
-        programs.epoch_ended(0.0)
-        return program.challenger is not None
-
-    wait_until(ready, seconds=120)
+    programs.settle()
+    assert program.challenger is not None
     torch.testing.assert_close(bound(x), expected)
     assert [line["event"] for line in lines if line["log_level"] == "info"] == ["compiled"]
     torch.testing.assert_close(bound(x), expected)
@@ -225,10 +223,54 @@ def test_two_forms_are_compared_on_arguments_that_lie_in_memory_as_the_real_ones
         seen.append(x.stride())
         return (x.add_(1),)
 
-    assert compiling.largest_difference(form, form, [column]) == 0
-    compiling.fastest(form, [column])
+    program = Program("form", 1, 1)
+    bound = program.bind([form])
+    for _ in range(4):
+        bound(column)
+    seen.clear()
+    before = column.clone()
+    program.challenger = form
+    bound(column)
     assert set(seen) == {(3, 1)}
-    assert column[0].tolist() == [0, 1]
+    assert torch.equal(column, before + 1)
+
+
+def test_what_no_call_changes_is_not_copied_to_compare_two_forms():
+    data = torch.arange(4.0)
+    programs = Programs(compiles=False, constants=[data])
+    program = programs.find("form", 1, 1)
+    seen = []
+
+    def form(data: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor]:
+        seen.append(data.data_ptr())
+        return (x.add_(data.sum()),)
+
+    bound = program.bind([lambda data, x: form(data, x)[0]], data)
+    x = torch.zeros(1)
+    for _ in range(4):
+        bound(x)
+    seen.clear()
+    program.challenger = form
+    bound(x)
+    assert set(seen) == {data.data_ptr()}
+    assert x.item() == 5 * 6
+
+
+def test_threads_may_record_different_programs_at_once(lines):
+    """``make_fx`` itself stands no company."""
+    programs = Programs(compiles=False)
+    calls = [programs.find(name, 1, 1).bind([busy]) for name in "abcdef"]
+    start = threading.Barrier(len(calls))
+
+    def use(call: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        start.wait()
+        for _ in range(5):
+            call(torch.ones(10))
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        list(pool.map(use, calls))
+    assert all(program.recording for program in programs)
+    assert lines == []
 
 
 def test_a_short_study_never_compiles():
