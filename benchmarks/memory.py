@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import structlog
@@ -31,9 +30,9 @@ from benchmarks.problems import (
     some_trials,
 )
 from regtune.task import Data
-from worker.training import compiling, epoch
+from worker.training import compiling
+from worker.training.cores import CPU_CHUNK
 from worker.training.engine import Engine
-from worker.training.epoch import CPU_CHUNK
 
 MEMORY_ROWS = 800
 """Rows on which a process of its own trains to see how much memory that takes."""
@@ -129,8 +128,7 @@ def resident_bytes(setting: Setting, lanes: int) -> int:
 def peak_bytes(problem: Problem, lanes: int, threads: int) -> int:
     """Train lanes in this process, on noise, and return its largest resident set.
 
-    Memory does not depend on what the rows show. Validation takes batches as small as training's,
-    so that it is training that is measured.
+    Memory does not depend on what the rows show.
     """
     rng = np.random.default_rng(SEED)
     x = rng.integers(0, 256, size=(MEMORY_ROWS, 1, 28, 28), dtype=np.uint8)
@@ -146,12 +144,11 @@ def peak_bytes(problem: Problem, lanes: int, threads: int) -> int:
         quick=False,
         peak=1.0,
     )
-    with patch.object(epoch, "EVALUATION_ROWS", BATCH_ROWS):
-        engine = build_engine(setting, lanes, compiles=False)
-        engine.join(some_trials(lanes))
-        engine.train_epoch()
-        forget_peak()
-        engine.train_epoch()
+    engine = build_engine(setting, lanes, compiles=False)
+    engine.join(some_trials(lanes))
+    engine.train_epoch()
+    forget_peak()
+    engine.train_epoch()
     engine.close()
     return resident_peak()
 

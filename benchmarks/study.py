@@ -164,6 +164,7 @@ def study_spec(arguments: argparse.Namespace, seed: int) -> StudySpec:
             "training": {"batch_size": BATCH_ROWS, "max_epochs": arguments.epochs, "seed": seed},
             "budget": {"trials": arguments.trials},
             "sampler": {"name": "tpe", "seed": seed},
+            "pruner": "median",
         }
     )
 

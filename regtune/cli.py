@@ -227,11 +227,13 @@ def workers(as_json: AsJson = False) -> None:
     if as_json:
         _write_json(known)
         return
-    table = Table("worker", "alive", "device", "lanes", "study", box=None, pad_edge=False)
+    columns = ("worker", "alive", "device", "lanes", "occupancy", "study")
+    table = Table(*columns, box=None, pad_edge=False)
     for worker in known:
         alive = "yes" if worker["alive"] else "no"
         lanes = str(worker["lanes"])
-        table.add_row(worker["name"], alive, worker["device"], lanes, worker["study"] or "")
+        full = "" if worker["occupancy"] is None else f"{worker['occupancy']:.0%}"
+        table.add_row(worker["name"], alive, worker["device"], lanes, full, worker["study"] or "")
     _show(table, "no workers; `regtune worker` starts one")
 
 

@@ -66,4 +66,9 @@ def _device(name: str) -> torch.device:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A thread may be compiling: the interpreter's own end would cut it off in the midst of C++,
+    # and crash.
+    os._exit(code)

@@ -254,6 +254,9 @@ def test_studies_and_workers_are_listed(run: Run, engine: Engine) -> None:
     register(engine, "w", "h")
     assert run("list")[1].splitlines()[1].split() == ["x", "active", "1/5", "0.5"]
     assert run("workers")[1].splitlines()[1].split() == ["w", "yes", "cpu", "4"]
+    with transaction(engine) as session:
+        workers.beat(session, "w", wanted_lanes=0, study_id=None, occupancy=0.934)
+    assert run("workers")[1].splitlines()[1].split() == ["w", "yes", "cpu", "4", "93%"]
     assert [study["name"] for study in json.loads(run("list", "--json")[1])] == ["x"]
     assert json.loads(run("list", "--state", "paused", "--json")[1]) == []
     assert [worker["name"] for worker in json.loads(run("workers", "--json")[1])] == ["w"]

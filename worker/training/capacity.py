@@ -18,7 +18,7 @@ from typing import Any
 import structlog
 import torch
 
-from worker.training.epoch import CPU_CHUNK
+from worker.training.cores import CPU_CHUNK
 
 log = structlog.get_logger()
 

@@ -9,6 +9,7 @@ never compiles, and a long one spends at most twice what it had to (the ski-rent
 TorchInductor keeps what it has compiled on disk, where the next worker finds it.
 """
 
+import logging
 import queue
 import threading
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
@@ -34,10 +35,10 @@ CALLS_BEFORE_RECORDING = 60
 SECONDS_BEFORE_RECORDING = 10.0
 """Slow functions gain little by being recorded, but the faster of two ways may gain much."""
 
-SECONDS_BEFORE_COMPILING = 8.0
+SECONDS_BEFORE_COMPILING = 5.0
 """About what it takes to compile one function on one core."""
 
-MOST_COMPILED = 8
+MOST_COMPILED = 16
 """Programs of one engine that are compiled; those in use longest, rarer ones stay recorded."""
 
 CALLS_BEFORE_CAPTURING = 20
@@ -310,6 +311,8 @@ def compile_recording(recording: GraphModule, examples: Leaves, threads: int) ->
     There it is wrapped in C++, so that a call holds no interpreter lock. Raises if there is no
     compiler, or whatever else TorchInductor raises.
     """
+    # It warns wherever there is a CUDA toolkit and no GPU.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     options: dict[str, Any] = {"compile_threads": 1}
     if examples[0].device.type == "cpu":
         options |= {"cpp_wrapper": True, "cpp.threads": threads}

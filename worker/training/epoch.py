@@ -1,13 +1,7 @@
-"""An epoch of many lanes: the steps, the validation, and how they are spread over the device.
-
-On a CPU, lanes are cut into chunks that one core computes by itself, without a word to the others
-until the epoch ends; that is faster than to let all cores work on each operation together, and does
-not wait for a core that another program has taken. Elsewhere all lanes are one chunk.
-"""
+"""An epoch of many lanes: all steps, and the validation."""
 
 import queue
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
@@ -22,6 +16,7 @@ from worker.tasks.preparation import Prepared, Rows
 from worker.training import regularizers
 from worker.training.batches import Batches, Place
 from worker.training.compiling import CALLS_BEFORE_RECORDING, Programs
+from worker.training.cores import Chunk, Cores
 from worker.training.lanes import LaneTensors
 from worker.training.model import LaneModel
 from worker.training.optimizers import LaneOptimizer, scheduled_rates
@@ -32,25 +27,11 @@ LEAST_EVALUATION_ROWS, MOST_EVALUATION_ROWS = 256, 1024
 """Rows of one evaluation batch: a few training batches, so that it takes no more memory than a
 training step, which keeps all activations of its rows; within these bounds."""
 
-CPU_CHUNK = 4
-"""Most lanes in a chunk on a CPU: beyond, a step falls out of a core's cache (measured)."""
-
-EPOCHS_TRIED = 3
-"""Epochs after which the faster number of threads is chosen."""
-
 WARM_UP_SECONDS = 1.0
 REHEARSAL_SECONDS = 0.2
 
 Tick = Callable[[], None]
 Tensors = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Lanes that are computed together, each operation by so many threads."""
-
-    lanes: slice
-    threads: int
 
 
 @dataclass(frozen=True)
@@ -79,32 +60,6 @@ class Held:
         )
 
 
-class Spread:
-    """How many threads compute a chunk when there are more cores than chunks.
-
-    Small matrix products lose more by being shared than they gain, convolutions gain. So one thread
-    and all that there are get some epochs each, and from then on the faster.
-    """
-
-    def __init__(self) -> None:
-        self._seconds: dict[tuple[int, int], list[float]] = {}
-        self._latest = (0, 0)
-
-    def choose(self, chunks: int, most: int) -> int:
-        """Return the threads for each of so many chunks, ``most`` at most."""
-        candidates = [(chunks, threads) for threads in dict.fromkeys((1, max(1, most)))]
-        tried = {each: self._seconds.get(each, []) for each in candidates}
-        if len(candidates) > 1 and min(map(len, tried.values())) >= EPOCHS_TRIED:
-            self._latest = min(candidates, key=lambda each: min(tried[each]))
-        else:
-            self._latest = min(candidates, key=lambda each: len(tried[each]))
-        return self._latest[1]
-
-    def note(self, seconds: float) -> None:
-        """Note how long the latest epoch took."""
-        self._seconds.setdefault(self._latest, []).append(seconds)
-
-
 class Epochs:
     """Trains and evaluates lanes; keeps no state of theirs."""
 
@@ -125,7 +80,6 @@ class Epochs:
         self._training = training
         self._optimizer = optimizer
         self._weights = model.weights
-        self._threads = threads
         self.batches = Batches(
             prepared.splits,
             training.batch_size,
@@ -154,8 +108,7 @@ class Epochs:
                     l1=training.l1 if "l1_lambda" in knobs else None,
                 )
             )
-        self._pool = ThreadPoolExecutor(threads, "lanes", _prepare_thread)
-        self._spread = Spread()
+        self._cores = Cores(threads, prepared.rows.x.device)
 
     def train(
         self,
@@ -233,7 +186,7 @@ class Epochs:
             return torch.tensor([chunk.lanes.stop - chunk.lanes.start]) * clock.rate
 
         rate_C = self._in_chunks(work, len(tensors))
-        at_a_time = min(len(rate_C), self._threads)
+        at_a_time = min(len(rate_C), self._cores.threads)
         return float(rate_C.mean()) * at_a_time / len(self.batches.sizes)
 
     def largest_batch(self) -> Rows:
@@ -243,7 +196,7 @@ class Epochs:
 
     def ended(self, seconds: float) -> None:
         """Note that an epoch took so long; what has been compiled meanwhile takes over."""
-        self._spread.note(seconds)
+        self._cores.note(seconds)
         self._programs.epoch_ended(seconds)
 
     def settle(self) -> None:
@@ -253,35 +206,19 @@ class Epochs:
     def close(self) -> None:
         """Give the threads back."""
         self._programs.close()
-        self._pool.shutdown(wait=False)
+        self._cores.close()
 
     def _in_chunks(self, work: Callable[[LaneStep, Chunk], Tensor], lanes: int) -> Tensor:
-        """Return what ``work`` returns for all lanes, ``(K, …)``, a chunk to a thread.
+        """Return what ``work`` returns for all lanes, ``(K, …)``, a chunk to a thread."""
 
-        All chunks come to an end before an exception of one of them is raised.
-        """
-
-        def run(chunk: Chunk) -> Tensor:
-            if torch.get_num_threads() != chunk.threads:
-                torch.set_num_threads(chunk.threads)
+        def with_replica(chunk: Chunk) -> Tensor:
             step = self._replicas.get()
             try:
-                with torch.no_grad():
-                    return work(step, chunk)
+                return work(step, chunk)
             finally:
                 self._replicas.put(step)
 
-        futures = [self._pool.submit(run, chunk) for chunk in self._chunks(lanes)]
-        wait(futures)
-        return torch.cat([future.result() for future in futures])
-
-    def _chunks(self, lanes: int) -> list[Chunk]:
-        if self._rows.x.device.type != "cpu":
-            return [Chunk(slice(0, lanes), self._threads)]
-        size = min(CPU_CHUNK, -(-lanes // self._threads))
-        starts = range(0, lanes, size)
-        threads = self._spread.choose(len(starts), self._threads // len(starts))
-        return [Chunk(slice(start, min(start + size, lanes)), threads) for start in starts]
+        return self._cores.run(with_replica, lanes)
 
     def _share(
         self,
@@ -416,8 +353,3 @@ class _Rehearsal:
 
 def _tensors(rows: Rows) -> tuple[Tensor, Tensor]:
     return rows.x, rows.y
-
-
-def _prepare_thread() -> None:
-    """Take numbers for zero that are so small that a CPU would compute with them in microcode."""
-    torch.set_flush_denormal(True)

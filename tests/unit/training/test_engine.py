@@ -10,7 +10,7 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 
 from tests.unit.training.conftest import blobs, losses, train, trial
-from worker.training import compiling, epoch, noise
+from worker.training import compiling, cores, noise
 from worker.training import engine as engine_module
 from worker.training.batches import batch_sizes
 from worker.training.early_stopping import replay
@@ -89,7 +89,7 @@ def test_a_trial_is_the_same_by_recorded_steps(make_engine, monkeypatch):
 
 @pytest.mark.parametrize("threads", [2, 3])
 def test_a_trial_is_the_same_whatever_threads_compute_its_chunk(make_engine, monkeypatch, threads):
-    monkeypatch.setattr(epoch, "CPU_CHUNK", 2)
+    monkeypatch.setattr(cores, "CPU_CHUNK", 2)
     engine = make_engine(threads=threads)
     engine.join([*OTHERS, trial(0, **STRONG)])
     curve = losses(train(engine, EPOCHS)[0])
@@ -395,7 +395,7 @@ def test_a_study_may_penalize_all_parameters(make_engine, penalized, scale):
 
 
 def test_an_exception_of_one_chunk_is_raised_after_the_others_have_ended(make_engine, monkeypatch):
-    monkeypatch.setattr(epoch, "CPU_CHUNK", 1)
+    monkeypatch.setattr(cores, "CPU_CHUNK", 1)
     engine = make_engine(threads=2)
     engine.join([trial(0), trial(1)])
     calls = itertools.count(1)

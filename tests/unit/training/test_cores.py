@@ -1,8 +1,8 @@
-"""How many threads compute a chunk of lanes."""
+"""How lanes are spread over cores."""
 
 import pytest
 
-from worker.training.epoch import EPOCHS_TRIED, Spread
+from worker.training.cores import EPOCHS_TRIED, Spread
 
 
 def chosen(spread: Spread, chunks: int, most: int, seconds: dict[int, float]) -> list[int]:

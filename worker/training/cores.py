@@ -1,0 +1,104 @@
+"""How lanes are spread over the device.
+
+On a CPU, lanes are cut into chunks that one core computes by itself, without a word to the others
+until the epoch ends; that is faster than to let all cores work on each operation together, and does
+not wait for a core that another program has taken. Elsewhere all lanes are one chunk.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from math import inf
+
+import torch
+from torch import Tensor
+
+CPU_CHUNK = 4
+"""Most lanes in a chunk on a CPU: beyond, a step falls out of a core's cache (measured)."""
+
+EPOCHS_TRIED = 3
+"""Epochs after which the faster number of threads is chosen."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Lanes that are computed together, each operation by so many threads."""
+
+    lanes: slice
+    threads: int
+
+
+class Spread:
+    """How many threads compute a chunk when there are more cores than chunks.
+
+    Small matrix products lose more by being shared than they gain, convolutions gain. So one thread
+    and all that there are get some epochs each, and from then on the faster.
+    """
+
+    def __init__(self) -> None:
+        self._tried: dict[tuple[int, int], tuple[int, float]] = {}
+        self._latest = (0, 0)
+
+    def choose(self, chunks: int, most: int) -> int:
+        """Return the threads for each of so many chunks, ``most`` at most."""
+        candidates = [(chunks, threads) for threads in dict.fromkeys((1, max(1, most)))]
+        untried = [each for each in candidates if self._of(each)[0] < EPOCHS_TRIED]
+        self._latest = (untried or [min(candidates, key=lambda each: self._of(each)[1])])[0]
+        return self._latest[1]
+
+    def note(self, seconds: float) -> None:
+        """Note how long the latest epoch took."""
+        epochs, shortest = self._of(self._latest)
+        self._tried[self._latest] = epochs + 1, min(shortest, seconds)
+
+    def _of(self, candidate: tuple[int, int]) -> tuple[int, float]:
+        """Return after how many epochs, and the seconds of the shortest."""
+        return self._tried.get(candidate, (0, inf))
+
+
+class Cores:
+    """Threads that compute chunks of lanes."""
+
+    def __init__(self, threads: int, device: torch.device) -> None:
+        """``threads`` are the CPU cores to use."""
+        self.threads = threads
+        self._on_cpu = device.type == "cpu"
+        self._pool = ThreadPoolExecutor(threads, "lanes", _prepare_thread)
+        self._spread = Spread()
+
+    def run(self, work: Callable[[Chunk], Tensor], lanes: int) -> Tensor:
+        """Return what ``work`` returns for all lanes, ``(K, …)``, a chunk to a thread.
+
+        All chunks come to an end before an exception of one of them is raised.
+        """
+
+        def in_thread(chunk: Chunk) -> Tensor:
+            if torch.get_num_threads() != chunk.threads:
+                torch.set_num_threads(chunk.threads)
+            with torch.no_grad():
+                return work(chunk)
+
+        futures = [self._pool.submit(in_thread, chunk) for chunk in self._chunks(lanes)]
+        wait(futures)
+        return torch.cat([future.result() for future in futures])
+
+    def note(self, seconds: float) -> None:
+        """Note how long the latest epoch took."""
+        self._spread.note(seconds)
+
+    def close(self) -> None:
+        """Give the threads back."""
+        self._pool.shutdown(wait=False)
+
+    def _chunks(self, lanes: int) -> list[Chunk]:
+        if not self._on_cpu:
+            return [Chunk(slice(0, lanes), self.threads)]
+        size = min(CPU_CHUNK, -(-lanes // self.threads))
+        starts = range(0, lanes, size)
+        threads = self._spread.choose(len(starts), self.threads // len(starts))
+        return [Chunk(slice(start, min(start + size, lanes)), threads) for start in starts]
+
+
+def _prepare_thread() -> None:
+    """Take numbers for zero that are so small that a CPU would compute with them in microcode."""
+    torch.set_flush_denormal(True)
