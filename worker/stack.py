@@ -270,7 +270,7 @@ class Stack:
             list(self._leases.values()),
             self._epochs,
             self._settings.lease_seconds,
-            judged=self.study.spec.pruner.name != "none",
+            judged=self._judged,
         )
 
     def _finish(self, session: Session, verdicts: Verdicts) -> Mapping[int, Outcome]:
@@ -319,11 +319,19 @@ class Stack:
         return joining
 
     def _ending_soon(self, staying: frozenset[int]) -> int:
-        """Return how many trials may end within the time that a suggestion takes to arrive."""
+        """Return how many trials may end within the time that a suggestion takes to arrive.
+
+        Where there is a pruner, at least one: nobody knows whom it will stop next.
+        """
         seconds = self._occupancy.epoch_seconds
         horizon = ceil(SUGGESTION_SECONDS / seconds) if seconds else 0
         left = self._engine.epochs_left()
-        return sum(left[id_] <= horizon for id_ in staying if id_ in left)
+        soon = sum(left[id_] <= horizon for id_ in staying if id_ in left)
+        return max(soon, int(self._judged and bool(staying)))
+
+    @property
+    def _judged(self) -> bool:
+        return self.study.spec.pruner.name != "none"
 
     def _apply(
         self, verdicts: Verdicts, outcomes: Mapping[int, Outcome], joining: Sequence[Lease]

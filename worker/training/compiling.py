@@ -3,9 +3,10 @@
 A function is first called as it is written. Walking through ``vmap``, ``grad`` and
 ``functional_call`` costs some 2 ms of Python each time, so after a few calls it is recorded, by
 ``make_fx``, as the plain list of operations that it comes down to. Once a recording has run for
-about as long as compiling takes, TorchInductor compiles it in the background; from the next epoch
-on the compiled form runs, if it gives the same numbers and is faster. A short study therefore
-never compiles, and a long one spends at most twice what it had to (the ski-rental bound).
+about as long as compiling takes, or certainly will, TorchInductor compiles it in the background;
+from the next epoch on the compiled form runs, if it gives the same numbers and is faster. A short
+study therefore never compiles, and a long one spends at most twice what it had to (the ski-rental
+bound).
 TorchInductor keeps what it has compiled on disk, where the next worker finds it.
 """
 
@@ -78,6 +79,7 @@ class Program:
         self.threads = threads
         self.calls = 0
         self.seconds = 0.0
+        self.certain = 0.0
         self._calls_before = 0
         self._first_called = perf_counter()
         self.queued = False
@@ -231,21 +233,23 @@ class Programs:
         with self._finding:
             return iter(list(self._programs.values()))
 
-    def epoch_ended(self, seconds: float) -> None:
+    def epoch_ended(self, seconds: float, epochs_to_come: int = 0) -> None:
         """Share an epoch's time out among the programs that were called, and compile for the next.
 
-        Takes no time itself.
+        ``epochs_to_come`` are those that will be trained for certain. Takes no time itself.
         """
         self._take_compiled()
         programs = list(self)
         work = [program.take_work() for program in programs]
         for program, share in zip(programs, work, strict=True):
-            program.seconds += seconds * share / max(sum(work), 1)
+            spent = seconds * share / max(sum(work), 1)
+            program.seconds += spent
+            program.certain = program.seconds + spent * epochs_to_come
         if not self._compiles:
             return
         queued = sum(program.queued for program in programs)
         for program in programs:
-            earned = program.recording is not None and program.seconds >= SECONDS_BEFORE_COMPILING
+            earned = program.recording is not None and program.certain >= SECONDS_BEFORE_COMPILING
             if earned and not program.queued and queued < MOST_COMPILED:
                 program.queued = True
                 queued += 1

@@ -8,6 +8,7 @@ not wait for a core that another program has taken. Elsewhere all lanes are one 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import accumulate
 from math import inf
 
 import torch
@@ -93,10 +94,22 @@ class Cores:
     def _chunks(self, lanes: int) -> list[Chunk]:
         if not self._on_cpu:
             return [Chunk(slice(0, lanes), self.threads)]
-        size = min(CPU_CHUNK, -(-lanes // self.threads))
-        starts = range(0, lanes, size)
-        threads = self._spread.choose(len(starts), self.threads // len(starts))
-        return [Chunk(slice(start, min(start + size, lanes)), threads) for start in starts]
+        sizes = chunk_sizes(lanes, self.threads)
+        threads = self._spread.choose(len(sizes), self.threads // len(sizes))
+        ends = accumulate(sizes)
+        return [
+            Chunk(slice(end - size, end), threads) for size, end in zip(sizes, ends, strict=True)
+        ]
+
+
+def chunk_sizes(lanes: int, threads: int) -> list[int]:
+    """Return how many lanes each chunk takes: powers of two, and what is left over one by one.
+
+    So that only a few sizes have to be recorded and compiled, however many lanes there are.
+    """
+    share = min(CPU_CHUNK, -(-lanes // threads))
+    size = max(1, min(CPU_CHUNK, 1 << (share - 1).bit_length(), lanes))
+    return [size] * (lanes // size) + [1] * (lanes % size)
 
 
 def _prepare_thread() -> None:

@@ -211,8 +211,9 @@ class Engine:
         )
         measured_TM5 = measured_K5.double().cpu().view(len(self._lanes), self._members, 5)
         seconds = perf_counter() - started
-        self._epochs.ended(seconds)
-        return self._close_epoch(measured_TM5, seconds)
+        epochs = self._close_epoch(measured_TM5, seconds)
+        self._epochs.ended(seconds, max(self.epochs_left().values()))
+        return epochs
 
     def results(self, keys: Sequence[int]) -> list[LaneResult]:
         """Return what these trials reached at their best weights, tested once; in this order.

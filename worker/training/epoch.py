@@ -194,10 +194,13 @@ class Epochs:
         size = max(self.batches.sizes)
         return Rows(self._rows.x[:size], self._rows.y[:size])
 
-    def ended(self, seconds: float) -> None:
-        """Note that an epoch took so long; what has been compiled meanwhile takes over."""
+    def ended(self, seconds: float, epochs_to_come: int) -> None:
+        """Note that an epoch took so long; what has been compiled meanwhile takes over.
+
+        ``epochs_to_come`` are those that will be trained for certain.
+        """
         self._cores.note(seconds)
-        self._programs.epoch_ended(seconds)
+        self._programs.epoch_ended(seconds, epochs_to_come)
 
     def settle(self) -> None:
         """Wait until nothing is being compiled any more."""

@@ -69,6 +69,7 @@ def make_engine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
             dtype=dtype,
             threads=threads,
             knobs=knobs,
+            compiles=False,
         )
 
     return make

@@ -168,6 +168,20 @@ assert torch.equal(bound[0](x), busy(x)) and torch.equal(bound[1](x), busy(x))
 """
 
 
+def test_what_will_certainly_run_for_long_is_compiled_at_once(monkeypatch):
+    programs = Programs(compiles=True)
+    monkeypatch.setattr(programs, "_submit", lambda program: None)
+    program = programs.find("busy", 1, 1)
+    bound = program.bind([busy])
+    for _ in range(4):
+        bound(torch.ones(10))
+    programs.epoch_ended(compiling.SECONDS_BEFORE_COMPILING / 10, epochs_to_come=8)
+    assert not program.queued
+    bound(torch.ones(10))
+    programs.epoch_ended(compiling.SECONDS_BEFORE_COMPILING / 10, epochs_to_come=8)
+    assert program.queued
+
+
 def test_where_there_is_no_compiler_that_is_said_once_and_recordings_go_on(tmp_path):
     environment = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(

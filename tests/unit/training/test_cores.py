@@ -2,7 +2,7 @@
 
 import pytest
 
-from worker.training.cores import EPOCHS_TRIED, Spread
+from worker.training.cores import EPOCHS_TRIED, Spread, chunk_sizes
 
 
 def chosen(spread: Spread, chunks: int, most: int, seconds: dict[int, float]) -> list[int]:
@@ -30,3 +30,23 @@ def test_other_numbers_of_chunks_are_tried_for_themselves():
     spread = Spread()
     chosen(spread, 1, 4, {1: 1.0, 4: 2.0})
     assert 2 in chosen(spread, 2, 2, {1: 1.0, 2: 2.0})
+
+
+@pytest.mark.parametrize(
+    ("lanes", "threads", "sizes"),
+    [
+        (1, 2, [1]),
+        (2, 2, [1, 1]),
+        (3, 2, [2, 1]),
+        (4, 2, [2, 2]),
+        (5, 2, [4, 1]),
+        (7, 2, [4, 1, 1, 1]),
+        (8, 2, [4, 4]),
+        (18, 2, [4, 4, 4, 4, 1, 1]),
+        (3, 1, [3]),
+        (16, 16, [1] * 16),
+        (0, 2, []),
+    ],
+)
+def test_lanes_are_cut_into_chunks_of_few_sizes(lanes, threads, sizes):
+    assert chunk_sizes(lanes, threads) == sizes
