@@ -19,11 +19,11 @@ from benchmarks.memory import (
     bytes_per_lane,
     check_memory,
     empty_caches,
-    predict_bytes,
     resident_bytes,
 )
 from benchmarks.peers import Captured, HandTuned, Tutorial, cnn
 from benchmarks.problems import STRENGTHS, Setting, build_engine, held_rows, some_trials
+from worker.training.capacity import Footprint
 from worker.training.compiling import first_line
 from worker.training.cores import EPOCHS_TRIED
 from worker.training.engine import Engine
@@ -114,7 +114,7 @@ class Contest:
         self.contenders: list[Contender] = []
         self.left_out: dict[str, str] = {}
         self.tunings: dict[str, float] = {}
-        self.lane_bytes = predict_bytes(setting)
+        self.footprint: Footprint | None = None
         self._deadline = deadline
         self._engines: list[Engine] = []
         self._memory_format = torch.contiguous_format
@@ -247,12 +247,13 @@ class Contest:
 
     def _lanes(self, name: str, *, lanes: int, compiles: bool) -> Contender:
         """Bring lanes to their steady state: recorded, compiled, compared."""
-        check_memory(lanes * self.lane_bytes.state, self.setting.device)
         EVENTS.clear()
         engine = build_engine(self.setting, lanes, compiles=compiles)
         contender = Contender(name, engine.train_epoch, lanes)
-        contender.predicted_bytes = bytes_per_lane(self.lane_bytes, lanes, self.setting)
+        self.footprint = engine.footprint()
+        contender.predicted_bytes = bytes_per_lane(self.footprint, lanes, self.setting)
         try:
+            check_memory(lanes * self.footprint.state, self.setting.device)
             before = allocated(self.setting.device)
             engine.join(some_trials(lanes))
             trying_threads = 2 * EPOCHS_TRIED if lanes < self.setting.threads else 0

@@ -252,11 +252,7 @@ def as_figures(setting: Setting, contest: Contest) -> dict[str, Any]:
         "steps": setting.steps,
         "rounds": setting.rounds,
         "step_flops": step_flops(setting.problem),
-        "predicted_lane_bytes": {
-            "state": contest.lane_bytes.state,
-            "gradient": contest.lane_bytes.gradient,
-            "activations": contest.lane_bytes.activations,
-        },
+        "predicted_lane_bytes": asdict(contest.footprint) if contest.footprint else None,
         "hand_tuned_seconds": contest.tunings,
         "contenders": [
             {

@@ -9,29 +9,25 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import structlog
 import torch
-from torch import Tensor, nn
 
 from benchmarks.peers import BATCH_ROWS, CLASSES
 from benchmarks.problems import (
     PROBLEMS,
     SEED,
-    STRENGTHS,
     Problem,
     Setting,
     build_engine,
-    sample_batch,
     some_trials,
 )
 from regtune.task import Data
 from worker.training import compiling
-from worker.training.cores import CPU_CHUNK
+from worker.training.capacity import Footprint
+from worker.training.cores import chunk_sizes
 from worker.training.engine import Engine
 
 MEMORY_ROWS = 800
@@ -39,21 +35,6 @@ MEMORY_ROWS = 800
 
 MOST_MEMORY = 0.5
 """Of the memory that a CPU has free, what lanes may take."""
-
-
-@dataclass(frozen=True)
-class LaneBytes:
-    """What one lane should take: by its tensors, and by what autograd keeps for one batch."""
-
-    state: int
-    """Weights, their best copy, the optimizer's moments, the buffers and their best copy."""
-    gradient: int
-    activations: int
-
-    @property
-    def working(self) -> int:
-        """What a lane takes only while it is at work."""
-        return self.gradient + self.activations
 
 
 def main() -> None:
@@ -65,26 +46,15 @@ def main() -> None:
     print(peak_bytes(PROBLEMS[problem], int(lanes), int(threads)))
 
 
-def predict_bytes(setting: Setting) -> LaneBytes:
-    """Work out what one lane takes, from one model and one batch."""
-    model = setting.problem.network(STRENGTHS.dropout).train()
-    parameters = size_of(model.parameters())
-    return LaneBytes(
-        state=4 * parameters + 2 * size_of(model.buffers()),
-        gradient=parameters,
-        activations=saved_bytes(model),
-    )
-
-
-def bytes_per_lane(one: LaneBytes, lanes: int, setting: Setting) -> float:
+def bytes_per_lane(one: Footprint, lanes: int, setting: Setting) -> float:
     """Return what each lane should add to the first, or on CUDA to none.
 
     On a CPU only the lanes of the chunks at work hold gradients and activations.
     """
     if setting.device.type == "cuda" or lanes == 1:
-        return one.state + one.working
-    at_work = min(lanes, setting.threads * min(CPU_CHUNK, -(-lanes // setting.threads)))
-    return one.state + one.working * (at_work - 1) / (lanes - 1)
+        return one.state + one.step
+    at_work = sum(chunk_sizes(lanes, setting.threads)[: setting.threads])
+    return one.state + one.step * (at_work - 1) / (lanes - 1)
 
 
 def check_memory(needed: int, device: torch.device) -> None:
@@ -151,29 +121,6 @@ def peak_bytes(problem: Problem, lanes: int, threads: int) -> int:
     engine.train_epoch()
     engine.close()
     return resident_peak()
-
-
-def saved_bytes(model: nn.Module) -> int:
-    """Return the bytes that autograd keeps from one forward pass, without weights and inputs."""
-    x, y = sample_batch()
-    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), x, y)}
-    saved: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = nn.functional.cross_entropy(model(x), y)  # as long as it lives, so do those
-    del loss
-    return sum(saved.values())
-
-
-def size_of(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of some tensors."""
-    return sum(tensor.nbytes for tensor in tensors)
 
 
 def forget_peak() -> None:

@@ -196,10 +196,12 @@ class Site:
         self._service = self._start("service", "service")
         for number, device in enumerate(devices):
             name = f"{socket.gethostname()}-{number}"
-            self._start(f"worker-{number}", "worker", "--device", device, "--name", name)
+            options = "--device", device, "--name", name
+            self._start(f"worker-{number}", "worker", *options, workers=len(devices))
 
-    def _start(self, name: str, program: str, *options: str) -> Child:
+    def _start(self, name: str, program: str, *options: str, workers: int = 1) -> Child:
         environment = programs.environment(
+            workers=workers,
             REGTUNE_DATABASE_URL=database.address(self.database_url),
             REGTUNE_HOST=self._settings.host,
             REGTUNE_PORT=str(self._settings.port),

@@ -1,0 +1,29 @@
+import os
+
+import pytest
+
+from regtune import programs
+
+
+@pytest.fixture(autouse=True)
+def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(("workers", "threads"), [(1, None), (2, "4"), (3, "2"), (16, "1")])
+def test_several_workers_share_the_cores_of_their_machine(workers, threads):
+    assert programs.environment(workers=workers).get("OMP_NUM_THREADS") == threads
+
+
+def test_what_a_person_has_set_stays(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    environment = programs.environment(workers=4)
+    assert (environment["OMP_NUM_THREADS"], environment["OMP_WAIT_POLICY"]) == ("7", "ACTIVE")
+
+
+def test_what_the_program_needs_goes_before_all_else(monkeypatch):
+    monkeypatch.setenv("REGTUNE_PORT", "1")
+    assert programs.environment(REGTUNE_PORT="2")["REGTUNE_PORT"] == "2"
