@@ -24,7 +24,7 @@ log = structlog.get_logger()
 
 MOST_LANES = 4096
 
-WORTHWHILE = 1.1
+WORTHWHILE = 1.2
 """What doubling the lanes has to gain in speed to be worth it."""
 
 MEMORY_MARGIN = 0.8
