@@ -25,7 +25,7 @@ from benchmarks.peers import Captured, HandTuned, Tutorial, cnn
 from benchmarks.problems import STRENGTHS, Setting, build_engine, held_rows, some_trials
 from worker.training.capacity import Footprint
 from worker.training.compiling import first_line
-from worker.training.cores import EPOCHS_TRIED
+from worker.training.cores import EPOCHS_TRIED, synchronize
 from worker.training.engine import Engine
 
 PREPARING_SHARE = 0.7
@@ -318,12 +318,6 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
     work()
     synchronize(device)
     return perf_counter() - started
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for all that has been started."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def say(line: str) -> None:

@@ -5,7 +5,6 @@ largest resident set.
 """
 
 import gc
-import os
 import resource
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from benchmarks.problems import (
 )
 from regtune.task import Data
 from worker.training import compiling
-from worker.training.capacity import Footprint
+from worker.training.capacity import Footprint, free_bytes
 from worker.training.cores import chunk_sizes
 from worker.training.engine import Engine
 
@@ -59,10 +58,9 @@ def bytes_per_lane(one: Footprint, lanes: int, setting: Setting) -> float:
 
 def check_memory(needed: int, device: torch.device) -> None:
     """Raise MemoryError where lanes would not fit, as far as that is known; CUDA says so itself."""
-    if device.type == "cpu" and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if needed > MOST_MEMORY * free:
-            raise MemoryError(f"{needed / 2**20:.0f} MiB do not fit well into {free / 2**20:.0f}")
+    free = free_bytes(device)
+    if device.type == "cpu" and needed > MOST_MEMORY * free:
+        raise MemoryError(f"{needed / 2**20:.0f} MiB do not fit well into {free / 2**20:.0f}")
 
 
 def allocated(device: torch.device) -> int:

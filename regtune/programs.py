@@ -37,8 +37,7 @@ def environment(workers: int = 1, **changes: str) -> dict[str, str]:
     Several ``workers`` on one machine share its cores out among themselves.
 
     Threads that wait for each other sleep instead of spinning: service, database and other workers
-    want the same cores. Measured on two busy ones: an epoch of 16 lanes
-    takes 0.3 s instead of 3.
+    want the same cores. Measured on two busy ones: an epoch of 16 lanes takes 0.3 s instead of 3.
     """
     defaults = {"OMP_WAIT_POLICY": "PASSIVE"}
     if workers > 1:

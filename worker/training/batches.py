@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from worker.tasks.preparation import Split
+from worker.training.model import PERTURBATIONS
 from worker.training.noise import PERTURBATION, data_order, member_seed, step_keys
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Place:
     """What a lane's rows and noise depend on: its member, and its epoch, counted from 1."""
 
@@ -45,7 +46,7 @@ class Batches:
         the same place see the same rows and noise, and get them as if they were their own: to share
         them would save a tenth of a step, and be a second program to record and to compile.
         """
-        distinct = sorted(set(places), key=lambda place: (place.member, place.epoch))
+        distinct = sorted(set(places))
         group_K = [distinct.index(place) for place in places] if len(places) > 1 else 0
         order = self._on_device(np.stack([self._order(place) for place in distinct])[group_K])
         keys = self._on_device(np.stack([self._keys(place) for place in distinct])[group_K])
@@ -63,7 +64,7 @@ class Batches:
         return np.concatenate(
             [
                 step_keys(seed, place.epoch, steps, self._sites),
-                step_keys(seed, place.epoch, steps, 2, PERTURBATION),
+                step_keys(seed, place.epoch, steps, PERTURBATIONS, PERTURBATION),
             ],
             axis=1,
         )

@@ -84,7 +84,8 @@ def measure(
     how many lanes one trial takes.
     """
     started = perf_counter()
-    room = max(members, int(MEMORY_MARGIN * free_bytes(device)) // footprint.total)
+    fitting = MEMORY_MARGIN * free_bytes(device) / footprint.total
+    room = max(members, int(min(fitting, MOST_LANES)))
     trials = -(-min(room, provisional(device)) // members)
     lanes = max(1, trials) * members
     rates: dict[int, float] = {}
@@ -100,8 +101,8 @@ def measure(
         log.debug("rehearsed", lanes=lanes, trial_epochs_per_second=round(rates[lanes], 3))
         if _in_vain(list(rates.values())):
             reason = f"{lanes} lanes are hardly faster"
-        elif lanes * 2 > min(room, MOST_LANES):
-            reason = f"there is room for {min(room, MOST_LANES)}"
+        elif lanes * 2 > room:
+            reason = f"there is room for {room}"
         elif perf_counter() - started > PATIENCE_SECONDS:
             reason = f"steps of {lanes} lanes are long enough"
         lanes *= 2
@@ -151,10 +152,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_bytes(device: torch.device) -> float:
-    """Return how much memory a device has left, whatever torch holds in reserve included."""
+    """Return how much memory a device has left, whatever torch holds in reserve included.
+
+    Infinity where the system does not say.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if "SC_AVPHYS_PAGES" not in os.sysconf_names:
+        return inf
     return min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"), _left_to_container())
 
 

@@ -40,8 +40,8 @@ class Captured:
         return self._output.clone()
 
 
-def capture(form: Form, fixed: Leaves, varying: Leaves) -> Captured:
-    """Capture a form on the current device; nothing is computed but on copies.
+def capture(form: Form, fixed: Leaves, copies: Leaves, varying: Leaves) -> Captured:
+    """Capture a form on the current device; nothing is computed but on ``copies`` of ``fixed``.
 
     All graphs of a process share the memory that they need within a step, so no two of them may
     run at the same time. Raises whatever keeps CUDA from capturing.
@@ -50,7 +50,7 @@ def capture(form: Form, fixed: Leaves, varying: Leaves) -> Captured:
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # libraries set themselves up in a first call, off the record
-        form(*(leaf.clone() for leaf in fixed), *inputs)
+        form(*copies, *inputs)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=_shared_memory()):
@@ -59,21 +59,32 @@ def capture(form: Form, fixed: Leaves, varying: Leaves) -> Captured:
 
 
 def first_replay(
-    captured: Callable[..., Tensor], form: Form, fixed: Leaves, varying: Leaves, tolerance: float
+    captured: Callable[..., Tensor],
+    form: Form,
+    fixed: Leaves,
+    copies: Leaves,
+    varying: Leaves,
+    tolerance: float,
 ) -> tuple[Tensor, bool]:
-    """Call what was captured; return the result, and whether the form does the same.
+    """Call what was captured; return the result, and whether the form does the same on ``copies``.
 
-    If it does not, the form is what was called in the end.
+    If it does not, the form is what was called in the end. What stands in ``copies`` itself, and
+    not as a copy, is taken for unchanged.
     """
-    right = [leaf.clone() for leaf in fixed]
-    (expected,) = form(*right, *varying)
+    (expected,) = form(*copies, *varying)
     result = captured(*varying)
-    pairs = [(expected, result), *zip(right, fixed, strict=True)]
-    if all(_close(a, b, tolerance) for a, b in pairs):
+    changed = [(copy, leaf) for copy, leaf in zip(copies, fixed, strict=True) if copy is not leaf]
+    if all(_close(a, b, tolerance) for a, b in [(expected, result), *changed]):
         return result, True
-    for leaf, copy in zip(fixed, right, strict=True):
+    for copy, leaf in changed:
         leaf.copy_(copy)
     return expected, False
+
+
+def distance(right: Tensor, other: Tensor) -> tuple[float, float]:
+    """Return the norm of the difference, and that of ``right``; a NaN counts as 0."""
+    right, other = right.double().nan_to_num(), other.double().nan_to_num()
+    return float((right - other).norm()), float(right.norm())
 
 
 @cache
@@ -82,5 +93,5 @@ def _shared_memory() -> Any:
 
 
 def _close(right: Tensor, other: Tensor, tolerance: float) -> bool:
-    right, other = right.double().nan_to_num(), other.double().nan_to_num()
-    return bool((right - other).norm() <= tolerance * right.norm())
+    apart, norm = distance(right, other)
+    return apart <= tolerance * norm

@@ -26,7 +26,15 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from worker.training.capturing import Captured, capture, first_replay
+from worker.training.capturing import (
+    Captured,
+    Form,
+    Leaves,
+    capture,
+    distance,
+    first_replay,
+)
+from worker.training.cores import synchronize
 
 log = structlog.get_logger()
 
@@ -58,8 +66,6 @@ _RECORDING = threading.Lock()
 """``make_fx`` changes modules of torch while it runs, so one thread at a time may record."""
 
 Function = Callable[..., Tensor]
-Form = Callable[..., Sequence[Tensor]]
-Leaves = Sequence[Tensor]
 
 
 class Program:
@@ -132,12 +138,13 @@ class Program:
     def _capture(self, form: Form, fixed: Leaves, varying: Leaves) -> Tensor:
         """Capture a form and call it once."""
         try:
-            captured = capture(form, fixed, varying)
+            captured = capture(form, fixed, self._copies(fixed), varying)
         except Exception as error:  # noqa: BLE001 - whatever it is, the form itself still works
             self._capturable = False
             log.warning("not_captured", program=self.name, reason=first_line(error))
             return form(*fixed, *varying)[0]
-        result, agrees = first_replay(captured, form, fixed, varying, TOLERANCE)
+        copies = self._copies(fixed)
+        result, agrees = first_replay(captured, form, fixed, copies, varying, TOLERANCE)
         if agrees:
             self._captured = captured
         else:
@@ -338,10 +345,10 @@ def fastest(form: Form, arguments: Leaves) -> float:
     """Return the seconds of the fastest of a few calls, which may change the arguments."""
     seconds = []
     for _ in range(TRIES):
-        _synchronize(arguments)
+        synchronize(arguments[0].device)
         started = perf_counter()
         form(*arguments)
-        _synchronize(arguments)
+        synchronize(arguments[0].device)
         seconds.append(perf_counter() - started)
     return min(seconds)
 
@@ -360,11 +367,5 @@ def copy_of(tensor: Tensor) -> Tensor:
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
-    a, b = a.double().nan_to_num(), b.double().nan_to_num()
-    norm = float(a.norm())
-    return float((a - b).norm()) / norm if norm else float(b.norm())
-
-
-def _synchronize(tensors: Leaves) -> None:
-    if tensors[0].device.type == "cuda":
-        torch.cuda.synchronize(tensors[0].device)
+    apart, norm = distance(a, b)
+    return apart / norm if norm else apart

@@ -102,6 +102,12 @@ class Cores:
         ]
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done all that was started on it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def chunk_sizes(lanes: int, threads: int) -> list[int]:
     """Return how many lanes each chunk takes: powers of two, and what is left over one by one.
 

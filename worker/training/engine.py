@@ -201,11 +201,10 @@ class Engine:
         if not self._lanes:
             return []
         started = perf_counter()
-        trials = [lane.trial for lane in self._lanes for _ in range(self._members)]
         measured_K5 = self._epochs.train(
             self._tensors,
             self._strengths,
-            np.array([trial.learning_rate for trial in trials]),
+            np.array([trial.learning_rate for trial in self._trial_of_each_lane()]),
             [Place(m, lane.epoch + 1) for lane in self._lanes for m in range(self._members)],
             tick,
         )
@@ -293,8 +292,10 @@ class Engine:
         return epochs
 
     def _stack_strengths(self) -> dict[str, Tensor]:
-        trials = [lane.trial for lane in self._lanes for _ in range(self._members)]
-        return strengths_of(trials, self._device, self._dtype)
+        return strengths_of(self._trial_of_each_lane(), self._device, self._dtype)
+
+    def _trial_of_each_lane(self) -> list[LaneTrial]:
+        return [lane.trial for lane in self._lanes for _ in range(self._members)]
 
     def _starting_tensors(self, trials: int) -> LaneTensors:
         return LaneTensors.starting(

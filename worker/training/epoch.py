@@ -3,6 +3,7 @@
 import queue
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from statistics import median
 from time import perf_counter
 
@@ -16,7 +17,7 @@ from worker.tasks.preparation import Prepared, Rows
 from worker.training import regularizers
 from worker.training.batches import Batches, Place
 from worker.training.compiling import CALLS_BEFORE_RECORDING, Programs
-from worker.training.cores import Chunk, Cores
+from worker.training.cores import Chunk, Cores, synchronize
 from worker.training.lanes import LaneTensors
 from worker.training.model import LaneModel
 from worker.training.optimizers import LaneOptimizer, scheduled_rates
@@ -179,7 +180,7 @@ class Epochs:
             clock = _Rehearsal()
             while not clock.over:
                 for _ in self._take_steps(step, chunk, own):
-                    self._synchronize()
+                    synchronize(self._rows.x.device)
                     clock.step()
                     if clock.over:
                         break
@@ -245,12 +246,14 @@ class Epochs:
         source = self._source(self._rows, own.members)
         live = (own.tensors.parameters_KP, own.tensors.moments, own.tensors.buffers)
         rate_SK1, coefficients_SCK1 = self._scheduled(own.rate_K, own.places)
-        calls: dict[torch.Size, Callable[..., Tensor]] = {}
+
+        @cache
+        def take(shape: torch.Size) -> Callable[..., Tensor]:
+            program = self._programs.find("step", len(own.places), chunk.threads, shape)
+            return program.bind(step.ways_to_take(), live, own.strengths, source)
+
         for number, (index, keys) in enumerate(self.batches.of_epoch(own.places)):
-            if index.shape not in calls:
-                program = self._programs.find("step", len(own.places), chunk.threads, index.shape)
-                calls[index.shape] = program.bind(step.ways_to_take(), live, own.strengths, source)
-            loss_K = calls[index.shape](rate_SK1[number], coefficients_SCK1[number], keys, index)
+            loss_K = take(index.shape)(rate_SK1[number], coefficients_SCK1[number], keys, index)
             yield loss_K, index.shape[-1]
 
     def _measure(
@@ -271,18 +274,17 @@ class Epochs:
         source = self._source(held.rows, members)
         total_2K = parameters_KP.new_zeros(2, len(members))
         batches = (torch.split(part, self._evaluation_rows, dim=-1) for part in (index, weight))
-        for some, counts in zip(*batches, strict=True):
-            shapes = some.shape, len(held.rows)
+
+        @cache
+        def measure(shape: torch.Size) -> Callable[..., Tensor]:
+            shapes = shape, len(held.rows)
             program = self._programs.find("measure", len(members), chunk.threads, *shapes)
-            total_2K += program.bind(step.ways_to_measure(), parameters_KP, buffers, source)(
-                some, counts
-            )
+            return program.bind(step.ways_to_measure(), parameters_KP, buffers, source)
+
+        for some, counts in zip(*batches, strict=True):
+            total_2K += measure(some.shape)(some, counts)
             tick()
         return (total_2K / held.rows_M[members]).T
-
-    def _synchronize(self) -> None:
-        if self._rows.x.device.type == "cuda":
-            torch.cuda.synchronize(self._rows.x.device)
 
     def _source(self, rows: Rows, members: Sequence[int]) -> Source:
         if len(self._splits) == 1:

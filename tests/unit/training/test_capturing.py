@@ -39,7 +39,7 @@ def test_what_changes_is_copied_in_and_the_result_is_copied_out():
 
 def test_the_first_replay_takes_exactly_one_step():
     state, x = torch.ones(3), torch.full((3,), 2.0)
-    result, agrees = first_replay(taped(state), step, [state], [x], TOLERANCE)
+    result, agrees = first_replay(taped(state), step, [state], [state.clone()], [x], TOLERANCE)
     assert agrees
     assert result.item() == 9
     assert state.tolist() == [3, 3, 3]
@@ -47,7 +47,9 @@ def test_the_first_replay_takes_exactly_one_step():
 
 def test_a_capture_that_computes_something_else_is_noticed_and_undone():
     state, x = torch.ones(3), torch.full((3,), 2.0)
-    result, agrees = first_replay(taped(state, factor=1.1), step, [state], [x], TOLERANCE)
+    result, agrees = first_replay(
+        taped(state, factor=1.1), step, [state], [state.clone()], [x], TOLERANCE
+    )
     assert not agrees
     assert result.item() == 9
     assert state.tolist() == [3, 3, 3]
@@ -56,7 +58,7 @@ def test_a_capture_that_computes_something_else_is_noticed_and_undone():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_captures_a_step_and_replays_it_on_the_same_lanes():
     state = torch.zeros(3, device="cuda")
-    captured = capture(step, [state], [torch.ones(3, device="cuda")])
+    captured = capture(step, [state], [state.clone()], [torch.ones(3, device="cuda")])
     assert state.tolist() == [0, 0, 0]
     assert captured(torch.ones(3, device="cuda")).item() == 3
     assert captured(torch.full((3,), 2.0, device="cuda")).item() == 9
