@@ -196,8 +196,20 @@ class Stack:
             if not remembered:
                 self._memory.keep(chosen, *self._situation)
         self._engine.max_lanes = chosen.lanes
+        if chosen.trial_epochs_per_second:
+            self._engine.expect(self._least_trial_epochs(), chosen.trial_epochs_per_second)
         log.info("capacity", study=self.study.name, **asdict(chosen))
         return chosen
+
+    def _least_trial_epochs(self) -> int:
+        """Return how many epochs the trials to come take at the least, as far as is known now.
+
+        That is without those that have been appended, except as many as fill the slots.
+        """
+        spec = self.study.spec
+        trials = self.study.budget_trials - self.study.appended + self._engine.slots
+        patience = int(min(spec.search.patience.numbers()))
+        return trials * min(spec.training.max_epochs, patience + 1)
 
     @property
     def _memory(self) -> capacity.Memory:

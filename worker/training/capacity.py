@@ -2,7 +2,8 @@
 
 Lanes are doubled until the memory that the next doubling would need is not there, or until it no
 longer brings more trial-epochs a second. Fewer lanes of the same speed are better: each trial that
-runs beside others was suggested without knowing how they end.
+runs beside others was suggested without knowing how they end. On a CPU each core computes one chunk
+of lanes at a time, so beyond a chunk for each core lanes would only take turns.
 """
 
 import hashlib
@@ -75,6 +76,11 @@ def provisional(device: torch.device) -> int:
     return torch.get_num_threads() * CPU_CHUNK if device.type == "cpu" else 1
 
 
+def most(device: torch.device) -> int:
+    """Return how many lanes may be worth while at all."""
+    return provisional(device) if device.type == "cpu" else MOST_LANES
+
+
 def measure(
     rehearse: Callable[[int], float], footprint: Footprint, device: torch.device, members: int = 1
 ) -> Capacity:
@@ -85,7 +91,7 @@ def measure(
     """
     started = perf_counter()
     fitting = MEMORY_MARGIN * free_bytes(device) / footprint.total
-    room = max(members, int(min(fitting, MOST_LANES)))
+    room = max(members, int(min(fitting, most(device))))
     trials = -(-min(room, provisional(device)) // members)
     lanes = max(1, trials) * members
     rates: dict[int, float] = {}
@@ -101,6 +107,8 @@ def measure(
         log.debug("rehearsed", lanes=lanes, trial_epochs_per_second=round(rates[lanes], 3))
         if _in_vain(list(rates.values())):
             reason = f"{lanes} lanes are hardly faster"
+        elif lanes * 2 > most(device):
+            reason = f"{most(device)} lanes are the most that are computed at a time"
         elif lanes * 2 > room:
             reason = f"there is room for {room}"
         elif perf_counter() - started > PATIENCE_SECONDS:

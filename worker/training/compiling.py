@@ -252,6 +252,20 @@ class Programs:
             spent = seconds * share / max(sum(work), 1)
             program.seconds += spent
             program.certain = program.seconds + spent * epochs_to_come
+        self._compile_what_pays(programs)
+
+    def rehearsed(self, sizes: Collection[int], seconds: float) -> None:
+        """Compile for the first epoch to come, if chunks of these sizes will run so long for sure.
+
+        What was called until now was a rehearsal, and counts for nothing else.
+        """
+        programs = list(self)
+        for program in programs:
+            if program.take_work() and program.lanes in sizes:
+                program.certain = seconds
+        self._compile_what_pays(programs)
+
+    def _compile_what_pays(self, programs: Sequence[Program]) -> None:
         if not self._compiles:
             return
         queued = sum(program.queued for program in programs)

@@ -91,10 +91,14 @@ class Cores:
         """Give the threads back."""
         self._pool.shutdown(wait=False)
 
+    def sizes(self, lanes: int) -> list[int]:
+        """Return how many lanes each chunk takes."""
+        return chunk_sizes(lanes, self.threads) if self._on_cpu else [lanes]
+
     def _chunks(self, lanes: int) -> list[Chunk]:
+        sizes = self.sizes(lanes)
         if not self._on_cpu:
             return [Chunk(slice(0, lanes), self.threads)]
-        sizes = chunk_sizes(lanes, self.threads)
         threads = self._spread.choose(len(sizes), self.threads // len(sizes))
         ends = accumulate(sizes)
         return [

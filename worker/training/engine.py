@@ -248,6 +248,14 @@ class Engine:
             / self._members
         )
 
+    def expect(self, trial_epochs: int, trial_epochs_per_second: float) -> None:
+        """Say what is to come after a rehearsal: what pays is compiled from now on, not later.
+
+        Without it, compiling begins after the first epoch that shows how long things take.
+        """
+        lanes = self.slots * self._members
+        self._epochs.rehearsed(lanes, trial_epochs / trial_epochs_per_second)
+
     def footprint(self) -> Footprint:
         """Return how many bytes a lane takes."""
         row = self._initial_MP[0]

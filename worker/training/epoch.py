@@ -203,6 +203,10 @@ class Epochs:
         self._cores.note(seconds)
         self._programs.epoch_ended(seconds, epochs_to_come)
 
+    def rehearsed(self, lanes: int, seconds: float) -> None:
+        """Note that so many lanes will train for so long at the rehearsed speed."""
+        self._programs.rehearsed(self._cores.sizes(lanes), seconds)
+
     def settle(self) -> None:
         """Wait until nothing is being compiled any more."""
         self._programs.settle()

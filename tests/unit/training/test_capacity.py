@@ -9,7 +9,7 @@ import torch
 
 from tests.unit.training.conftest import losses, train, trial
 from worker.training import capacity
-from worker.training.capacity import Capacity, Footprint, Memory, measure
+from worker.training.capacity import Capacity, Footprint, Memory, measure, most
 
 CPU = torch.device("cpu")
 SMALL = Footprint(state=1000, step=500)
@@ -18,6 +18,7 @@ SMALL = Footprint(state=1000, step=500)
 @pytest.fixture(autouse=True)
 def one_lane_to_begin_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capacity, "provisional", lambda device: 1)
+    monkeypatch.setattr(capacity, "most", lambda device: capacity.MOST_LANES)
 
 
 def saturating_at(lanes: int) -> Callable[[int], float]:
@@ -48,6 +49,15 @@ def test_memory_ends_the_doubling_before_it_is_tried(monkeypatch):
     found = measure(rehearse, SMALL, CPU)
     assert (found.lanes, found.reason) == (8, "there is room for 10")
     assert tried == [1, 2, 4, 8]
+
+
+def test_on_a_cpu_no_more_lanes_are_tried_than_its_cores_compute_at_a_time(monkeypatch):
+    monkeypatch.setattr(capacity, "provisional", lambda device: 8)
+    monkeypatch.setattr(capacity, "most", most)
+    found = measure(float, SMALL, CPU)
+    assert (found.lanes, found.trial_epochs_per_second) == (8, 8.0)
+    assert found.reason == "8 lanes are the most that are computed at a time"
+    assert most(torch.device("cuda")) > 1000
 
 
 @pytest.mark.parametrize(

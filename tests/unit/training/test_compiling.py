@@ -168,6 +168,23 @@ assert torch.equal(bound[0](x), busy(x)) and torch.equal(bound[1](x), busy(x))
 """
 
 
+def test_after_a_rehearsal_that_promises_a_long_run_its_chunks_are_compiled(monkeypatch):
+    programs = Programs(compiles=True)
+    monkeypatch.setattr(programs, "_submit", lambda program: None)
+    rehearsed, other = (programs.find("busy", lanes, 1) for lanes in (4, 2))
+    unused = programs.find("idle", 4, 1)
+    for program in (rehearsed, other):
+        bound = program.bind([busy])
+        for _ in range(compiling.CALLS_BEFORE_RECORDING + 1):
+            bound(torch.ones(10))
+    programs.rehearsed([4, 4], compiling.SECONDS_BEFORE_COMPILING - 1)
+    assert not rehearsed.queued
+    rehearsed.bind([busy])(torch.ones(10))
+    programs.rehearsed([4, 4], compiling.SECONDS_BEFORE_COMPILING)
+    assert (rehearsed.queued, other.queued, unused.queued) == (True, False, False)
+    assert rehearsed.seconds == 0
+
+
 def test_what_will_certainly_run_for_long_is_compiled_at_once(monkeypatch):
     programs = Programs(compiles=True)
     monkeypatch.setattr(programs, "_submit", lambda program: None)
