@@ -80,7 +80,8 @@ def test_running_out_of_memory_halves_the_lanes_and_loses_no_trial(engine, run, 
     def train_two_at_most(self, tensors, strengths, rates, places, tick):
         result = train(self, tensors, strengths, rates, places, tick)
         if len(tensors) > 2:  # in the middle of an epoch, with the lanes in disorder
-            tensors.parameters_KP.fill_(7)
+            for weights in tensors.parameters.values():
+                weights.fill_(7)
             raise torch.OutOfMemoryError("CUDA out of memory")
         return result
 

@@ -23,7 +23,7 @@ class Checkpoint:
     def of(cls, lane: Lane, tensors: LaneTensors) -> Self:
         """Return a copy of a trial's lanes."""
         return cls(
-            tensors={name: part.detach().cpu().clone() for name, part in _named(tensors).items()},
+            tensors={name: part.detach().cpu().clone() for name, part in tensors.named().items()},
             state={
                 "epoch": lane.stopping.epoch,
                 "best_epoch": lane.stopping.best_epoch,
@@ -38,7 +38,7 @@ class Checkpoint:
 
         Raises ValueError if the checkpoint is of another model or another training.
         """
-        targets = _named(tensors)
+        targets = tensors.named()
         fits = targets.keys() == self.tensors.keys() and all(
             targets[name].shape == part.shape and targets[name].dtype == part.dtype
             for name, part in self.tensors.items()
@@ -55,13 +55,3 @@ class Checkpoint:
         )
         lane.best_score = self.state["best_score"]
         lane.best_spread = self.state["best_spread"]
-
-
-def _named(tensors: LaneTensors) -> dict[str, Tensor]:
-    return {
-        "parameters": tensors.parameters_KP,
-        "best_parameters": tensors.best_parameters_KP,
-        **{f"moments.{i}": moment for i, moment in enumerate(tensors.moments)},
-        **{f"buffers.{name}": buffer for name, buffer in tensors.buffers.items()},
-        **{f"best_buffers.{name}": buffer for name, buffer in tensors.best_buffers.items()},
-    }

@@ -85,7 +85,7 @@ class Engine:
             knobs=knobs,
             autocast=torch.bfloat16 if training.precision == "bf16" else None,
         ).to(device)
-        self._initial_MP = torch.stack([self.model.row_of(model) for model in models]).to(device)
+        self._initial = _stacked([self.model.parameters_of(m) for m in models], device)
         self._initial_buffers = _stacked([self.model.buffers_of(m) for m in models], device)
         self._epochs = Epochs(
             prepared,
@@ -134,7 +134,7 @@ class Engine:
     @property
     def parameters(self) -> int:
         """How many parameters a lane has."""
-        return self._initial_MP.shape[1]
+        return sum(part_M[0].numel() for part_M in self._initial.values())
 
     def epochs_left(self) -> dict[int, int]:
         """Return the fewest epochs after which each trial may end of itself, by key."""
@@ -221,9 +221,9 @@ class Engine:
         epoch of finite validation loss.
         """
         places = self._places(keys)
-        parameters_KP, buffers = self._tensors.best_of(self._lanes_at(places))
+        parameters, buffers = self._tensors.best_of(self._lanes_at(places))
         members = list(range(self._members)) * len(places)
-        tested_K2 = self._epochs.test(parameters_KP, buffers, members).cpu()
+        tested_K2 = self._epochs.test(parameters, buffers, members).cpu()
         tested = tested_K2.view(len(places), self._members, 2).mean(1).tolist()
         return [
             _result(self._lanes[place], loss, score)
@@ -258,14 +258,16 @@ class Engine:
 
     def footprint(self) -> Footprint:
         """Return how many bytes a lane takes."""
-        row = self._initial_MP[0]
-        buffers = {name: buffer[0] for name, buffer in self._initial_buffers.items()}
-        weights = row.nbytes
+        parameters, buffers = (
+            {name: part_M[0] for name, part_M in parts.items()}
+            for parts in (self._initial, self._initial_buffers)
+        )
+        weights = sum(part.nbytes for part in parameters.values())
         kept = sum(buffer.nbytes for buffer in buffers.values())
         batch = self._epochs.largest_batch()
         return Footprint(
             state=(2 + self._optimizer.moments) * weights + 2 * kept,
-            step=weights + self.model.activation_bytes(row, buffers, batch),
+            step=weights + self.model.activation_bytes(parameters, buffers, batch),
         )
 
     def settle(self) -> None:
@@ -307,7 +309,7 @@ class Engine:
 
     def _starting_tensors(self, trials: int) -> LaneTensors:
         return LaneTensors.starting(
-            self._initial_MP, self._initial_buffers, self._optimizer.moments, trials
+            self._initial, self._initial_buffers, self._optimizer.moments, trials
         )
 
     def _places(self, keys: Sequence[int]) -> list[int]:
@@ -339,8 +341,8 @@ def _sample(rows: Rows) -> Rows:
     return Rows(rows.x[:SAMPLE_ROWS].cpu(), rows.y[:SAMPLE_ROWS].cpu())
 
 
-def _stacked(buffers: Sequence[Mapping[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
-    return {name: torch.stack([own[name] for own in buffers]).to(device) for name in buffers[0]}
+def _stacked(parts: Sequence[Mapping[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
+    return {name: torch.stack([own[name] for own in parts]).to(device) for name in parts[0]}
 
 
 def _set_precision(training: Training, device: torch.device) -> None:

@@ -80,7 +80,7 @@ class Epochs:
         self._splits = prepared.splits
         self._training = training
         self._optimizer = optimizer
-        self._weights = model.weights
+        self._penalized = model.penalized
         self.batches = Batches(
             prepared.splits,
             training.batch_size,
@@ -128,14 +128,14 @@ class Epochs:
 
         def work(step: LaneStep, chunk: Chunk) -> Tensor:
             own = self._share(chunk, tensors, strengths, rate_K, places)
-            total_K = torch.zeros_like(own.tensors.parameters_KP[:, 0])
+            total_K = self._rows.x.new_zeros(len(own.places))
             for loss_K, rows in self._take_steps(step, chunk, own):
                 total_K += loss_K * rows
                 tick()
             held_K2 = self._measure(
                 step,
                 chunk,
-                own.tensors.parameters_KP,
+                own.tensors.parameters,
                 own.tensors.buffers,
                 own.members,
                 self._validation,
@@ -146,14 +146,14 @@ class Epochs:
 
         return self._in_chunks(work, len(tensors))
 
-    def test(self, parameters_KP: Tensor, buffers: Tensors, members: Sequence[int]) -> Tensor:
+    def test(self, parameters: Tensors, buffers: Tensors, members: Sequence[int]) -> Tensor:
         """Return each lane's mean loss and accuracy on the test rows: ``(K, 2)``."""
 
         def work(step: LaneStep, chunk: Chunk) -> Tensor:
             return self._measure(
                 step,
                 chunk,
-                parameters_KP[chunk.lanes],
+                {name: parameter[chunk.lanes] for name, parameter in parameters.items()},
                 {name: buffer[chunk.lanes] for name, buffer in buffers.items()},
                 members[chunk.lanes],
                 self._test,
@@ -248,8 +248,8 @@ class Epochs:
     ) -> Iterator[tuple[Tensor, int]]:
         """Take an epoch's steps; yield each lane's loss before each, ``(K,)``, and its rows."""
         source = self._source(self._rows, own.members)
-        live = (own.tensors.parameters_KP, own.tensors.moments, own.tensors.buffers)
-        rate_SK1, coefficients_SCK1 = self._scheduled(own.rate_K, own.places)
+        live = (own.tensors.parameters, own.tensors.moments, own.tensors.buffers)
+        rate_SK, coefficients_SCK = self._scheduled(own.rate_K, own.places)
 
         @cache
         def take(shape: torch.Size) -> Callable[..., Tensor]:
@@ -257,14 +257,14 @@ class Epochs:
             return program.bind(step.ways_to_take(), live, own.strengths, source)
 
         for number, (index, keys) in enumerate(self.batches.of_epoch(own.places)):
-            loss_K = take(index.shape)(rate_SK1[number], coefficients_SCK1[number], keys, index)
+            loss_K = take(index.shape)(rate_SK[number], coefficients_SCK[number], keys, index)
             yield loss_K, index.shape[-1]
 
     def _measure(
         self,
         step: LaneStep,
         chunk: Chunk,
-        parameters_KP: Tensor,
+        parameters: Tensors,
         buffers: Tensors,
         members: Sequence[int],
         held: Held,
@@ -276,14 +276,14 @@ class Epochs:
             part[0] if alike else part[members] for part in (held.index_MR, held.weight_MR)
         )
         source = self._source(held.rows, members)
-        total_2K = parameters_KP.new_zeros(2, len(members))
+        total_2K = self._rows.x.new_zeros(2, len(members))
         batches = (torch.split(part, self._evaluation_rows, dim=-1) for part in (index, weight))
 
         @cache
         def measure(shape: torch.Size) -> Callable[..., Tensor]:
             shapes = shape, len(held.rows)
             program = self._programs.find("measure", len(members), chunk.threads, *shapes)
-            return program.bind(step.ways_to_measure(), parameters_KP, buffers, source)
+            return program.bind(step.ways_to_measure(), parameters, buffers, source)
 
         for some, counts in zip(*batches, strict=True):
             total_2K += measure(some.shape)(some, counts)
@@ -302,24 +302,25 @@ class Epochs:
     def _scheduled(
         self, rate_K: NDArray[np.float64], places: Sequence[Place]
     ) -> tuple[Tensor, Tensor]:
-        """Return each step's learning rates ``(S, K, 1)`` and coefficients ``(S, C, K, 1)``."""
+        """Return each step's learning rates ``(S, K)`` and coefficients ``(S, C, K)``."""
         steps = len(self.batches.sizes)
         first_K = np.array([(place.epoch - 1) * steps for place in places])
         step_SK = (first_K + np.arange(1, steps + 1)[:, None]).astype(np.float64)
         rate_SK = scheduled_rates(self._training, rate_K, step_SK, steps)
         coefficients_SCK = self._optimizer.coefficients(rate_SK, step_SK).swapaxes(0, 1)
-        rate_SK1, coefficients_SCK1 = (
-            torch.from_numpy(np.ascontiguousarray(numbers[..., None])).to(self._rows.x)
+        rates, coefficients = (
+            torch.from_numpy(np.ascontiguousarray(numbers)).to(self._rows.x)
             for numbers in (rate_SK, coefficients_SCK)
         )
-        return rate_SK1, coefficients_SCK1
+        return rates, coefficients
 
     def _weigh(self, own: "_Share") -> Tensor:
         """Return each lane's penalty and sparsity: ``(K, 2)``."""
-        weights_KW = own.tensors.parameters_KP[:, : self._weights]
+        weights = [own.tensors.parameters[name] for name in self._penalized]
         coupled_K = None if self._optimizer.decoupled_decay else own.strengths["decay"]
-        penalty_K = regularizers.penalty(weights_KW, own.strengths["l1"], coupled_K)
-        return torch.stack([penalty_K, regularizers.sparsity(weights_KW).to(penalty_K)], dim=1)
+        penalty_K = regularizers.penalty(weights, own.strengths["l1"], coupled_K)
+        sparsity_K = regularizers.sparsity(weights) if weights else torch.zeros_like(penalty_K)
+        return torch.stack([penalty_K, sparsity_K.to(penalty_K)], dim=1)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from worker.training.early_stopping import EarlyStopping
 from worker.training.regularizers import dropout_threshold
 
+Tensors = Mapping[str, Tensor]
 Ended = Literal["finished", "early_stopped", "diverged"]
 
 
@@ -117,41 +118,57 @@ class Lane:
 
 @dataclass(frozen=True)
 class LaneTensors:
-    """All that K lanes hold on the device; every tensor's first axis is the lane."""
+    """All that K lanes hold on the device, by name; every tensor's first axis is the lane.
 
-    parameters_KP: Tensor
-    best_parameters_KP: Tensor
-    moments: tuple[Tensor, ...]
-    buffers: Mapping[str, Tensor]
-    best_buffers: Mapping[str, Tensor]
+    Each of the optimizer's ``moments`` has a tensor for each parameter.
+    """
+
+    parameters: Tensors
+    best_parameters: Tensors
+    moments: tuple[Tensors, ...]
+    buffers: Tensors
+    best_buffers: Tensors
 
     @classmethod
-    def starting(
-        cls,
-        parameters_MP: Tensor,
-        buffers_M: Mapping[str, Tensor],
-        moments: int,
-        trials: int,
-    ) -> Self:
+    def starting(cls, parameters_M: Tensors, buffers_M: Tensors, moments: int, trials: int) -> Self:
         """Return lanes for ``trials`` trials, each with copies of the initial M members.
 
         Moments start at zero.
         """
-        parameters_KP = _repeat(parameters_MP, trials)
+
+        def copies(parts_M: Tensors) -> Tensors:
+            return {name: _repeat(part, trials) for name, part in parts_M.items()}
+
+        zeros_M = {name: torch.zeros_like(part) for name, part in parameters_M.items()}
         return cls(
-            parameters_KP=parameters_KP,
-            best_parameters_KP=parameters_KP.clone(),
-            moments=tuple(torch.zeros_like(parameters_KP) for _ in range(moments)),
-            buffers={name: _repeat(buffer, trials) for name, buffer in buffers_M.items()},
-            best_buffers={name: _repeat(buffer, trials) for name, buffer in buffers_M.items()},
+            parameters=copies(parameters_M),
+            best_parameters=copies(parameters_M),
+            moments=tuple(copies(zeros_M) for _ in range(moments)),
+            buffers=copies(buffers_M),
+            best_buffers=copies(buffers_M),
         )
 
     def __len__(self) -> int:
-        return self.parameters_KP.shape[0]
+        return len(self._any)
+
+    def named(self) -> dict[str, Tensor]:
+        """Return all tensors, each under a name that says what it is."""
+        groups = {
+            "parameters": self.parameters,
+            "best_parameters": self.best_parameters,
+            **{f"moments.{i}": moment for i, moment in enumerate(self.moments)},
+            "buffers": self.buffers,
+            "best_buffers": self.best_buffers,
+        }
+        return {
+            f"{group}.{name}": part
+            for group, parts in groups.items()
+            for name, part in parts.items()
+        }
 
     def select(self, lanes: Sequence[int]) -> "LaneTensors":
         """Return copies of these lanes, in this order."""
-        index = torch.tensor(lanes, dtype=torch.int64, device=self.parameters_KP.device)
+        index = self._index(lanes)
         return _combine(lambda tensor: tensor.index_select(0, index), self)
 
     def slice(self, lanes: slice) -> "LaneTensors":
@@ -162,19 +179,30 @@ class LaneTensors:
         """Return these lanes and, behind them, the others."""
         return _combine(lambda mine, theirs: torch.cat([mine, theirs]), self, others)
 
-    def best_of(self, lanes: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return copies of these lanes' best weights, ``(K, P)``, and buffers, in this order."""
-        index = torch.tensor(lanes, dtype=torch.int64, device=self.parameters_KP.device)
-        return (
-            self.best_parameters_KP.index_select(0, index),
-            {name: best.index_select(0, index) for name, best in self.best_buffers.items()},
+    def best_of(self, lanes: Sequence[int]) -> tuple[Tensors, Tensors]:
+        """Return copies of these lanes' best parameters and buffers, in this order."""
+        index = self._index(lanes)
+        parameters, buffers = (
+            {name: best.index_select(0, index) for name, best in parts.items()}
+            for parts in (self.best_parameters, self.best_buffers)
         )
+        return parameters, buffers
 
     def keep_best_(self, improved_K: Tensor) -> None:
-        """Copy weights and buffers of the lanes that ``improved_K`` (bool) marks."""
-        _copy_where_(self.best_parameters_KP, self.parameters_KP, improved_K)
-        for name, best in self.best_buffers.items():
-            _copy_where_(best, self.buffers[name], improved_K)
+        """Copy parameters and buffers of the lanes that ``improved_K`` (bool) marks."""
+        for kept, current in (
+            (self.best_parameters, self.parameters),
+            (self.best_buffers, self.buffers),
+        ):
+            for name, best in kept.items():
+                _copy_where_(best, current[name], improved_K)
+
+    @property
+    def _any(self) -> Tensor:
+        return next(iter(self.parameters.values()))
+
+    def _index(self, lanes: Sequence[int]) -> Tensor:
+        return torch.tensor(lanes, dtype=torch.int64, device=self._any.device)
 
 
 def strengths_of(
@@ -207,15 +235,15 @@ def _repeat(tensor_M: Tensor, times: int) -> Tensor:
 
 
 def _combine(function: Callable[..., Tensor], *stacks: LaneTensors) -> LaneTensors:
-    first = stacks[0]
+    def each(*parts: Tensors) -> Tensors:
+        return {name: function(*(part[name] for part in parts)) for name in parts[0]}
+
     return LaneTensors(
-        parameters_KP=function(*(s.parameters_KP for s in stacks)),
-        best_parameters_KP=function(*(s.best_parameters_KP for s in stacks)),
-        moments=tuple(map(function, *(s.moments for s in stacks))),
-        buffers={n: function(*(s.buffers[n] for s in stacks)) for n in first.buffers},
-        best_buffers={
-            n: function(*(s.best_buffers[n] for s in stacks)) for n in first.best_buffers
-        },
+        parameters=each(*(s.parameters for s in stacks)),
+        best_parameters=each(*(s.best_parameters for s in stacks)),
+        moments=tuple(map(each, *(s.moments for s in stacks))),
+        buffers=each(*(s.buffers for s in stacks)),
+        best_buffers=each(*(s.best_buffers for s in stacks)),
     )
 
 

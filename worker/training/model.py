@@ -50,10 +50,10 @@ class Batch:
 
 
 class LaneModel:
-    """One model as a function of a row of parameters, mapped over lanes.
+    """One model as a function of its parameters, mapped over lanes.
 
-    A lane's parameters are one row: those on which decay and L1 act (the first ``weights``
-    elements), then the others. Where ``vmap`` refuses the model, the same function runs in a loop.
+    Each parameter of K lanes is one tensor with a leading lane axis. Where ``vmap`` refuses the
+    model, the same function runs in a loop.
     """
 
     def __init__(
@@ -81,9 +81,6 @@ class LaneModel:
         named = dict(model.named_parameters())
         self.penalized = tuple(penalized(model, penalize))
         self.spared = tuple(name for name in named if name not in self.penalized)
-        self._shapes = {name: named[name].shape for name in self.penalized + self.spared}
-        self._sizes = [shape.numel() for shape in self._shapes.values()]
-        self.weights = sum(self._sizes[: len(self.penalized)])
         self._over_lanes = self._choose_map(sample)
 
     def replica(self) -> "LaneModel":
@@ -119,10 +116,10 @@ class LaneModel:
         """Whether lanes are computed as one batched model, not one by one."""
         return self._over_lanes is not loop
 
-    def row_of(self, model: nn.Module) -> Tensor:
-        """Return the parameters of a model that was built alike as one row: ``(P,)``."""
+    def parameters_of(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the parameters of a model that was built alike, the penalized ones first."""
         named = dict(model.named_parameters())
-        return torch.cat([named[name].detach().flatten() for name in self._shapes])
+        return {name: named[name].detach() for name in self.penalized + self.spared}
 
     def buffers_of(self, model: nn.Module) -> dict[str, Tensor]:
         """Return copies of the buffers of a model that was built alike, without the sites' own."""
@@ -133,23 +130,23 @@ class LaneModel:
         }
 
     def gradients(
-        self, parameters_KP: Tensor, buffers: Tensors, strengths: Tensors, batch: Batch
-    ) -> tuple[Tensor, Tensor]:
-        """Return each lane's gradient ``(K, P)`` and mean training loss ``(K,)``.
+        self, parameters: Tensors, buffers: Tensors, strengths: Tensors, batch: Batch
+    ) -> tuple[Tensors, Tensor]:
+        """Return each lane's gradients, shaped as the parameters, and mean training loss ``(K,)``.
 
         Running statistics in ``buffers`` are updated in place. ``strengths`` are ``(K,)`` each.
         """
         shared = 0 if batch.per_lane else None
         self._model.train()
-        gradient_KP, loss_K = self._map(
-            grad_and_value(self._loss), (0, 0, 0, shared, shared, shared), len(parameters_KP)
-        )(parameters_KP, buffers, strengths, batch.keys, batch.x, batch.y)
-        return gradient_KP, loss_K
+        gradients, loss_K = self._map(
+            grad_and_value(self._loss), (0, 0, 0, shared, shared, shared), lanes_of(parameters)
+        )(parameters, buffers, strengths, batch.keys, batch.x, batch.y)
+        return gradients, loss_K
 
     @torch.no_grad()
     def measure(
         self,
-        parameters_KP: Tensor,
+        parameters: Tensors,
         buffers: Tensors,
         x: Tensor,
         y: Tensor,
@@ -164,15 +161,18 @@ class LaneModel:
         shared = 0 if per_lane else None
         self._model.eval()
         total_K2: Tensor = self._map(
-            self._measure, (0, 0, shared, shared, shared), len(parameters_KP)
-        )(parameters_KP, buffers, x, y, weight)
+            self._measure, (0, 0, shared, shared, shared), lanes_of(parameters)
+        )(parameters, buffers, x, y, weight)
         return total_K2.T
 
-    def activation_bytes(self, parameters_P: Tensor, buffers: Tensors, rows: Rows) -> int:
-        """Return how much one lane's forward pass over ``rows`` keeps for its backward pass."""
+    def activation_bytes(self, parameters: Tensors, buffers: Tensors, rows: Rows) -> int:
+        """Return how much one lane's forward pass over ``rows`` keeps for its backward pass.
+
+        ``parameters`` and ``buffers`` are those of one lane, without a lane axis.
+        """
         self._model.train()
-        weights_P = parameters_P.detach().clone().requires_grad_()
-        given = {tensor.untyped_storage().data_ptr() for tensor in (weights_P, rows.x, rows.y)}
+        weights = {n: part.detach().clone().requires_grad_() for n, part in parameters.items()}
+        given = {t.untyped_storage().data_ptr() for t in (*weights.values(), rows.x, rows.y)}
         kept: dict[int, int] = {}
 
         def keep(tensor: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ class LaneModel:
         strengths = {name: value[0] for name, value in neutral_strengths(1, rows.x.dtype).items()}
         with torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
             self._loss(
-                weights_P,
+                weights,
                 {name: buffer.clone() for name, buffer in buffers.items()},
                 {name: value.to(rows.x.device) for name, value in strengths.items()},
                 keys.to(rows.x.device),
@@ -202,7 +202,7 @@ class LaneModel:
 
     def _loss(
         self,
-        parameters_P: Tensor,
+        parameters: Tensors,
         buffers: Tensors,
         strengths: Tensors,
         keys_N2: Tensor,
@@ -211,9 +211,7 @@ class LaneModel:
     ) -> Tensor:
         *site_keys, input_key, weight_key = keys_N2.unbind()
         if "weight_noise" in self._knobs:
-            weights_W, others = parameters_P[: self.weights], parameters_P[self.weights :]
-            noisy_W = perturbed(weights_W, strengths["weight_noise"], weight_key)
-            parameters_P = torch.cat([noisy_W, others])
+            parameters = self._with_noise(parameters, strengths["weight_noise"], weight_key)
         if "input_noise" in self._knobs:
             x = perturbed(x, strengths["input_noise"], input_key)
         noise: dict[str, Tensor] = {}
@@ -224,15 +222,15 @@ class LaneModel:
                 f"{name}.scale": strengths["dropout_scale"],
                 f"{name}.key": key_2,
             }
-        logits_BC = self._logits(self._named(parameters_P), buffers, x, noise)
+        logits_BC = self._logits(parameters, buffers, x, noise)
         if "label_smoothing" in self._knobs:
             return smoothed_cross_entropy(logits_BC, y_B, strengths["label_smoothing"])
         return nn.functional.cross_entropy(logits_BC, y_B)
 
     def _measure(
-        self, parameters_P: Tensor, buffers: Tensors, x: Tensor, y_B: Tensor, weight_B: Tensor
+        self, parameters: Tensors, buffers: Tensors, x: Tensor, y_B: Tensor, weight_B: Tensor
     ) -> Tensor:
-        logits_BC = self._logits(self._named(parameters_P), buffers, x, {})
+        logits_BC = self._logits(parameters, buffers, x, {})
         hit_B = logits_BC.argmax(1) == y_B
         loss_B = nn.functional.cross_entropy(logits_BC, y_B, reduction="none")
         return torch.stack([(loss_B * weight_B).sum(), (hit_B * weight_B).sum()])
@@ -250,16 +248,13 @@ class LaneModel:
             return nullcontext()
         return torch.autocast(device.type, self._autocast, cache_enabled=False)
 
-    def _named(self, parameters_P: Tensor) -> dict[str, Tensor]:
-        """Return the model's parameters as views of one row.
-
-        ``split`` makes autograd write the gradient as one row again, with one copy.
-        """
-        pieces = torch.split(parameters_P, self._sizes)
-        return {
-            name: piece.view(shape)
-            for (name, shape), piece in zip(self._shapes.items(), pieces, strict=True)
-        }
+    def _with_noise(self, parameters: Tensors, deviation: Tensor, key_2: Tensor) -> Tensors:
+        """Return the parameters, the penalized ones with noise; one draw goes through them all."""
+        noisy, drawn = dict(parameters), 0
+        for name in self.penalized:
+            noisy[name] = perturbed(parameters[name], deviation, key_2, drawn)
+            drawn += parameters[name].numel()
+        return noisy
 
     def _choose_map(self, sample: Rows) -> LaneMap:
         """Try a step in a loop, which any model must pass, then under vmap."""
@@ -281,12 +276,19 @@ class LaneModel:
         """Take one gradient and one evaluation of two lanes, out of step with each other."""
         self._over_lanes = over_lanes
         x, y = torch.stack([sample.x, sample.x]), torch.stack([sample.y, sample.y])
-        parameters_2P = self.row_of(self._model).expand(2, -1).clone()
-        buffers = {n: torch.stack([b, b]) for n, b in self.buffers_of(self._model).items()}
+        parameters, buffers = (
+            {name: torch.stack([part, part]) for name, part in parts.items()}
+            for parts in (self.parameters_of(self._model), self.buffers_of(self._model))
+        )
         strengths = neutral_strengths(2, x.dtype)
         keys = torch.zeros(2, len(self._sites) + PERTURBATIONS, 2, dtype=torch.int32)
-        self.gradients(parameters_2P, buffers, strengths, Batch(x, y, keys, per_lane=True))
-        self.measure(parameters_2P, buffers, x, y, torch.ones_like(y, dtype=x.dtype), per_lane=True)
+        self.gradients(parameters, buffers, strengths, Batch(x, y, keys, per_lane=True))
+        self.measure(parameters, buffers, x, y, torch.ones_like(y, dtype=x.dtype), per_lane=True)
+
+
+def lanes_of(parameters: Tensors) -> int:
+    """Return of how many lanes these are the parameters."""
+    return len(next(iter(parameters.values())))
 
 
 def _normalize_in_float32(model: nn.Module) -> None:

@@ -74,13 +74,15 @@ def random_bits(key_2: Tensor, shape: Sequence[int], start: int = 0) -> Tensor:
     return x.view(shape)
 
 
-def standard_normal(key_2: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def standard_normal(
+    key_2: Tensor, shape: Sequence[int], dtype: torch.dtype, start: int = 0
+) -> Tensor:
     """Return standard normal noise of ``shape``, by inversion of the distribution function.
 
     The upper 23 bits of each hash give the middle of one of 2²³ equal intervals, exactly in any
     precision, so that float32 and float64 see the same noise; it ends at ±5.2.
     """
-    uniform = ((random_bits(key_2, shape) >> 9).to(dtype) + 0.5) * 2.0**-22
+    uniform = ((random_bits(key_2, shape, start) >> 9).to(dtype) + 0.5) * 2.0**-22
     normal: Tensor = torch.erfinv(uniform) * 2.0**0.5
     return normal
 

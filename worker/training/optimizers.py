@@ -2,8 +2,9 @@
 
 Each computes what its twin in ``torch.optim`` computes. What depends on the step count alone (the
 scheduled rate, Adam's bias corrections) is worked out for a whole epoch at once, on the host and in
-float64, as ``(coefficients, S, K)``; what is left for a step is a few in-place operations. An
-update uses up the gradient's memory.
+float64, as ``(coefficients, S, K)``; what is left for a step is a few in-place operations on each
+parameter of the K lanes, ``weights_K``, of any shape behind the lane axis. An update uses up the
+gradient's memory.
 
 Adam: D. Kingma and J. Ba, arXiv 1412.6980. AdamW: I. Loshchilov and F. Hutter, arXiv 1711.05101.
 RMSprop: T. Tieleman and G. Hinton, Lecture 6.5 (2012), in torch's form (ε outside the root).
@@ -39,12 +40,12 @@ class LaneOptimizer(Protocol):
 
     def update_(
         self,
-        parameters_KP: Tensor,
-        gradient_KP: Tensor,
+        weights_K: Tensor,
+        gradient_K: Tensor,
         moments: Sequence[Tensor],
         coefficients: Sequence[Tensor],
     ) -> None:
-        """Take one step in place; each coefficient is ``(K, 1)``."""
+        """Take one step in place; each coefficient is ``(K, 1, …)``, like the weights."""
 
 
 @dataclass(frozen=True)
@@ -65,18 +66,18 @@ class Sgd:
 
     def update_(
         self,
-        parameters_KP: Tensor,
-        gradient_KP: Tensor,
+        weights_K: Tensor,
+        gradient_K: Tensor,
         moments: Sequence[Tensor],
         coefficients: Sequence[Tensor],
     ) -> None:
         """Compute v ← μ·v + g, then w ← w − η·v, or Nesterov's w ← w − η·(g + μ·v)."""
-        (velocity_KP,) = moments
-        (negative_rate_K1,) = coefficients
-        velocity_KP.mul_(self.momentum).add_(gradient_KP)
+        (velocity_K,) = moments
+        (negative_rate_K,) = coefficients
+        velocity_K.mul_(self.momentum).add_(gradient_K)
         if self.nesterov:
-            velocity_KP = gradient_KP.add_(velocity_KP, alpha=self.momentum)
-        parameters_KP.addcmul_(velocity_KP, negative_rate_K1)
+            velocity_K = gradient_K.add_(velocity_K, alpha=self.momentum)
+        weights_K.addcmul_(velocity_K, negative_rate_K)
 
 
 @dataclass(frozen=True)
@@ -100,18 +101,18 @@ class Adam:
 
     def update_(
         self,
-        parameters_KP: Tensor,
-        gradient_KP: Tensor,
+        weights_K: Tensor,
+        gradient_K: Tensor,
         moments: Sequence[Tensor],
         coefficients: Sequence[Tensor],
     ) -> None:
         """Compute m ← β₁m + (1 − β₁)g, v ← β₂v + (1 − β₂)g², w ← w − η·m̂ / (√v̂ + ε)."""
-        mean_KP, square_KP = moments
-        slope_K1, offset_K1 = coefficients
-        mean_KP.lerp_(gradient_KP, 1 - self.beta1)
-        square_KP.mul_(self.beta2).addcmul_(gradient_KP, gradient_KP, value=1 - self.beta2)
-        divisor_KP = torch.sqrt(square_KP, out=gradient_KP).mul_(slope_K1).add_(offset_K1)
-        parameters_KP.addcdiv_(mean_KP, divisor_KP, value=-1)
+        mean_K, square_K = moments
+        slope_K, offset_K = coefficients
+        mean_K.lerp_(gradient_K, 1 - self.beta1)
+        square_K.mul_(self.beta2).addcmul_(gradient_K, gradient_K, value=1 - self.beta2)
+        divisor_K = torch.sqrt(square_K, out=gradient_K).mul_(slope_K).add_(offset_K)
+        weights_K.addcdiv_(mean_K, divisor_K, value=-1)
 
 
 @dataclass(frozen=True)
@@ -129,17 +130,17 @@ class RmsProp:
 
     def update_(
         self,
-        parameters_KP: Tensor,
-        gradient_KP: Tensor,
+        weights_K: Tensor,
+        gradient_K: Tensor,
         moments: Sequence[Tensor],
         coefficients: Sequence[Tensor],
     ) -> None:
         """Compute v ← α·v + (1 − α)g², w ← w − η·g / (√v + ε)."""
-        (square_KP,) = moments
-        (negative_rate_K1,) = coefficients
-        square_KP.mul_(self.alpha).addcmul_(gradient_KP, gradient_KP, value=1 - self.alpha)
-        gradient_KP.div_(square_KP.sqrt().add_(self.epsilon))
-        parameters_KP.addcmul_(gradient_KP, negative_rate_K1)
+        (square_K,) = moments
+        (negative_rate_K,) = coefficients
+        square_K.mul_(self.alpha).addcmul_(gradient_K, gradient_K, value=1 - self.alpha)
+        gradient_K.div_(square_K.sqrt().add_(self.epsilon))
+        weights_K.addcmul_(gradient_K, negative_rate_K)
 
 
 def find_optimizer(training: Training) -> LaneOptimizer:

@@ -1,8 +1,8 @@
 """Regularizers with one strength per lane: dropout, decay, L1, label smoothing and noise.
 
 Decay and L1 act on weights alone, not on biases or normalization parameters, unless a study says
-otherwise. A lane's parameters lie in one row, those first, so that ``weights_KW`` is the first W
-columns of ``parameters_KP``.
+otherwise. They act in place on one parameter of K lanes, ``weights_K``, of any shape behind the
+lane axis; strengths and rates have as many dimensions, ``(K, 1, …)``.
 
 Dropout: N. Srivastava et al., JMLR 15 (2014). Alpha dropout: G. Klambauer et al., arXiv 1706.02515.
 Decoupled decay: I. Loshchilov and F. Hutter, arXiv 1711.05101. Proximal step: N. Parikh and S.
@@ -129,46 +129,53 @@ def smoothed_cross_entropy(logits_BC: Tensor, y_B: Tensor, smoothing: Tensor) ->
     return -((1 - smoothing) * hit_B + smoothing * log_BC.mean(1)).mean()
 
 
-def perturbed(x: Tensor, deviation: Tensor, key_2: Tensor) -> Tensor:
-    """Return ``x`` with Gaussian noise of this standard deviation."""
-    return x + deviation * standard_normal(key_2, x.shape, x.dtype)
+def perturbed(x: Tensor, deviation: Tensor, key_2: Tensor, start: int = 0) -> Tensor:
+    """Return ``x`` with Gaussian noise of this standard deviation; numbers drawn from ``start``."""
+    return x + deviation * standard_normal(key_2, x.shape, x.dtype, start)
 
 
-def add_coupled_decay_(gradient_KW: Tensor, weights_KW: Tensor, decay_K1: Tensor) -> None:
+def add_coupled_decay_(gradient_K: Tensor, weights_K: Tensor, decay_K: Tensor) -> None:
     """Add the gradient of (λ₂/2)‖w‖², which is λ₂·w."""
-    gradient_KW.addcmul_(weights_KW, decay_K1)
+    gradient_K.addcmul_(weights_K, decay_K)
 
 
-def decay_(weights_KW: Tensor, decay_K1: Tensor, rate_K1: Tensor) -> None:
+def decay_(weights_K: Tensor, decay_K: Tensor, rate_K: Tensor) -> None:
     """Shrink weights by the factor 1 − η·λ₂, apart from the gradient; η is the scheduled rate."""
-    weights_KW.mul_(1 - rate_K1 * decay_K1)
+    weights_K.mul_(1 - rate_K * decay_K)
 
 
-def add_l1_subgradient_(gradient_KW: Tensor, weights_KW: Tensor, l1_K1: Tensor) -> None:
+def add_l1_subgradient_(gradient_K: Tensor, weights_K: Tensor, l1_K: Tensor) -> None:
     """Add a subgradient of λ₁‖w‖₁, which is λ₁·sign(w)."""
-    gradient_KW.addcmul_(weights_KW.sign(), l1_K1)
+    gradient_K.addcmul_(weights_K.sign(), l1_K)
 
 
-def soft_threshold_(weights_KW: Tensor, threshold_K1: Tensor) -> None:
+def soft_threshold_(weights_K: Tensor, threshold_K: Tensor) -> None:
     """Move weights towards zero by η·λ₁; what would pass it becomes exactly zero.
 
     That is w − clip(w, −ηλ₁, ηλ₁); ``clamp`` with tensors as bounds takes three times as long.
     """
-    clipped_KW = torch.maximum(weights_KW, -threshold_K1)
-    weights_KW.sub_(torch.minimum(clipped_KW, threshold_K1, out=clipped_KW))
+    clipped_K = torch.maximum(weights_K, -threshold_K)
+    weights_K.sub_(torch.minimum(clipped_K, threshold_K, out=clipped_K))
 
 
-def penalty(weights_KW: Tensor, l1_K: Tensor, coupled_decay_K: Tensor | None) -> Tensor:
-    """Return what is added to each lane's training objective: ``(K,)``.
+def penalty(weights: Sequence[Tensor], l1_K: Tensor, coupled_decay_K: Tensor | None) -> Tensor:
+    """Return what is added to each lane's training objective: ``(K,)``, for K lanes' weights.
 
     That is λ₁‖w‖₁ + (λ₂/2)‖w‖². A decoupled decay is no penalty and counts nothing.
     """
-    total_K = l1_K * weights_KW.abs().sum(1)
-    if coupled_decay_K is not None:
-        total_K += coupled_decay_K / 2 * weights_KW.square().sum(1)
+    total_K = torch.zeros_like(l1_K)
+    for weights_KN in map(_by_lane, weights):
+        total_K += l1_K * weights_KN.abs().sum(1)
+        if coupled_decay_K is not None:
+            total_K += coupled_decay_K / 2 * weights_KN.square().sum(1)
     return total_K
 
 
-def sparsity(weights_KW: Tensor) -> Tensor:
-    """Return the share of each lane's penalized weights that are exactly zero: ``(K,)``."""
-    return (weights_KW == 0).mean(1, dtype=torch.float32)
+def sparsity(weights: Sequence[Tensor]) -> Tensor:
+    """Return the share of each lane's weights that are exactly zero: ``(K,)``, of any at all."""
+    zeros_K = torch.stack([(weights_KN == 0).sum(1) for weights_KN in map(_by_lane, weights)])
+    return zeros_K.sum(0) / sum(weights_K[0].numel() for weights_K in weights)
+
+
+def _by_lane(weights_K: Tensor) -> Tensor:
+    return weights_K.reshape(len(weights_K), -1)

@@ -15,8 +15,8 @@ from worker.training.model import Batch, LaneModel
 from worker.training.optimizers import LaneOptimizer
 
 Tensors = Mapping[str, Tensor]
-Live = tuple[Tensor, tuple[Tensor, ...], Tensors]
-"""What a step changes: parameters ``(K, P)``, the optimizer's moments, the model's buffers."""
+Live = tuple[Tensors, tuple[Tensors, ...], Tensors]
+"""What a step changes: parameters, the optimizer's moments of each, the model's buffers."""
 Source = tuple[Tensor, ...]
 """All rows ``x`` and ``y``; where lanes standardize differently, also scale and shift of each."""
 
@@ -58,44 +58,56 @@ class LaneStep:
         live: Live,
         strengths: Tensors,
         source: Source,
-        rate_K1: Tensor,
-        coefficients_CK1: Tensor,
+        rate_K: Tensor,
+        coefficients_CK: Tensor,
         keys: Tensor,
         index: Tensor,
     ) -> Tensor:
         """Move K lanes by one batch, in place; return their losses before it: ``(K,)``.
 
-        ``index`` are the numbers of the rows, ``(B,)`` for all lanes or ``(K, B)``; ``keys`` are
-        the noise keys, ``(N, 2)`` or ``(K, N, 2)``.
+        ``rate_K`` are the scheduled learning rates. ``index`` are the numbers of the rows, ``(B,)``
+        for all lanes or ``(K, B)``; ``keys`` are the noise keys, ``(N, 2)`` or ``(K, N, 2)``.
         """
-        parameters_KP, moments, buffers = live
+        parameters, moments, buffers = live
         x, y, per_lane = gather(source, index)
-        gradient_KP, loss_K = self._model.gradients(
-            parameters_KP, buffers, strengths, Batch(x, y, keys, per_lane)
+        gradients, loss_K = self._model.gradients(
+            parameters, buffers, strengths, Batch(x, y, keys, per_lane)
         )
-        weights_KW = parameters_KP[:, : self._model.weights]
-        gradient_KW = gradient_KP[:, : self._model.weights]
-        if self._decay and self._optimizer.decoupled_decay:
-            regularizers.decay_(weights_KW, strengths["decay"][:, None], rate_K1)
-        elif self._decay:
-            decay_K1 = strengths["decay"][:, None]
-            regularizers.add_coupled_decay_(gradient_KW, weights_KW, decay_K1)
-        if self._l1 == "subgradient":
-            regularizers.add_l1_subgradient_(gradient_KW, weights_KW, strengths["l1"][:, None])
-        self._optimizer.update_(parameters_KP, gradient_KP, moments, coefficients_CK1.unbind())
-        if self._l1 == "proximal":
-            regularizers.soft_threshold_(weights_KW, rate_K1 * strengths["l1"][:, None])
+        per_lane_numbers = torch.stack([strengths["decay"], strengths["l1"], rate_K])
+        for name, weights_K in parameters.items():
+            decay_K, l1_K, own_rate_K = _shaped_like(weights_K, per_lane_numbers)
+            gradient_K = gradients[name]
+            penalized = name in self._model.penalized
+            if penalized and self._decay and self._optimizer.decoupled_decay:
+                regularizers.decay_(weights_K, decay_K, own_rate_K)
+            elif penalized and self._decay:
+                regularizers.add_coupled_decay_(gradient_K, weights_K, decay_K)
+            if penalized and self._l1 == "subgradient":
+                regularizers.add_l1_subgradient_(gradient_K, weights_K, l1_K)
+            self._optimizer.update_(
+                weights_K,
+                gradient_K,
+                [moment[name] for moment in moments],
+                _shaped_like(weights_K, coefficients_CK),
+            )
+            if penalized and self._l1 == "proximal":
+                regularizers.soft_threshold_(weights_K, own_rate_K * l1_K)
         return loss_K
 
     def measure(
-        self, parameters_KP: Tensor, buffers: Tensors, source: Source, index: Tensor, weight: Tensor
+        self,
+        parameters: Tensors,
+        buffers: Tensors,
+        source: Source,
+        index: Tensor,
+        weight: Tensor,
     ) -> Tensor:
         """Return, summed over a batch, K lanes' losses and hits: ``(2, K)``.
 
         ``weight``, of the shape of ``index``, is 0 where a row only fills up the batch.
         """
         x, y, per_lane = gather(source, index)
-        return self._model.measure(parameters_KP, buffers, x, y, weight, per_lane)
+        return self._model.measure(parameters, buffers, x, y, weight, per_lane)
 
 
 def gather(source: Source, index: Tensor) -> tuple[Tensor, Tensor, bool]:
@@ -108,3 +120,8 @@ def gather(source: Source, index: Tensor) -> tuple[Tensor, Tensor, bool]:
     # Lanes that share their rows are of one split.
     scale, shift = (scale_K[:, None], shift_K[:, None]) if per_lane else (scale_K[0], shift_K[0])
     return torch.addcmul(shift, x[index], scale), y[index], per_lane
+
+
+def _shaped_like(weights_K: Tensor, numbers_CK: Tensor) -> Sequence[Tensor]:
+    """Return C numbers of each lane with as many dimensions as the weights: ``(K, 1, …)`` each."""
+    return numbers_CK.view(*numbers_CK.shape, *(1 for _ in weights_K.shape[1:])).unbind()

@@ -1,6 +1,7 @@
 """What a trial's numbers may depend on, and what never touches them."""
 
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,12 @@ OTHERS = [
 ]
 OPTIMIZERS = ["adam", "adamw", "sgd", "rmsprop"]
 EPOCHS = 12
+
+
+def of_lane(engine: Engine, names: Iterable[str], place: int = 0) -> torch.Tensor:
+    """What a lane's parameters of these names hold, in one row."""
+    parameters = engine._tensors.parameters
+    return torch.cat([parameters[name][place].flatten() for name in names])
 
 
 def alone(make_engine, **settings: Any) -> torch.Tensor:
@@ -150,7 +157,7 @@ def test_the_result_is_that_of_the_best_weights_which_were_copied_when_they_were
     train(stopped_there, best.epoch)
     now = stopped_there._tensors
     ((test_loss, test_score),) = stopped_there._epochs.test(
-        now.parameters_KP, now.buffers, [0]
+        now.parameters, now.buffers, [0]
     ).tolist()
     assert result.test_loss == pytest.approx(test_loss, rel=1e-8)
     assert result.test_score == test_score
@@ -237,8 +244,7 @@ def test_a_batch_norms_scale_does_not_decay(make_engine):
     engine = make_engine(optimizer="adamw", learning_rate=0.5)
     engine.join([trial(0, weight_decay=2.0)])  # η·λ₂ = 1: weights are zero before every step
     engine.train_epoch()
-    scale = engine._tensors.parameters_KP[0, engine.model.weights :]
-    assert scale.abs().max() > 0.5
+    assert of_lane(engine, engine.model.spared).abs().max() > 0.5
 
 
 def test_proximal_l1_gives_exact_zeros_and_the_subgradient_none(make_engine):
@@ -266,7 +272,7 @@ def test_the_penalty_is_reported_apart_from_the_losses(make_engine, optimizer, c
         ]
     )
     free, decayed, l1 = engine.train_epoch()
-    weights = engine._tensors.parameters_KP[0, : engine.model.weights]
+    weights = of_lane(engine, engine.model.penalized)
     assert free.penalty == 0
     assert decayed.penalty == pytest.approx(5 * float(weights.square().sum()) * counted)
     assert l1.penalty == pytest.approx(10 * float(weights.abs().sum()))
@@ -294,7 +300,7 @@ def test_lanes_come_and_go_between_epochs(make_engine):
     engine.leave([1, 3])
     assert (engine.lanes, engine.free_slots) == ([2], 2)
     assert [(e.key, e.epoch) for e in engine.train_epoch()] == [(2, 3)]
-    assert engine._tensors.parameters_KP.shape[0] == 1
+    assert len(engine._tensors) == 1
 
 
 def test_what_cannot_join_leave_or_go_on_is_refused(make_engine):
@@ -390,7 +396,8 @@ def test_a_study_may_penalize_all_parameters(make_engine, penalized, scale):
     engine = make_engine(penalized=penalized, batch_size=1000)
     engine.join([trial(0, weight_decay=100.0)])
     engine.train_epoch()
-    batch_norm = engine._tensors.parameters_KP[0].max()  # everything else is near zero
+    every = engine.model.penalized + engine.model.spared
+    batch_norm = of_lane(engine, every).max()  # everything else is near zero
     assert batch_norm == pytest.approx(scale, abs=0.02)
 
 

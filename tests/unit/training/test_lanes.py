@@ -32,39 +32,44 @@ def test_a_lane_goes_on_until_patience_or_the_epochs_run_out():
 
 def test_best_copies_are_copies_of_the_lanes_that_improved():
     tensors = LaneTensors.starting(
-        torch.zeros(1, 3), {"mean": torch.zeros(1, 2)}, moments=1, trials=2
+        {"w": torch.zeros(1, 3)}, {"mean": torch.zeros(1, 2)}, moments=1, trials=2
     )
-    tensors.parameters_KP.fill_(1)
+    tensors.parameters["w"].fill_(1)
     tensors.buffers["mean"].fill_(2)
     tensors.keep_best_(torch.tensor([True, False]))
-    tensors.parameters_KP.fill_(7)
+    tensors.parameters["w"].fill_(7)
     tensors.buffers["mean"].fill_(7)
-    assert tensors.best_parameters_KP.tolist() == [[1, 1, 1], [0, 0, 0]]
+    assert tensors.best_parameters["w"].tolist() == [[1, 1, 1], [0, 0, 0]]
     assert tensors.best_buffers["mean"].tolist() == [[2, 2], [0, 0]]
 
 
 def test_selected_lanes_keep_all_that_is_theirs_in_the_order_asked_for():
-    one = LaneTensors.starting(torch.tensor([[1.0]]), {"mean": torch.tensor([1.0])}, 2, trials=1)
-    two = LaneTensors.starting(torch.tensor([[2.0]]), {"mean": torch.tensor([2.0])}, 2, trials=1)
-    two.moments[1].fill_(5)
+    one, two = (
+        LaneTensors.starting(
+            {"w": torch.tensor([[number]])}, {"mean": torch.tensor([number])}, 2, trials=1
+        )
+        for number in (1.0, 2.0)
+    )
+    two.moments[1]["w"].fill_(5)
     swapped = one.join(two).select([1, 0])
-    assert swapped.parameters_KP.tolist() == swapped.best_parameters_KP.tolist() == [[2.0], [1.0]]
+    for weights in (swapped.parameters, swapped.best_parameters):
+        assert weights["w"].tolist() == [[2.0], [1.0]]
     assert swapped.buffers["mean"].tolist() == swapped.best_buffers["mean"].tolist() == [2.0, 1.0]
-    assert [moment.tolist() for moment in swapped.moments] == [[[0], [0]], [[5], [0]]]
+    assert [moment["w"].tolist() for moment in swapped.moments] == [[[0], [0]], [[5], [0]]]
 
 
 def test_a_view_of_lanes_is_no_copy():
-    tensors = LaneTensors.starting(torch.zeros(1, 2), {"mean": torch.zeros(1)}, 1, trials=3)
-    tensors.slice(slice(1, 2)).parameters_KP.fill_(5)
+    tensors = LaneTensors.starting({"w": torch.zeros(1, 2)}, {"mean": torch.zeros(1)}, 1, trials=3)
+    tensors.slice(slice(1, 2)).parameters["w"].fill_(5)
     tensors.slice(slice(2, 3)).buffers["mean"].fill_(6)
-    assert tensors.parameters_KP.tolist() == [[0, 0], [5, 5], [0, 0]]
+    assert tensors.parameters["w"].tolist() == [[0, 0], [5, 5], [0, 0]]
     assert tensors.buffers["mean"].tolist() == [0, 0, 6]
 
 
 def test_every_trial_starts_with_all_of_its_members():
-    members = torch.tensor([[1.0], [2.0]])
+    members = {"w": torch.tensor([[1.0], [2.0]])}
     tensors = LaneTensors.starting(members, {}, 0, trials=2)
-    assert tensors.parameters_KP.tolist() == [[1], [2], [1], [2]]
+    assert tensors.parameters["w"].tolist() == [[1], [2], [1], [2]]
 
 
 def test_a_trial_goes_by_the_mean_of_its_members_and_keeps_their_spread():

@@ -17,10 +17,10 @@ MEMBERS = 6
 def only(engine: Engine, member: int) -> Engine:
     """Make an engine of all members one of a single one."""
     engine._members = 1
-    engine._initial_MP = engine._initial_MP[member : member + 1]
-    engine._initial_buffers = {
-        name: buffer[member : member + 1] for name, buffer in engine._initial_buffers.items()
-    }
+    engine._initial, engine._initial_buffers = (
+        {name: part[member : member + 1] for name, part in parts.items()}
+        for parts in (engine._initial, engine._initial_buffers)
+    )
     engine._tensors = engine._starting_tensors(0)
     train_any = engine._epochs.train
 

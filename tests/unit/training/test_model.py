@@ -107,12 +107,17 @@ def batch(lanes: int, model: LaneModel, per_lane: bool) -> Batch:
     return Batch(rows().x[shuffled], rows().y[shuffled], keys, per_lane)
 
 
-def stack(model: LaneModel, lanes: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def stack(model: LaneModel, lanes: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Lanes whose weights differ."""
-    factors = torch.linspace(0.5, 1.5, lanes, dtype=torch.float64)[:, None]
-    initial = model.buffers_of(model._model)
-    buffers = {name: torch.stack([buffer] * lanes) for name, buffer in initial.items()}
-    return model.row_of(model._model) * factors, buffers
+    factors = torch.linspace(0.5, 1.5, lanes, dtype=torch.float64)
+    weights, buffers = model.parameters_of(model._model), model.buffers_of(model._model)
+    return (
+        {
+            name: torch.stack([part * factor for factor in factors])
+            for name, part in weights.items()
+        },
+        {name: torch.stack([part] * lanes) for name, part in buffers.items()},
+    )
 
 
 def strengths(rates: torch.Tensor = RATES, **others: float) -> dict[str, torch.Tensor]:
@@ -126,7 +131,7 @@ def strengths(rates: torch.Tensor = RATES, **others: float) -> dict[str, torch.T
 
 
 def measured(
-    model: LaneModel, parameters: torch.Tensor, buffers: dict[str, torch.Tensor]
+    model: LaneModel, parameters: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor]
 ) -> torch.Tensor:
     """Mean losses and accuracies over all rows."""
     weight = torch.ones(len(rows()), dtype=torch.float64)
@@ -159,11 +164,11 @@ def test_the_loop_over_lanes_gives_the_numbers_of_vmap(name, per_lane, lines):
     for over_lanes in (vmap, loop):
         model._over_lanes = over_lanes
         parameters, buffers = stack(model, 3)
-        gradient, loss = model.gradients(
+        gradients, loss = model.gradients(
             parameters, buffers, strengths(), batch(3, model, per_lane)
         )
         evaluated = measured(model, parameters, buffers)
-        results.append([gradient, loss, *buffers.values(), evaluated])
+        results.append([*gradients.values(), loss, *buffers.values(), evaluated])
     for mapped, looped in zip(*results, strict=True):
         torch.testing.assert_close(mapped, looped, rtol=1e-9, atol=1e-12)
 
@@ -175,9 +180,8 @@ def test_a_lane_is_the_model_that_autograd_would_train():
     torch.manual_seed(0)
     model = lane_model(cnn())
     parameters, buffers = stack(model, 1)
-    parameters *= 2
-    gradient, loss = model.gradients(
-        parameters,
+    gradients, loss = model.gradients(
+        {name: 2 * halved for name, halved in parameters.items()},
         buffers,
         strengths(RATES[:1]),
         batch(1, model, per_lane=False),
@@ -185,11 +189,11 @@ def test_a_lane_is_the_model_that_autograd_would_train():
     expected_loss = nn.functional.cross_entropy(plain(rows().x), rows().y)
     expected_loss.backward()
     named = dict(plain.named_parameters())
-    order = ["0.weight", "5.weight", "0.bias", "1.weight", "1.bias", "5.bias"]
-    expected = torch.cat([named[name].grad.flatten() for name in order])
     torch.testing.assert_close(loss[0], expected_loss.detach())
-    torch.testing.assert_close(gradient[0], expected)
-    assert model.weights == named["0.weight"].numel() + named["5.weight"].numel()
+    assert list(gradients) == ["0.weight", "5.weight", "0.bias", "1.weight", "1.bias", "5.bias"]
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient[0], named[name].grad)
+    assert model.penalized == ("0.weight", "5.weight")
     for name, expected_buffer in plain.named_buffers():
         torch.testing.assert_close(buffers[name][0], expected_buffer)
 
@@ -197,9 +201,10 @@ def test_a_lane_is_the_model_that_autograd_would_train():
 def test_evaluation_leaves_running_statistics_and_weights_as_they_are():
     model = lane_model(cnn())
     parameters, buffers = stack(model, 2)
-    before = [parameters.clone(), *(b.clone() for b in buffers.values())]
+    held = [*parameters.values(), *buffers.values()]
+    before = [part.clone() for part in held]
     measured(model, parameters, buffers)
-    for old, now in zip(before, [parameters, *buffers.values()], strict=True):
+    for old, now in zip(before, held, strict=True):
         assert torch.equal(old, now)
 
 
@@ -225,7 +230,7 @@ def test_lanes_that_share_a_batch_share_their_noise_at_rates_of_their_own():
     """At a higher rate the same elements drop, and more."""
     model = lane_model(CalledTwice())
     parameters, buffers = stack(model, 3)
-    parameters = parameters[1].expand(3, -1).clone()
+    parameters = {name: torch.stack([part[1]] * 3) for name, part in parameters.items()}
     same = strengths(RATES[[1, 1, 1]])
     _, loss_K = model.gradients(parameters, buffers, same, batch(3, model, per_lane=False))
     torch.testing.assert_close(loss_K, loss_K[:1].expand(3))
@@ -265,8 +270,7 @@ def test_replicas_compute_the_same_and_share_nothing():
         results.append(
             each.gradients(parameters, buffers, strengths(), batch(3, model, per_lane=False))
         )
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*results)
     modules = set(model._model.modules())
     assert modules.isdisjoint(twin._model.modules())
     assert set(twin._sites.values()).isdisjoint(modules)
@@ -282,7 +286,8 @@ def test_a_knob_acts_in_training_alone_and_is_exactly_off_at_zero(knob, per_lane
     def gradients(model: LaneModel, strength: float) -> list[torch.Tensor]:
         own = {name: buffer.clone() for name, buffer in buffers.items()}
         chosen = strengths(**{knob: strength})
-        return list(model.gradients(parameters, own, chosen, batch(3, model, per_lane)))
+        gradients, loss = model.gradients(parameters, own, chosen, batch(3, model, per_lane))
+        return [loss, *gradients.values()]
 
     off, unknown = gradients(with_knob, 0.0), gradients(plain, 0.0)
     for ours, theirs in zip(off, unknown, strict=True):
@@ -297,6 +302,18 @@ def test_a_knob_acts_in_training_alone_and_is_exactly_off_at_zero(knob, per_lane
         torch.testing.assert_close(mapped, looped, rtol=1e-9, atol=1e-12)
 
 
+def test_each_weight_draws_noise_of_its_own():
+    """Two layers of the same shape: the second one's noise is not the first one's again."""
+    twins = nn.Sequential(nn.Flatten(), nn.Linear(64, 64, bias=False), nn.Linear(64, 64))
+    model = lane_model(twins, knobs=("weight_noise",))
+    key, none = torch.tensor([3, 7], dtype=torch.int32), torch.zeros(64, 64, dtype=torch.float64)
+    still = {"1.weight": none, "2.weight": none, "2.bias": none[0]}
+    noisy = model._with_noise(still, torch.tensor(1.0, dtype=torch.float64), key)
+    drawn = standard_normal(key, (2, 64, 64), torch.float64)
+    assert torch.equal(torch.stack([noisy["1.weight"], noisy["2.weight"]]), drawn)
+    assert torch.equal(noisy["2.bias"], none[0])
+
+
 def test_input_and_weight_noise_are_what_their_names_say():
     """One linear layer: noise on inputs and weights can be undone by hand."""
     linear = nn.Sequential(nn.Flatten(), nn.Linear(64, CLASSES))
@@ -307,9 +324,9 @@ def test_input_and_weight_noise_are_what_their_names_say():
     _, loss = model.gradients(parameters, {}, chosen, seen)
     input_key, weight_key = seen.keys
     x = rows().x + 0.5 * standard_normal(input_key, rows().x.shape, torch.float64)
-    weights = parameters[0, : 64 * CLASSES]
+    weights = parameters["1.weight"][0]
     weights = weights + 0.2 * standard_normal(weight_key, weights.shape, torch.float64)
-    logits = x.flatten(1) @ weights.view(CLASSES, 64).T + parameters[0, 64 * CLASSES :]
+    logits = x.flatten(1) @ weights.T + parameters["1.bias"][0]
     torch.testing.assert_close(loss[0], nn.functional.cross_entropy(logits, rows().y))
 
 
@@ -321,15 +338,19 @@ def test_bfloat16_keeps_weights_and_losses_in_full_precision():
     )
     assert model.vectorized
     parameters, buffers = stack(model, 2)
-    parameters = parameters.float()
+    parameters = {name: part.float() for name, part in parameters.items()}
     seen = batch(2, model, per_lane=False)
     seen = Batch(seen.x.float(), seen.y, seen.keys, per_lane=False)
     chosen = {
         name: value.float() if value.is_floating_point() else value
         for name, value in strengths(RATES[:2]).items()
     }
-    gradient, loss = model.gradients(parameters, buffers, chosen, seen)
-    exact, exact_loss = full.gradients(parameters, buffers, chosen, seen)
+    gradients, loss = model.gradients(parameters, buffers, chosen, seen)
+    exact_gradients, exact_loss = full.gradients(parameters, buffers, chosen, seen)
+    gradient, exact = (
+        torch.cat([part.flatten() for part in parts.values()])
+        for parts in (gradients, exact_gradients)
+    )
     assert gradient.dtype == loss.dtype == torch.float32
     assert not torch.equal(loss, exact_loss)
     torch.testing.assert_close(loss, exact_loss, rtol=0.05, atol=0)

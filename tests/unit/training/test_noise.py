@@ -127,7 +127,7 @@ def test_normal_noise_is_standard_normal_and_the_same_in_any_precision():
 
 def test_normal_noise_is_finite_at_both_ends(monkeypatch):
     ends = torch.tensor([noise.LOWEST, noise.HIGHEST], dtype=torch.int32)
-    monkeypatch.setattr(noise, "random_bits", lambda key, shape: ends)
+    monkeypatch.setattr(noise, "random_bits", lambda key, shape, start: ends)
     for dtype in (torch.float32, torch.float64):
         low, high = noise.standard_normal(keys()[0, 0], (2,), dtype).tolist()
         assert -5.5 < low < -5

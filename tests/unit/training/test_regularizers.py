@@ -125,12 +125,17 @@ def test_the_proximal_step_with_a_strength_of_zero_changes_nothing():
 def test_the_penalty_is_l1_plus_half_the_squared_norm():
     w = torch.tensor([[1.0, -2.0], [3.0, 0.0]], dtype=torch.float64)
     l1, decay = column(0.1, 0.2)[:, 0], column(2.0, 4.0)[:, 0]
-    assert regularizers.penalty(w, l1, decay).tolist() == [0.1 * 3 + 5, 0.2 * 3 + 18]
-    torch.testing.assert_close(regularizers.penalty(w, l1, None), l1 * 3)
+    assert regularizers.penalty([w[:, :1], w[:, 1:, None]], l1, decay).tolist() == [
+        0.1 * 3 + 5,
+        0.2 * 3 + 18,
+    ]
+    torch.testing.assert_close(regularizers.penalty([w], l1, None), l1 * 3)
 
 
 def test_sparsity_counts_exact_zeros():
-    assert regularizers.sparsity(torch.tensor([[0.0, 1e-30], [0, 0]])).tolist() == [0.5, 1.0]
+    assert regularizers.sparsity(
+        [torch.tensor([[0.0, 1e-30], [0, 0]]), torch.tensor([[[1.0], [0]], [[0], [0]]])]
+    ).tolist() == [0.5, 1.0]
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
