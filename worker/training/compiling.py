@@ -76,10 +76,20 @@ class Program:
     """
 
     def __init__(
-        self, name: str, lanes: int, threads: int, constants: Collection[int] = ()
+        self,
+        name: str,
+        lanes: int,
+        threads: int,
+        constants: Collection[int] = (),
+        kind: Hashable = None,
     ) -> None:
-        """``constants`` are the addresses of arguments that no call changes."""
+        """``constants`` are the addresses of arguments that no call changes.
+
+        Programs of the same ``kind`` do the same on different numbers of threads; which number is
+        the best can be told only when all are compiled or none is.
+        """
         self.name = name
+        self.kind = kind
         self._constants = constants
         self.lanes = lanes
         self.threads = threads
@@ -233,19 +243,21 @@ class Programs:
         with self._finding:
             key = (name, lanes, threads, *shapes)
             if key not in self._programs:
-                self._programs[key] = Program(name, lanes, threads, self._constants)
+                kind = (name, lanes, *shapes)
+                self._programs[key] = Program(name, lanes, threads, self._constants, kind)
             return self._programs[key]
 
     def __iter__(self) -> Iterator[Program]:
         with self._finding:
             return iter(list(self._programs.values()))
 
-    def epoch_ended(self, seconds: float, epochs_to_come: int = 0) -> None:
+    def epoch_ended(self, seconds: float, epochs_to_come: int = 0) -> bool:
         """Share an epoch's time out among the programs that were called, and compile for the next.
 
-        ``epochs_to_come`` are those that will be trained for certain. Takes no time itself.
+        ``epochs_to_come`` are those that will be trained for certain. Takes no time itself. Return
+        whether the next calls try a compiled form for the first time.
         """
-        self._take_compiled()
+        changed = self._take_compiled()
         programs = list(self)
         work = [program.take_work() for program in programs]
         for program, share in zip(programs, work, strict=True):
@@ -253,6 +265,7 @@ class Programs:
             program.seconds += spent
             program.certain = program.seconds + spent * epochs_to_come
         self._compile_what_pays(programs)
+        return changed
 
     def rehearsed(self, sizes: Collection[int], seconds: float) -> None:
         """Compile for the first epoch to come, if chunks of these sizes will run so long for sure.
@@ -269,27 +282,34 @@ class Programs:
         if not self._compiles:
             return
         queued = sum(program.queued for program in programs)
+        paying = {p.kind for p in programs if p.certain >= SECONDS_BEFORE_COMPILING}
         for program in programs:
-            earned = program.recording is not None and program.certain >= SECONDS_BEFORE_COMPILING
+            earned = program.recording is not None and program.kind in paying
             if earned and not program.queued and queued < MOST_COMPILED:
                 program.queued = True
                 queued += 1
                 self._submit(program)
 
-    def settle(self) -> None:
-        """Wait until nothing is being compiled any more; the next calls try what has been."""
+    def settle(self) -> bool:
+        """Wait until nothing is being compiled any more; the next calls try what has been.
+
+        Return whether they do.
+        """
         while self._thread is not None and self._thread.is_alive() and self._queue.unfinished_tasks:
             sleep(SETTLING_SECONDS)
-        self._take_compiled()
+        return self._take_compiled()
 
     def close(self) -> None:
         """Compile nothing more; what is being compiled right now is left to end by itself."""
         self._queue.put(None)
 
-    def _take_compiled(self) -> None:
+    def _take_compiled(self) -> bool:
+        taken = False
         while not self._compiled.empty():
             program, form = self._compiled.get()
             program.challenger = form
+            taken = True
+        return taken
 
     def _submit(self, program: Program) -> None:
         self._queue.put(program)

@@ -33,7 +33,8 @@ class Spread:
     """How many threads compute a chunk when there are more cores than chunks.
 
     Small matrix products lose more by being shared than they gain, convolutions gain. So one thread
-    and all that there are get some epochs each, and from then on the faster.
+    and all that there are get some epochs each, and from then on the faster. What has been compiled
+    in the meantime may turn the result around, so then they try again.
     """
 
     def __init__(self) -> None:
@@ -51,6 +52,10 @@ class Spread:
         """Note how long the latest epoch took."""
         epochs, shortest = self._of(self._latest)
         self._tried[self._latest] = epochs + 1, min(shortest, seconds)
+
+    def forget(self) -> None:
+        """Try all again."""
+        self._tried.clear()
 
     def _of(self, candidate: tuple[int, int]) -> tuple[int, float]:
         """Return after how many epochs, and the seconds of the shortest."""
@@ -86,6 +91,10 @@ class Cores:
     def note(self, seconds: float) -> None:
         """Note how long the latest epoch took."""
         self._spread.note(seconds)
+
+    def forget(self) -> None:
+        """Find out again how many threads a chunk takes: operations are not what they were."""
+        self._spread.forget()
 
     def close(self) -> None:
         """Give the threads back."""

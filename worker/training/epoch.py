@@ -201,7 +201,8 @@ class Epochs:
         ``epochs_to_come`` are those that will be trained for certain.
         """
         self._cores.note(seconds)
-        self._programs.epoch_ended(seconds, epochs_to_come)
+        if self._programs.epoch_ended(seconds, epochs_to_come):
+            self._cores.forget()
 
     def rehearsed(self, lanes: int, seconds: float) -> None:
         """Note that so many lanes will train for so long at the rehearsed speed."""
@@ -209,7 +210,8 @@ class Epochs:
 
     def settle(self) -> None:
         """Wait until nothing is being compiled any more."""
-        self._programs.settle()
+        if self._programs.settle():
+            self._cores.forget()
 
     def close(self) -> None:
         """Give the threads back."""

@@ -185,6 +185,23 @@ def test_after_a_rehearsal_that_promises_a_long_run_its_chunks_are_compiled(monk
     assert rehearsed.seconds == 0
 
 
+def test_what_is_compiled_for_some_threads_is_compiled_for_all_that_were_tried(monkeypatch):
+    """Else a recording on the best number of threads would lose against what has been compiled."""
+    programs = Programs(compiles=True)
+    monkeypatch.setattr(programs, "_submit", lambda program: None)
+    tried, used, other = (
+        programs.find("busy", lanes, threads) for lanes, threads in ((1, 1), (1, 2), (2, 1))
+    )
+    for program in (tried, used, other):
+        bound = program.bind([busy])
+        for _ in range(compiling.CALLS_BEFORE_RECORDING + 1):
+            bound(torch.ones(10))
+    programs.epoch_ended(0.0)
+    used.bind([busy])(torch.ones(10))
+    programs.epoch_ended(compiling.SECONDS_BEFORE_COMPILING)
+    assert (tried.queued, used.queued, other.queued) == (True, True, False)
+
+
 def test_what_will_certainly_run_for_long_is_compiled_at_once(monkeypatch):
     programs = Programs(compiles=True)
     monkeypatch.setattr(programs, "_submit", lambda program: None)

@@ -32,6 +32,13 @@ def test_other_numbers_of_chunks_are_tried_for_themselves():
     assert 2 in chosen(spread, 2, 2, {1: 1.0, 2: 2.0})
 
 
+def test_when_forgotten_all_are_tried_again():
+    spread = Spread()
+    assert chosen(spread, 1, 4, {1: 1.0, 4: 2.0})[-1] == 1
+    spread.forget()
+    assert chosen(spread, 1, 4, {1: 2.0, 4: 1.0})[-1] == 4
+
+
 @pytest.mark.parametrize(
     ("lanes", "threads", "sizes"),
     [
