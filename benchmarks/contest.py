@@ -257,10 +257,11 @@ class Contest:
             before = allocated(self.setting.device)
             engine.join(some_trials(lanes))
             trying_threads = 2 * EPOCHS_TRIED if lanes < self.setting.threads else 0
-            for _ in range(1 + trying_threads):
-                engine.train_epoch()
-            engine.settle()
-            engine.train_epoch()
+            for form in ("recorded", "compiled"):
+                for _ in range(1 + trying_threads):
+                    engine.train_epoch()
+                if form == "recorded":
+                    engine.settle()
             if self.setting.device.type == "cuda":
                 training, validation = allocated_peaks(engine, self.setting.device)
                 contender.measured_bytes = (training - before) / lanes
