@@ -250,7 +250,7 @@ class Contest:
         EVENTS.clear()
         engine = build_engine(self.setting, lanes, compiles=compiles)
         contender = Contender(name, engine.train_epoch, lanes)
-        self.footprint = engine.footprint()
+        self.footprint = engine.footprint
         contender.predicted_bytes = bytes_per_lane(self.footprint, lanes, self.setting)
         try:
             check_memory(lanes * self.footprint.state, self.setting.device)
@@ -287,10 +287,15 @@ class Contest:
         """Measure what the most lanes take, in processes of their own, against a single one."""
         lanes = max((c.trials for c in self.contenders), default=1)
         if lanes > 1 and not self._deadline.passed():
-            most, least = (resident_bytes(self.setting, count) for count in (lanes, 1))
+            (most, one_by_one), (least, _) = (
+                resident_bytes(self.setting, count) for count in (lanes, 1)
+            )
             for contender in self.contenders:
-                if contender.name == f"{lanes} lanes":
+                if contender.name == f"{lanes} lanes" and self.footprint is not None:
                     contender.measured_bytes = (most - least) / (lanes - 1)
+                    contender.predicted_bytes = bytes_per_lane(
+                        self.footprint, lanes, self.setting, one_by_one=one_by_one
+                    )
 
 
 def with_threads(count: int, train_epoch: Callable[[], object]) -> Callable[[], object]:

@@ -33,7 +33,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.contest import EVENTS, Contender, Contest, Deadline, tried
-from benchmarks.peers import EVALUATION_ROWS, shortened
+from benchmarks.peers import shortened
 from benchmarks.problems import PROBLEMS, STRENGTHS, Problem, Setting, sample_batch
 from regtune.task import Data
 from worker.tasks.images import mnist
@@ -199,15 +199,14 @@ def caption(setting: Setting, contest: Contest) -> str:
         f"of peak: the operations of the training steps (FlopCounterMode) against "
         f"{setting.peak / 1e9:.0f} GFLOP/s, the fastest",
         f"  product of square float32 matrices measured on this device ({sides(setting.device)})",
-        "predicted: weights, best copy, moments, buffers, gradient, and the activations that "
-        "autograd keeps",
+        "predicted: weights, best copy, moments, buffers, and the most that a step or an "
+        "evaluation holds",
     ]
     if setting.device.type == "cpu":
         lines += [
             "  of the lanes at work; MB/lane: peak resident set of a process that trains the most "
             "lanes,",
-            "  less that of one that trains a single lane, a lane; validation batches as small as "
-            "training's",
+            "  less that of one that trains a single lane, a lane (malloc gives back at once)",
         ]
     else:
         lines.append("MB/lane: most bytes allocated in a training step, a lane")
@@ -216,9 +215,7 @@ def caption(setting: Setting, contest: Contest) -> str:
             for c in in_order(contest)
             if c.validation_bytes
         ]
-        lines.append(
-            f"  and in the validation, {EVALUATION_ROWS} rows at once: {', '.join(beyond)}"
-        )
+        lines.append(f"  and in the validation: {', '.join(beyond)}")
     lines += [f"left out: {name} ({reason})" for name, reason in contest.left_out.items()]
     return "\n".join(lines)
 

@@ -1,14 +1,17 @@
 """How much memory lanes take: worked out, and measured on either kind of device.
 
 ``python benchmarks/memory.py mlp 16 2`` trains 16 lanes on 2 threads of a CPU and prints the
-largest resident set.
+largest resident set in bytes, and 1 if lanes were computed one by one, else 0.
 """
 
 import gc
+import os
 import resource
 import subprocess
 import sys
+from collections.abc import MutableMapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import structlog
@@ -35,24 +38,38 @@ MEMORY_ROWS = 800
 MOST_MEMORY = 0.5
 """Of the memory that a CPU has free, what lanes may take."""
 
+EXACT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+"""Lets glibc give memory back at once, as PyTorch frees it, and not keep it for the next tensor."""
+
 
 def main() -> None:
-    """Print the largest resident set of this process with some lanes, in bytes."""
+    """Print the largest resident set of this process with some lanes, and how they trained."""
     problem, lanes, threads = sys.argv[1:]
-    structlog.configure(processors=[_drop])
+    ways: list[int] = []
+
+    def listen(logger: object, method: str, event: MutableMapping[str, Any]) -> str:
+        if event["event"] == "recorded" and event["program"] == "step":
+            ways.append(event["way"])
+        raise structlog.DropEvent
+
+    structlog.configure(processors=[listen])
     compiling.CALLS_BEFORE_RECORDING = 0
     torch.set_flush_denormal(True)
-    print(peak_bytes(PROBLEMS[problem], int(lanes), int(threads)))
+    print(peak_bytes(PROBLEMS[problem], int(lanes), int(threads)), max(ways, default=0))
 
 
-def bytes_per_lane(one: Footprint, lanes: int, setting: Setting) -> float:
+def bytes_per_lane(
+    one: Footprint, lanes: int, setting: Setting, *, one_by_one: bool = False
+) -> float:
     """Return what each lane should add to the first, or on CUDA to none.
 
-    On a CPU only the lanes of the chunks at work hold gradients and activations.
+    On a CPU only the lanes of the chunks at work hold gradients and activations; of a chunk that is
+    computed one by one, a single lane.
     """
     if setting.device.type == "cuda" or lanes == 1:
         return one.state + one.step
-    at_work = sum(chunk_sizes(lanes, setting.threads)[: setting.threads])
+    chunks = chunk_sizes(lanes, setting.threads)[: setting.threads]
+    at_work = len(chunks) if one_by_one else sum(chunks)
     return one.state + one.step * (at_work - 1) / (lanes - 1)
 
 
@@ -84,13 +101,21 @@ def allocated_peaks(engine: Engine, device: torch.device) -> tuple[int, int]:
     return peaks[0], torch.cuda.max_memory_allocated(device)
 
 
-def resident_bytes(setting: Setting, lanes: int) -> int:
-    """Return the largest resident set of a process of its own that trains so many lanes."""
+def resident_bytes(setting: Setting, lanes: int) -> tuple[int, bool]:
+    """Return the largest resident set of a process of its own that trains so many lanes.
+
+    And whether it computed them one by one.
+    """
     options = setting.problem.name, str(lanes), str(setting.threads)
     done = subprocess.run(
-        [sys.executable, __file__, *options], capture_output=True, text=True, check=True
+        [sys.executable, __file__, *options],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, **EXACT_MALLOC},
     )
-    return int(done.stdout)
+    peak, way = map(int, done.stdout.split())
+    return peak, bool(way)
 
 
 def peak_bytes(problem: Problem, lanes: int, threads: int) -> int:
@@ -144,10 +169,6 @@ def empty_caches() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _drop(logger: object, method: str, event: object) -> str:
-    raise structlog.DropEvent
 
 
 if __name__ == "__main__":

@@ -189,7 +189,7 @@ class Stack:
             remembered = self._memory.recall(*self._situation)
             chosen = remembered or capacity.measure(
                 self._engine.rehearse,
-                self._engine.footprint(),
+                self._engine.footprint,
                 self._device,
                 self._engine.members,
             )

@@ -186,11 +186,14 @@ class Program:
             return
         try:
             recordings = [record(function, spec, arguments) for function in functions]
+            chosen = 0
             if len(recordings) > 1:
                 copies = self._copies(arguments)
-                recordings.sort(key=lambda pair: fastest(pair[0].forward, copies))
-            self.recording, self.examples = recordings[0]
+                seconds = [fastest(recording.forward, copies) for recording, _ in recordings]
+                chosen = seconds.index(min(seconds))
+            self.recording, self.examples = recordings[chosen]
             self._form = self.recording.forward
+            log.debug("recorded", program=self.name, lanes=self.lanes, way=chosen)
         except Exception as error:  # noqa: BLE001 - whatever it is, the function itself still works
             log.warning("not_recorded", program=self.name, reason=first_line(error))
             self._recordable = False

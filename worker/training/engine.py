@@ -11,6 +11,7 @@ from time import perf_counter
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from regtune.spec import TaskSpec, Training, Validation
@@ -34,6 +35,9 @@ from worker.training.optimizers import find_optimizer
 
 SAMPLE_ROWS = 4
 """Rows on which a model is tried out before it trains."""
+
+WEIGHED_LANES = 2
+"""Lanes that take a step to see how much memory that needs: the fewest that make a batch."""
 
 KNOBS = frozenset(
     {"weight_decay", "dropout", "l1_lambda", "label_smoothing", "input_noise", "weight_noise"}
@@ -97,6 +101,7 @@ class Engine:
             compiles=compiles,
         )
         self.max_lanes = max_lanes
+        self._footprint = self._weigh()
         self._lanes: list[Lane] = []
         self._tensors = self._starting_tensors(0)
         self._strengths = self._stack_strengths()
@@ -236,17 +241,7 @@ class Engine:
         ``lanes`` are rounded up to whole trials.
         """
         trials = -(-lanes // self._members)
-        typical = LaneTrial(0, 1e-3, 0.2, 1e-4, 1, self._training.learning_rate, 0.1, 0.1, 0.01)
-        each = [typical] * (trials * self._members)
-        return (
-            self._epochs.rehearse(
-                self._starting_tensors(trials),
-                strengths_of(each, self._device, self._dtype),
-                np.array([trial.learning_rate for trial in each]),
-                [Place(member, 1) for member in list(range(self._members)) * trials],
-            )
-            / self._members
-        )
+        return self._epochs.rehearse(*self._throwaway(trials * self._members)) / self._members
 
     def expect(self, trial_epochs: int, trial_epochs_per_second: float) -> None:
         """Say what is to come after a rehearsal: what pays is compiled from now on, not later.
@@ -256,18 +251,34 @@ class Engine:
         lanes = self.slots * self._members
         self._epochs.rehearsed(lanes, trial_epochs / trial_epochs_per_second)
 
+    @property
     def footprint(self) -> Footprint:
-        """Return how many bytes a lane takes."""
+        """How many bytes a lane takes."""
+        return self._footprint
+
+    def _weigh(self) -> Footprint:
         parameters, buffers = (
             {name: part_M[0] for name, part_M in parts.items()}
             for parts in (self._initial, self._initial_buffers)
         )
         weights = sum(part.nbytes for part in parameters.values())
         kept = sum(buffer.nbytes for buffer in buffers.values())
-        batch = self._epochs.largest_batch()
         return Footprint(
             state=(2 + self._optimizer.moments) * weights + 2 * kept,
-            step=weights + self.model.activation_bytes(parameters, buffers, batch),
+            step=self._epochs.settle_memory(*self._throwaway(WEIGHED_LANES)) // WEIGHED_LANES,
+        )
+
+    def _throwaway(
+        self, lanes: int
+    ) -> tuple[LaneTensors, dict[str, Tensor], NDArray[np.float64], list[Place]]:
+        """Return lanes of typical trials before their first epoch, as an epoch wants them."""
+        typical = LaneTrial(0, 1e-3, 0.2, 1e-4, 1, self._training.learning_rate, 0.1, 0.1, 0.01)
+        tensors = self._starting_tensors(-(-lanes // self._members))
+        return (
+            tensors.slice(slice(0, lanes)),
+            strengths_of([typical] * lanes, self._device, self._dtype),
+            np.full(lanes, typical.learning_rate),
+            [Place(lane % self._members, 1) for lane in range(lanes)],
         )
 
     def settle(self) -> None:

@@ -19,14 +19,15 @@ from worker.training.batches import Batches, Place
 from worker.training.compiling import CALLS_BEFORE_RECORDING, Programs
 from worker.training.cores import Chunk, Cores, synchronize
 from worker.training.lanes import LaneTensors
+from worker.training.memory import peak_bytes
 from worker.training.model import LaneModel
 from worker.training.optimizers import LaneOptimizer, scheduled_rates
 from worker.training.step import LaneStep, Source
 
-EVALUATION_BATCHES = 4
-LEAST_EVALUATION_ROWS, MOST_EVALUATION_ROWS = 256, 1024
-"""Rows of one evaluation batch: a few training batches, so that it takes no more memory than a
-training step, which keeps all activations of its rows; within these bounds."""
+MOST_EVALUATION_ROWS = 1024
+CHEAP_BYTES = 2**19
+"""An evaluation batch has as many rows as take no more memory than a training step does, or than
+this in each lane; beyond so many rows nothing is gained."""
 
 WARM_UP_SECONDS = 1.0
 REHEARSAL_SECONDS = 0.2
@@ -88,10 +89,7 @@ class Epochs:
             len(model.sites),
             prepared.rows.x.device,
         )
-        self._evaluation_rows = min(
-            max(EVALUATION_BATCHES * training.batch_size, LEAST_EVALUATION_ROWS),
-            MOST_EVALUATION_ROWS,
-        )
+        self._evaluation_rows = max(self.batches.sizes)
         every_row = np.arange(len(prepared.test))
         self._validation = Held.out(prepared.rows, [split.validation for split in prepared.splits])
         self._test = Held.out(prepared.test, [every_row] * len(prepared.splits))
@@ -190,10 +188,39 @@ class Epochs:
         at_a_time = min(len(rate_C), self._cores.threads)
         return float(rate_C.mean()) * at_a_time / len(self.batches.sizes)
 
-    def largest_batch(self) -> Rows:
-        """Return the rows of an epoch's largest batch, some of them."""
-        size = max(self.batches.sizes)
-        return Rows(self._rows.x[:size], self._rows.y[:size])
+    def settle_memory(
+        self,
+        tensors: LaneTensors,
+        strengths: Tensors,
+        rate_K: NDArray[np.float64],
+        places: Sequence[Place],
+    ) -> int:
+        """Return the most bytes that K lanes need within an epoch besides what they hold anyway.
+
+        From here on evaluation batches are as large as that allows. ``tensors`` are used up.
+        """
+        lanes = len(places)
+        own = self._share(Chunk(slice(0, lanes), 1), tensors, strengths, rate_K, places)
+        source = self._source(self._rows, own.members)
+        live = (own.tensors.parameters, own.tensors.moments, own.tensors.buffers)
+        rate_SK, coefficients_SCK = self._scheduled(own.rate_K, own.places)
+        index, keys = next(self.batches.of_epoch(own.places))
+        weight_B = self._rows.x.new_ones(index.shape[-1])
+        step = self._replicas.get()
+        with torch.no_grad():
+            training = peak_bytes(
+                lambda: step.take(
+                    live, own.strengths, source, rate_SK[0], coefficients_SCK[0], keys, index
+                )
+            )
+            evaluation = peak_bytes(
+                lambda: step.measure(live[0], live[2], source, index.view(lanes, -1)[0], weight_B)
+            )
+        self._replicas.put(step)
+        bytes_per_row = evaluation / len(weight_B)
+        rows = int(max(training, lanes * CHEAP_BYTES) / bytes_per_row)
+        self._evaluation_rows = max(1, min(rows, MOST_EVALUATION_ROWS))
+        return int(max(training, self._evaluation_rows * bytes_per_row))
 
     def ended(self, seconds: float, epochs_to_come: int) -> None:
         """Note that an epoch took so long; what has been compiled meanwhile takes over.

@@ -9,7 +9,6 @@ from typing import Any, Literal, Self
 import structlog
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call, grad_and_value, vmap
 from torch.utils import _pytree as pytree
 
@@ -164,35 +163,6 @@ class LaneModel:
             self._measure, (0, 0, shared, shared, shared), lanes_of(parameters)
         )(parameters, buffers, x, y, weight)
         return total_K2.T
-
-    def activation_bytes(self, parameters: Tensors, buffers: Tensors, rows: Rows) -> int:
-        """Return how much one lane's forward pass over ``rows`` keeps for its backward pass.
-
-        ``parameters`` and ``buffers`` are those of one lane, without a lane axis.
-        """
-        self._model.train()
-        weights = {n: part.detach().clone().requires_grad_() for n, part in parameters.items()}
-        given = {t.untyped_storage().data_ptr() for t in (*weights.values(), rows.x, rows.y)}
-        kept: dict[int, int] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in given:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        keys = torch.zeros(len(self._sites) + PERTURBATIONS, 2, dtype=torch.int32)
-        strengths = {name: value[0] for name, value in neutral_strengths(1, rows.x.dtype).items()}
-        with torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
-            self._loss(
-                weights,
-                {name: buffer.clone() for name, buffer in buffers.items()},
-                {name: value.to(rows.x.device) for name, value in strengths.items()},
-                keys.to(rows.x.device),
-                rows.x,
-                rows.y,
-            )
-        return sum(kept.values())
 
     def _map(
         self, function: Callable[..., Any], in_dims: tuple[int | None, ...], lanes: int
