@@ -50,7 +50,7 @@ MAX_GRID_POINTS = 2**63 - 1
 
 Optimizer = Literal["adam", "adamw", "sgd", "rmsprop"]
 SamplerName = Literal["tpe", "random", "grid", "qmc", "cmaes", "gp"]
-PrunerName = Literal["none", "median", "asha", "hyperband"]
+PrunerName = Literal["none", "extrapolation", "median", "asha", "hyperband"]
 
 _P = TypeVar("_P", bound=Parameter | IntegerParameter)
 

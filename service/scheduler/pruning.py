@@ -4,12 +4,15 @@ import optuna
 from optuna.pruners import BasePruner
 
 from regtune.spec import StudySpec
+from service.scheduler.extrapolation import ExtrapolationPruner
 
 
 def make_pruner(spec: StudySpec) -> BasePruner:
     """Return the pruner of a study; none acts before ``spec.first_prunable_epoch``."""
     first = spec.first_prunable_epoch
     match spec.pruner.name:
+        case "extrapolation":
+            return ExtrapolationPruner(first, spec.training.max_epochs)
         case "median":
             return optuna.pruners.MedianPruner(
                 n_startup_trials=spec.pruner.startup_trials, n_warmup_steps=first
