@@ -153,7 +153,7 @@ def main() -> None:
     if arguments.tune:
         print_tuning(replay_all(tables, errors, candidates(), arguments))
         return
-    pruners = {name: partial(_built_in, pruner) for name, pruner in PRUNERS.items()}
+    pruners = {name: built_in(pruner) for name, pruner in PRUNERS.items()}
     runs = replay_all(tables, errors, pruners, arguments)
     print_tables(runs, errors)
     if arguments.json:
@@ -295,7 +295,12 @@ class Replay:
             self._kept.add(lane.point)
 
 
-def _built_in(pruner: Mapping[str, Any], spec: StudySpec) -> BasePruner:
+def built_in(pruner: Mapping[str, Any]) -> MakePruner:
+    """Return how the pruner that a study asks for is made."""
+    return partial(_make_for, pruner)
+
+
+def _make_for(pruner: Mapping[str, Any], spec: StudySpec) -> BasePruner:
     return make_pruner(parse_spec(spec.canonical() | {"pruner": pruner}))
 
 

@@ -504,12 +504,18 @@ class Sampler(_SpecModel):
 class Pruner(_SpecModel):
     """Who stops trials early that look bad."""
 
-    name: PrunerName = Field("none", description="Which of Optuna's pruners.", examples=["none"])
+    name: PrunerName = Field(
+        "extrapolation",
+        description="extrapolation: our own, which stops a trial that is not going to catch up "
+        "with the best; median, asha and hyperband: Optuna's.",
+        examples=["extrapolation"],
+    )
     first_epoch: int | None = Field(
         None,
         ge=1,
-        description="No trial is pruned before it. Default: a third of max_epochs, because "
-        "strong regularization looks worse early and wins late.",
+        description="No trial is pruned before it, because strong regularization looks worse "
+        "early and wins late. Default: a quarter of max_epochs for extrapolation, which does not "
+        "compare early losses, and a third for the others.",
         examples=[16],
     )
     startup_trials: int = Field(
@@ -558,7 +564,7 @@ class StudySpec(_SpecModel):
     pruner: Pruner = Field(
         default_factory=Pruner,
         description="Who stops trials early; a name alone will do.",
-        examples=[{"name": "none"}],
+        examples=[{"name": "extrapolation"}],
     )
     priority: int = Field(
         1,
@@ -651,7 +657,8 @@ class StudySpec(_SpecModel):
     @property
     def first_prunable_epoch(self) -> int:
         """No pruner acts before this epoch, counted from 1."""
-        return self.pruner.first_epoch or max(1, self.training.max_epochs // 3)
+        share = 4 if self.pruner.name == "extrapolation" else 3
+        return self.pruner.first_epoch or max(1, self.training.max_epochs // share)
 
     def canonical(self) -> dict[str, Any]:
         """The spec as JSON data, every default filled in: two equal studies give equal data."""

@@ -226,7 +226,7 @@ def test_gp_suggests_where_torch_is_installed(engine: Engine, database_url: str)
     assert len(run_one_by_one(engine, database_url, study, rebuild=False)) == 5
 
 
-@pytest.mark.parametrize("pruner", ["median", "asha", "hyperband"])
+@pytest.mark.parametrize("pruner", ["extrapolation", "median", "asha", "hyperband"])
 def test_a_pruner_stops_bad_trials_but_never_a_reference_point(
     engine: Engine, database_url: str, pruner: str
 ) -> None:

@@ -26,7 +26,7 @@ def test_name_task_and_budget_are_enough() -> None:
     assert minimal.training.precision == "float32"
     assert minimal.training.warmup_epochs == 0
     assert (minimal.validation.fraction, minimal.validation.members) == (0.2, 1)
-    assert (minimal.sampler.name, minimal.pruner.name) == ("tpe", "none")
+    assert (minimal.sampler.name, minimal.pruner.name) == ("tpe", "extrapolation")
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,11 @@ def test_the_learning_rate_defaults_by_optimizer() -> None:
         ({"training": {"penalized": "none"}}, "training.penalized", "'weights' or 'all'"),
         ({"training": {"precision": "fp16"}}, "training.precision", "'float32', 'tf32' or 'bf16'"),
         ({"sampler": "magic"}, "sampler.name", "'tpe', 'random', 'grid', 'qmc', 'cmaes' or 'gp'"),
-        ({"pruner": {"name": "magic"}}, "pruner.name", "'none', 'median', 'asha' or 'hyperband'"),
+        (
+            {"pruner": {"name": "magic"}},
+            "pruner.name",
+            "'none', 'extrapolation', 'median', 'asha' or 'hyperband'",
+        ),
         ({"budget": {"trials": 0}}, "budget.trials", "greater than or equal to 1"),
         ({"budget": {"trials": 10**7}}, "budget.trials", "less than or equal to 100000"),
         ({"budget": {"seconds": 0}}, "budget.seconds", "greater than 0"),
@@ -312,6 +316,22 @@ def test_numbers_may_be_written_as_in_json_and_python() -> None:
 def test_broken_or_hostile_yaml_is_refused(text: str) -> None:
     with pytest.raises(InvalidSpec, match="not valid YAML"):
         parse_text(text)
+
+
+@pytest.mark.parametrize(
+    ("pruner", "max_epochs", "first"),
+    [
+        ("extrapolation", 40, 10),
+        ("median", 40, 13),
+        ("none", 40, 13),
+        ("extrapolation", 2, 1),
+        ({"first_epoch": 7}, 40, 7),
+        ({"name": "asha", "first_epoch": 1}, 40, 1),
+    ],
+)
+def test_no_pruner_acts_early_unless_told_to(pruner: Any, max_epochs: int, first: int) -> None:
+    study = spec(pruner=pruner, training={"max_epochs": max_epochs})
+    assert study.first_prunable_epoch == first
 
 
 def test_every_default_is_filled_in_and_read_back_the_same() -> None:
