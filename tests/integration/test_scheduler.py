@@ -1,7 +1,7 @@
 """The scheduler against a real database, with a stand-in for training that costs nothing."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -254,6 +254,31 @@ def test_a_pruner_stops_bad_trials_but_never_a_reference_point(
         if s == "pruned"
     )
     assert audit(engine) == {}
+
+
+def test_a_verdict_comes_back_with_the_flush_after_the_epoch_that_earned_it(
+    engine: Engine, database_url: str
+) -> None:
+    study = builders.create(
+        engine, budget={"trials": 4}, training={"max_epochs": 20}, pruner={"first_epoch": 5}
+    )
+    builders.register(engine, lanes=4)
+    # Without a poll, only the flush itself can have woken the scheduler.
+    with scheduler(engine, database_url, SETTINGS.model_copy(update={"poll_seconds": 3600})):
+        wait_until(lambda: len(builders.states(engine, study)) == 4, DEADLINE_SECONDS)
+        leases = {lease.number: lease for lease in builders.lease(engine, study, 4)}
+        losses = {leases[2].trial_id: 0.1, leases[3].trial_id: 1.0}
+
+        def flush(number: int) -> Mapping[int, str]:
+            epochs = {id_: [builders.epoch(number, loss)] for id_, loss in losses.items()}
+            with transaction(engine) as session:
+                return reporting.flush(session, [*leases.values()], epochs, 30, judged=True).stop
+
+        for number in range(1, 6):
+            assert not flush(number)
+        query = "SELECT stop_request FROM regtune.trials WHERE number = 3"
+        wait_until(lambda: rows(engine, query) != [(None,)], DEADLINE_SECONDS)
+        assert flush(6) == {leases[3].trial_id: "pruned by extrapolation at epoch 5"}
 
 
 def has_ended(engine: Engine, number: int) -> bool:
