@@ -6,10 +6,10 @@ to train and to validate on, and the same cores; they take turns, a study each f
 
 - regtune: database, service and one worker, started as ``regtune up --study`` does, in a new
   folder, so that nothing has been compiled before;
-- Optuna: ``study.optimize`` with ``TPESampler`` and ``MedianPruner`` as they come, over the
-  hand-tuned loop of ``peers.py`` with early stopping; either one process with all threads and the
-  storage in memory, or one process with one thread for each core and a journal file, whichever
-  trains more epochs a second in a short trial before.
+- Optuna, stock: ``study.optimize`` with ``TPESampler`` and ``MedianPruner`` as they come, over the
+  hand-tuned loop of ``peers.py`` with early stopping; one process with all threads, and the storage
+  in memory;
+- Optuna, spread: the same in one process with one thread for each core, with a journal file.
 
 The seconds count from the moment when all programs have started: for regtune from the POST to the
 study's end, for Optuna from the loading of the data to the end of the last process.
@@ -26,9 +26,10 @@ import shutil
 import socket
 import struct
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from statistics import fmean, median
@@ -57,7 +58,7 @@ from worker.tasks.preparation import prepare
 ROWS, TEST_ROWS = 60_000, 10_000
 STUDY = "benchmark"
 READY_SECONDS = 300.0
-TRIAL_RUN_EPOCHS = 2
+OURS = "regtune"
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,7 @@ class Crowd:
 
     def __str__(self) -> str:
         """Say it as the report does."""
-        if self.processes == 1:
-            return f"1 process, {self.threads} threads, in memory"
-        return f"{self.processes} processes, {self.threads} thread each, journal file"
+        return "Optuna" if self.processes == 1 else f"Optuna × {self.processes}"
 
 
 @dataclass(frozen=True)
@@ -117,25 +116,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="regtune-benchmark-") as folder:
         data_dir = Path(folder) / "data"
         write_mnist(data, data_dir)
-        crowd = (
-            Crowd(arguments.processes, arguments.cores // arguments.processes)
-            if arguments.processes
-            else choose_crowd(arguments, data_dir)
-        )
-        print(f"Optuna: {crowd}", flush=True)
-        outcomes: list[tuple[int, Outcome, Outcome]] = []
-        for number, seed in enumerate(range(arguments.seeds)):
+        crowds = [
+            Crowd(processes, arguments.cores // processes) for processes in arguments.processes
+        ]
+        rounds: list[dict[str, Outcome]] = []
+        for seed in range(arguments.seeds):
             spec = study_spec(arguments, seed)
-            if number % 2 == 0:
-                ours = run_ours(spec, data_dir)
-                peer = run_peer(spec, data_dir, crowd)
-            else:
-                peer = run_peer(spec, data_dir, crowd)
-                ours = run_ours(spec, data_dir)
-            outcomes.append((seed, ours, peer))
-            print_row(str(seed), ours, peer, first=not number)
-            write_json(arguments, crowd, outcomes)
-    print_row("mean", mean([ours for _, ours, _ in outcomes]), mean([p for *_, p in outcomes]))
+            contenders = {
+                OURS: partial(run_ours, spec, data_dir),
+                **{str(crowd): partial(run_peer, spec, data_dir, crowd) for crowd in crowds},
+            }
+            # Whoever begins may find a cooler machine, so all take turns at it.
+            names = list(contenders)
+            turns = names[seed % len(names) :] + names[: seed % len(names)]
+            done = {name: contenders[name]() for name in turns}
+            rounds.append({name: done[name] for name in names})
+            print_rows(str(seed), rounds[-1], first=not seed)
+            write_json(arguments, rounds)
+    print_rows("mean", means(rounds))
     print(CAPTION)
 
 
@@ -149,7 +147,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, help="most of a trial; default: 20")
     parser.add_argument("--rows", type=int, help="take only the first training rows")
     parser.add_argument("--cores", type=int, default=torch.get_num_threads(), help="of the peer")
-    parser.add_argument("--processes", type=int, help="of the peer; default: what is faster")
+    parser.add_argument(
+        "--processes", type=int, nargs="+", help="of the peers; default: 1, and one for each core"
+    )
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     arguments = parser.parse_args()
     full = {"seeds": 3, "trials": 32, "epochs": 20, "rows": ROWS}
@@ -157,6 +157,8 @@ def parse_arguments() -> argparse.Namespace:
     for name, value in (quick if arguments.quick else full).items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
+    if arguments.processes is None:
+        arguments.processes = sorted({1, arguments.cores})
     return arguments
 
 
@@ -169,7 +171,6 @@ def study_spec(arguments: argparse.Namespace, seed: int) -> StudySpec:
             "training": {"batch_size": BATCH_ROWS, "max_epochs": arguments.epochs, "seed": seed},
             "budget": {"trials": arguments.trials},
             "sampler": {"name": "tpe", "seed": seed},
-            "pruner": "median",
         }
     )
 
@@ -330,20 +331,6 @@ def storage(journal: Path | None) -> BaseStorage:
     )
 
 
-def choose_crowd(arguments: argparse.Namespace, data_dir: Path) -> Crowd:
-    """Let both ways of using the cores train for a little while, and return the faster one."""
-    crowds = {Crowd(1, arguments.cores), Crowd(arguments.cores, 1)}
-    short = argparse.Namespace(trials=2 * arguments.cores, epochs=TRIAL_RUN_EPOCHS)
-    spec = study_spec(short, seed=0)
-
-    def epochs_a_second(crowd: Crowd) -> float:
-        with tempfile.TemporaryDirectory(prefix="optuna-") as folder:
-            shares, *_ = share_out(spec, data_dir, crowd, Path(folder) / "journal")
-        return sum(sum(s.epochs) for s in shares) / max(share.seconds for share in shares)
-
-    return max(crowds, key=epochs_a_second)
-
-
 def write_mnist(data: Data, data_dir: Path) -> None:
     """Write a data set as torchvision looks for MNIST, in the IDX format of its authors."""
     raw = data_dir / "MNIST" / "raw"
@@ -372,35 +359,36 @@ def free_port() -> int:
         return port
 
 
+def means(rounds: Sequence[Mapping[str, Outcome]]) -> dict[str, Outcome]:
+    """Return the mean of each figure, for each contender."""
+    return {name: mean([outcomes[name] for outcomes in rounds]) for name in rounds[0]}
+
+
 def mean(outcomes: Sequence[Outcome]) -> Outcome:
     """Return the mean of each figure."""
     columns = zip(*(asdict(outcome).values() for outcome in outcomes), strict=True)
     return Outcome(*(fmean(column) for column in columns))  # type: ignore[arg-type]
 
 
-def print_row(name: str, ours: Outcome, peer: Outcome, *, first: bool = False) -> None:
-    """Print a line of the table, and its head before the first."""
+def print_rows(name: str, outcomes: Mapping[str, Outcome], *, first: bool = False) -> None:
+    """Print a line of the table for each contender, and its head before the first."""
     if first:
-        heads = ("seconds", "with start-up", "best loss", "median epochs", "epochs")
-        print(f"{'seed':6}{'':9}" + "".join(f"{head:>15}" for head in (*heads, "times as fast")))
-    for who, own, ratio in (
-        ("regtune", ours, f"{peer.seconds / ours.seconds:.2f}"),
-        ("Optuna", peer, ""),
-    ):
+        heads = ("seconds", "with start-up", "best loss", "median epochs", "epochs", "regtune's")
+        print(f"{'seed':6}{'':11}" + "".join(f"{head:>15}" for head in heads))
+    for who, own in outcomes.items():
+        ratio = own.seconds / outcomes[OURS].seconds
         cells = (
             f"{own.seconds:.1f}",
             f"{own.total_seconds:.1f}",
             f"{own.best_validation_loss:.5f}",
             f"{own.median_epochs:.1f}",
             f"{own.epochs:.0f}",
-            ratio,
+            "" if who == OURS else f"{ratio:.2f} ×",
         )
-        print(f"{name:6}{who:9}" + "".join(f"{cell:>15}" for cell in cells), flush=True)
+        print(f"{name:6}{who:11}" + "".join(f"{cell:>15}" for cell in cells), flush=True)
 
 
-def write_json(
-    arguments: argparse.Namespace, crowd: Crowd, outcomes: Sequence[tuple[int, Outcome, Outcome]]
-) -> None:
+def write_json(arguments: argparse.Namespace, rounds: Sequence[Mapping[str, Outcome]]) -> None:
     """Write all figures so far where they are wanted."""
     if arguments.json:
         figures = {
@@ -409,20 +397,10 @@ def write_json(
             "rows": arguments.rows,
             "trials": arguments.trials,
             "max_epochs": arguments.epochs,
-            "optuna": str(crowd),
             "studies": [
-                {
-                    "seed": seed,
-                    "regtune": asdict(ours),
-                    "optuna": asdict(peer),
-                    "ratio": peer.seconds / ours.seconds,
-                }
-                for seed, ours, peer in outcomes
+                {name: asdict(outcome) for name, outcome in outcomes.items()} for outcomes in rounds
             ],
-            "mean": {
-                "regtune": asdict(mean([ours for _, ours, _ in outcomes])),
-                "optuna": asdict(mean([peer for *_, peer in outcomes])),
-            },
+            "mean": {name: asdict(outcome) for name, outcome in means(rounds).items()},
         }
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
 
@@ -430,7 +408,7 @@ def write_json(
 CAPTION = """
 seconds: regtune from the POST to the study's end, Optuna from the loading of the data to the end;
 with start-up: from nothing, on an installed machine; epochs: of all trials together, those of
-pruned ones included (both prune by the median, regtune not before a third of the epochs)."""
+pruned ones included; regtune's: how many times its seconds."""
 
 
 if __name__ == "__main__":
