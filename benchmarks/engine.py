@@ -19,7 +19,9 @@ validation, all with dropout, AdamW and proximal L1:
 import argparse
 import json
 import math
+import os
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -288,3 +290,6 @@ def describe(device: torch.device) -> str:
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    # A thread may still be compiling: the interpreter's own end would cut it off in C++, and crash.
+    os._exit(0)
