@@ -3,12 +3,14 @@
 import json
 import signal
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from regtune import answer, database, gpus, programs, progress, supervisor
@@ -217,6 +219,29 @@ def delete(name: Name) -> None:
     with _client() as api:
         api.delete(name)
     _out.out(f"study {name} is deleted")
+
+
+@app.command()
+def history(
+    name: Name,
+    trials: Annotated[
+        bool, typer.Option("--trials", help="Also what happened to single trials.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show who did what to a study, oldest first; also of one that was deleted."""
+    with _client() as api:
+        entries = list(api.history(name, trials))
+    if as_json:
+        _write_json(entries)
+        return
+    table = Table("when", "who", "what", "trial", "detail", box=None, pad_edge=False)
+    for entry in entries:
+        number = "" if entry["number"] is None else str(entry["number"])
+        detail = json.dumps(entry["detail"], ensure_ascii=False) if entry["detail"] else ""
+        when = datetime.fromisoformat(entry["at"]).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        table.add_row(when, escape(entry["actor"]), entry["kind"], number, escape(detail))
+    _out.print(table)
 
 
 @app.command()

@@ -106,6 +106,13 @@ class Client:
         """Delete a study that is over, with all its records."""
         self._request("DELETE", _path(name))
 
+    def history(self, name: str, trials: bool = False) -> Iterator[Document]:
+        """Yield who did what to a study, oldest first; ``trials``: also what happened to those.
+
+        A deleted study's history stays under its name.
+        """
+        return self._pages(f"{_path(name)}/history", trials="true" if trials else None)
+
     def workers(self) -> Iterator[Document]:
         """Yield the workers, living ones first."""
         return self._pages("/v1/workers")

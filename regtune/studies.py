@@ -194,8 +194,13 @@ def page(session: Session, *, state: str | None, before: int | None, limit: int)
 
 def lock(session: Session, study_id: int) -> Study:
     """Lock a study's row until the transaction ends; return it; raise NotFound."""
+    # FOR NO KEY UPDATE: a transaction that updates a trial twice, as a worker's does that records
+    # and finishes it, has its foreign key checked, which takes KEY SHARE of the study after the
+    # trial. Against FOR UPDATE that would be a deadlock.
     row = session.execute(
-        select(tables.studies).where(tables.studies.c.study_id == study_id).with_for_update()
+        select(tables.studies)
+        .where(tables.studies.c.study_id == study_id)
+        .with_for_update(key_share=True)
     ).one_or_none()
     if row is None:
         raise NotFound("the study has been deleted")
@@ -221,16 +226,16 @@ def act(session: Session, name: str, verb: Verb, actor: str) -> Study:
         if study.state == "stopping":
             raise StudyOver(f"the study is stopping; {verb} comes too late")
         _set_state(session, study.study_id, "paused" if verb == "pause" else "active", None)
-    elif verb == "stop":
-        withdraw_waiting(session, study.study_id, "the study was stopped")
+    _tell(session, study.study_id, f"study_{verb}", actor)
+    if verb == "stop":
         _set_state(session, study.study_id, "stopping", "stopped by request")
+        withdraw_waiting(session, study.study_id, "the study was stopped", actor)
         if not _has_running(session, study.study_id):
             end(session, study.study_id, "stopped", "stopped by request", actor)
-    else:
-        cancel_open(session, study.study_id, "the study was cancelled")
+    elif verb == "cancel":
+        cancel_open(session, study.study_id, "the study was cancelled", actor)
         end(session, study.study_id, "cancelled", "cancelled by request", actor)
-    _tell(session, study.study_id, f"study_{verb}", actor)
-    return find(session, name)
+    return by_id(session, study.study_id)
 
 
 def _is_done_already(study: Study, verb: Verb) -> bool:
@@ -257,23 +262,34 @@ def end(session: Session, study_id: int, state: str, reason: str, actor: str) ->
     events.notify(session, NEWS, study_id)
 
 
-def withdraw_waiting(session: Session, study_id: int, reason: str) -> int:
+def withdraw_waiting(session: Session, study_id: int, reason: str, actor: str) -> int:
     """Cancel the trials that no worker has leased; return how many."""
-    return _cancel_trials(session, study_id, ("waiting",), reason)
+    return _cancel_trials(session, study_id, ("waiting",), reason, actor)
 
 
-def cancel_open(session: Session, study_id: int, reason: str) -> int:
+def cancel_open(session: Session, study_id: int, reason: str, actor: str) -> int:
     """Cancel the trials that have not ended, running ones too; return how many."""
-    return _cancel_trials(session, study_id, ("waiting", "running"), reason)
+    return _cancel_trials(session, study_id, ("waiting", "running"), reason, actor)
 
 
-def delete(session: Session, name: str) -> None:
-    """Delete a study and all its records; raise StudyActive while it is not over."""
-    study = lock(session, find(session, name).study_id)
+def delete(session: Session, name: str, actor: str) -> None:
+    """Delete a study and its trials; what was done to the study itself stays in its history.
+
+    Deleting it again changes nothing. Raise StudyActive while it is not over, NotFound for a name
+    that no study has ever had.
+    """
+    try:
+        study = lock(session, find(session, name).study_id)
+    except NotFound:
+        if events.was_deleted(session, name):
+            return
+        raise
     if study.live:
         raise StudyActive(f"the study is {study.state}; stop or cancel it before deleting it")
     for statement in _DELETIONS:
         session.execute(text(statement), {"study_id": study.study_id})
+    events.record_deletion(session, study.study_id, name, actor)
+    events.notify(session, NEWS, study.study_id)
 
 
 def _study(row: Row[Any]) -> Study:
@@ -308,14 +324,17 @@ def _tell(session: Session, study_id: int, kind: str, actor: str) -> None:
     events.notify(session, WORK, study_id)
 
 
-def _cancel_trials(session: Session, study_id: int, states: tuple[str, ...], reason: str) -> int:
+def _cancel_trials(
+    session: Session, study_id: int, states: tuple[str, ...], reason: str, actor: str
+) -> int:
     """Cancel trials in these states; a running one loses its lease, so its worker drops it.
 
     Optuna has no such state; its closest one is FAIL.
     """
     return len(
         session.execute(
-            text(_CANCEL), {"study_id": study_id, "states": list(states), "reason": reason}
+            text(_CANCEL),
+            {"study_id": study_id, "states": list(states), "reason": reason, "actor": actor},
         ).all()
     )
 
@@ -348,9 +367,9 @@ WITH picked AS (
     SELECT trial_id, 'reason', to_json(cast(:reason AS text)) FROM cancelled
 ), told AS (
     INSERT INTO regtune.events (study_id, number, kind, actor, detail)
-    SELECT :study_id, number, 'trial_cancelled', 'service',
+    SELECT :study_id, number, 'trial_cancelled', :actor,
            json_build_object('reason', cast(:reason AS text))
-    FROM cancelled
+    FROM cancelled ORDER BY number
 )
 SELECT trial_id FROM cancelled
 """
@@ -361,7 +380,7 @@ _DELETIONS = (
     f"DELETE FROM regtune.epochs WHERE trial_id IN {_OF_TRIALS}",
     "DELETE FROM regtune.trials WHERE study_id = :study_id",
     "DELETE FROM regtune.studies WHERE study_id = :study_id",
-    "DELETE FROM regtune.events WHERE study_id = :study_id",
+    "DELETE FROM regtune.events WHERE study_id = :study_id AND number IS NOT NULL",
     *(
         f"DELETE FROM public.{table} WHERE trial_id IN {_OF_TRIALS}"
         for table in (

@@ -180,5 +180,6 @@ events = Table(
     Column("actor", Text, nullable=False),
     Column("detail", JSONB, nullable=False, server_default=text("'{}'::jsonb")),
     Index("events_of_study", "study_id", "event_id"),
+    Index("events_of_deletions", "study_id", postgresql_where=text("kind = 'study_deleted'")),
     schema=SCHEMA,
 )

@@ -226,9 +226,9 @@ def cancel_study(
 
 
 @router.delete("/{name}", status_code=204)
-def delete_study(name: StudyName, session: InTransaction) -> None:
-    """Delete a study that is over, with all its trials."""
-    studies.delete(session, name)
+def delete_study(name: StudyName, session: InTransaction, actor: Actor) -> None:
+    """Delete a study that is over, with all its trials; its history stays."""
+    studies.delete(session, name, actor)
 
 
 def _act(name: str, verb: Verb, session: Session, context: Context, actor: str) -> StudyDetail:

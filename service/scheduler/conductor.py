@@ -194,13 +194,13 @@ class Conductor:
             if not study.live:
                 return True
             if study.state == "stopping" or news.out_of_time:
-                studies.withdraw_waiting(session, self._study_id, "the budget was cut short")
+                studies.withdraw_waiting(session, self._study_id, "the budget was cut short", ACTOR)
             ending = self._ending(session, study, news)
             if ending is None:
                 return False
             state, reason = ending
             if state == "failed":
-                studies.cancel_open(session, self._study_id, reason)
+                studies.cancel_open(session, self._study_id, reason, ACTOR)
             studies.end(session, self._study_id, state, reason, ACTOR)
             log.info("study_ended", study=study.name, state=state, reason=reason)
             return True

@@ -97,7 +97,7 @@ class Scheduler:
         reason = f"the scheduler failed {count} times: {type(error).__name__}: {error}"
         with database.transaction(self._engine) as session:
             if studies.lock(session, study.study_id).live:
-                studies.cancel_open(session, study.study_id, reason)
+                studies.cancel_open(session, study.study_id, reason, "scheduler")
                 studies.end(session, study.study_id, "failed", reason, "scheduler")
 
     def _lose_touch(self, error: Exception) -> None:

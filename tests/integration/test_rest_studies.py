@@ -305,7 +305,7 @@ def test_only_a_study_that_is_over_can_be_deleted(client: httpx.Client) -> None:
     client.post("/v1/studies/study/cancel")
     deleted = client.delete("/v1/studies/study")
     assert (deleted.status_code, deleted.content) == (204, b"")
-    assert client.delete("/v1/studies/study").status_code == 404
+    assert client.delete("/v1/studies/study").status_code == 204
     assert post(client).status_code == 201
 
 
@@ -315,6 +315,7 @@ CALLS: list[Callable[[httpx.Client, str], httpx.Response]] = [
     lambda client, name: client.get(f"/v1/studies/{name}/trials/0"),
     lambda client, name: client.get(f"/v1/studies/{name}/best"),
     lambda client, name: client.get(f"/v1/studies/{name}/events"),
+    lambda client, name: client.get(f"/v1/studies/{name}/history"),
     lambda client, name: client.post(f"/v1/studies/{name}/pause"),
     lambda client, name: client.delete(f"/v1/studies/{name}"),
 ]
