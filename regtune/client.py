@@ -102,6 +102,14 @@ class Client:
         document: Document = self._request("POST", f"{_path(name)}/{verb}").json()
         return document
 
+    def change(self, name: str, changes: Mapping[str, Any]) -> Document:
+        """Change a live study, as ``{"budget": {"trials": 80}, "priority": 3}``; return it.
+
+        What is left out stays; None takes a limit of the budget away.
+        """
+        document: Document = self._request("PATCH", _path(name), json=dict(changes)).json()
+        return document
+
     def delete(self, name: str) -> None:
         """Delete a study that is over, with all its records."""
         self._request("DELETE", _path(name))

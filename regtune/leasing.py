@@ -67,7 +67,7 @@ def append(
     study = studies.lock(session, study_id)
     if study.appended != expected:
         raise StaleView(f"trial {expected} of study {study.name!r} exists already")
-    room = study.budget_trials - study.appended
+    room = studies.room(session, study)
     if study.state != "active" or not suggestions[:room]:
         return []
     rows = [_row(expected + i, suggestion) for i, suggestion in enumerate(suggestions[:room])]

@@ -1,4 +1,4 @@
-"""Studies: create, find, list, pause, resume, stop, cancel, delete.
+"""Studies: create, find, list, pause, resume, stop, cancel, change, delete.
 
 Every change locks the study's row first, so that two clients at once, or a scheduler that appends
 meanwhile, see each other's outcome. Functions take a session and never commit.
@@ -15,8 +15,8 @@ from sqlalchemy.orm import Session
 
 from regtune import events, tables
 from regtune.database import NEWS, WORK
-from regtune.errors import NotFound, StudyActive, StudyDiffers, StudyOver
-from regtune.spec import StudySpec
+from regtune.errors import BudgetSpent, NotFound, StudyActive, StudyDiffers, StudyOver
+from regtune.spec import StudyChange, StudySpec, changed
 
 Verb = Literal["pause", "resume", "stop", "cancel"]
 
@@ -53,6 +53,7 @@ class Study:
     priority: int
     budget_trials: int
     budget_seconds: float | None
+    budget_trial_epochs: int | None
     appended: int
     created_at: datetime
     finished_at: datetime | None
@@ -100,6 +101,7 @@ def create(session: Session, spec: StudySpec, actor: str) -> tuple[Study, bool]:
             priority=spec.priority,
             budget_trials=spec.budget.trials,
             budget_seconds=spec.budget.seconds,
+            budget_trial_epochs=spec.budget.trial_epochs,
         )
     )
     _tell(session, study_id, "study_created", actor)
@@ -156,6 +158,18 @@ def by_id(session: Session, study_id: int) -> Study:
 def has_more(session: Session, study_id: int) -> bool:
     """Say whether a study has trials that no worker has begun, or may still get some."""
     return bool(session.execute(text(_HAS_MORE), {"study_id": study_id}).scalar())
+
+
+def room(session: Session, study: Study) -> int:
+    """Return how many more trials a study may have, by trials and by trial-epochs.
+
+    An open trial may yet take all of its ``max_epochs``, so that much is promised to it.
+    """
+    by_trials = study.budget_trials - study.appended
+    if study.budget_trial_epochs is None:
+        return by_trials
+    left = study.budget_trial_epochs - _promised_epochs(session, study)
+    return min(by_trials, left // study.spec.training.max_epochs)
 
 
 def describe_model(session: Session, study_id: int, facts: ModelFacts) -> None:
@@ -250,6 +264,89 @@ def _is_done_already(study: Study, verb: Verb) -> bool:
     )
 
 
+def change(session: Session, name: str, change: StudyChange, actor: str) -> Study:
+    """Change budget and priority of a live study; return how it stands then.
+
+    The spec stays what was posted, so that posting it again finds the study. A change that changes
+    nothing is none. Raise StudyOver for a study that adds no more trials, BudgetSpent for a limit
+    below what is used up or promised to open trials, InvalidSpec for what the spec forbids.
+    """
+    study = lock(session, find(session, name).study_id)
+    old = _limits(study)
+    asked = change.given
+    new = {**old, **asked.get("budget", {}), "priority": asked.get("priority", study.priority)}
+    if new == old:
+        return study
+    if study.state not in ("active", "paused"):
+        raise StudyOver(f"the study is {study.state}; a change comes too late")
+    changed(study.spec, {"budget": {key: new[key] for key in _BUDGET}, "priority": new["priority"]})
+    _check_not_spent(session, study, old, new)
+    session.execute(
+        update(tables.studies)
+        .where(tables.studies.c.study_id == study.study_id)
+        .values(priority=new["priority"], **{f"budget_{key}": new[key] for key in _BUDGET})
+    )
+    difference = {key: {"from": old[key], "to": new[key]} for key in old if old[key] != new[key]}
+    _tell(session, study.study_id, "study_changed", actor, difference)
+    return by_id(session, study.study_id)
+
+
+_BUDGET = ("trials", "seconds", "trial_epochs")
+
+
+def _limits(study: Study) -> dict[str, Any]:
+    return {
+        "trials": study.budget_trials,
+        "seconds": study.budget_seconds,
+        "trial_epochs": study.budget_trial_epochs,
+        "priority": study.priority,
+    }
+
+
+def _check_not_spent(
+    session: Session, study: Study, old: Mapping[str, Any], new: Mapping[str, Any]
+) -> None:
+    """Raise BudgetSpent for a limit that is new and below what can be kept."""
+    if new["trials"] < study.appended:
+        raise BudgetSpent(
+            f"budget.trials cannot be {new['trials']}: there are {study.appended} trials already; "
+            "to start no more, stop the study"
+        )
+    if new["seconds"] not in (None, old["seconds"]):
+        spent = seconds_spent(session, study.study_id)
+        if new["seconds"] <= spent:
+            raise BudgetSpent(
+                f"budget.seconds cannot be {new['seconds']:g}: {spent:.1f} seconds have passed "
+                "since the first lease; to start no more trials, stop the study"
+            )
+    if new["trial_epochs"] not in (None, old["trial_epochs"]):
+        promised = _promised_epochs(session, study)
+        if new["trial_epochs"] < promised:
+            raise BudgetSpent(
+                f"budget.trial_epochs cannot be {new['trial_epochs']}: with what open trials may "
+                f"still train, {promised} are used up; to start no more trials, stop the study"
+            )
+
+
+def seconds_spent(session: Session, study_id: int) -> float:
+    """Return the seconds since a study's first lease; 0 before it."""
+    query = text(
+        "SELECT coalesce(extract(epoch FROM now() - min(started_at)), 0)::float"
+        " FROM regtune.trials WHERE study_id = :study_id"
+    )
+    return float(session.execute(query, {"study_id": study_id}).scalar_one())
+
+
+def _promised_epochs(session: Session, study: Study) -> int:
+    """Return the epochs that ended trials have trained, and open ones may come to."""
+    return int(
+        session.execute(
+            text(_PROMISED_EPOCHS),
+            {"study_id": study.study_id, "max_epochs": study.spec.training.max_epochs},
+        ).scalar_one()
+    )
+
+
 def end(session: Session, study_id: int, state: str, reason: str, actor: str) -> None:
     """Let a study end: completed, stopped, cancelled or failed, and why."""
     _set_state(session, study_id, state, reason)
@@ -318,8 +415,14 @@ def _has_running(session: Session, study_id: int) -> bool:
     )
 
 
-def _tell(session: Session, study_id: int, kind: str, actor: str) -> None:
-    events.record(session, study_id, kind, actor)
+def _tell(
+    session: Session,
+    study_id: int,
+    kind: str,
+    actor: str,
+    detail: Mapping[str, Any] | None = None,
+) -> None:
+    events.record(session, study_id, kind, actor, detail=detail)
     events.notify(session, NEWS, study_id)
     events.notify(session, WORK, study_id)
 
@@ -343,6 +446,11 @@ _HAS_MORE = """
 SELECT s.state = 'active' AND (s.appended < s.budget_trials OR EXISTS (
     SELECT FROM regtune.trials t WHERE t.study_id = s.study_id AND t.state = 'waiting'))
 FROM regtune.studies s WHERE s.study_id = :study_id
+"""
+
+_PROMISED_EPOCHS = """
+SELECT coalesce(sum(CASE WHEN state IN ('waiting', 'running') THEN :max_epochs ELSE epochs END), 0)
+FROM regtune.trials WHERE study_id = :study_id
 """
 
 _CANCEL = """

@@ -71,6 +71,7 @@ studies = Table(
     Column("priority", Integer, nullable=False),
     Column("budget_trials", Integer, nullable=False),
     Column("budget_seconds", Double),
+    Column("budget_trial_epochs", BigInteger),
     Column("appended", Integer, nullable=False, server_default="0", comment="next trial's number"),
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=_now),
     Column("finished_at", DateTime(timezone=True)),
@@ -97,6 +98,9 @@ trials = Table(
     Column("state", Text, nullable=False),
     Column("attempt", Integer, nullable=False, server_default="0", comment="leases so far"),
     Column("lost_leases", Integer, nullable=False, server_default="0"),
+    Column(
+        "epochs", Integer, nullable=False, server_default="0", comment="of its furthest attempt"
+    ),
     Column("token", Uuid, comment="of the lease that may write"),
     Column("worker", Text),
     Column("lease_expires_at", DateTime(timezone=True)),

@@ -62,6 +62,8 @@ class News:
     waiting: int
     running: int
     wanted_lanes: int
+    room: int
+    """How many more trials the budget allows."""
     seconds_spent: float
     ended: Sequence[Ended]
     epochs: Mapping[int, Sequence[tuple[int, float]]]
@@ -72,8 +74,7 @@ class News:
     @property
     def out_of_time(self) -> bool:
         """Whether the budget's seconds are used up."""
-        budget = self.study.budget_seconds
-        return budget is not None and self.seconds_spent >= budget
+        return _is_out_of_time(self.study, self.seconds_spent)
 
 
 class Conductor:
@@ -121,6 +122,7 @@ class Conductor:
                 study.spec.task.model,
                 self._settings.lease_seconds,
             ),
+            room=studies.room(session, study),
             seconds_spent=counts.seconds_spent,
             ended=ended,
             epochs=by_number,
@@ -193,8 +195,10 @@ class Conductor:
             study = studies.lock(session, self._study_id)
             if not study.live:
                 return True
-            if study.state == "stopping" or news.out_of_time:
-                studies.withdraw_waiting(session, self._study_id, "the budget was cut short", ACTOR)
+            if study.state == "stopping":
+                studies.withdraw_waiting(session, self._study_id, "the study was stopped", ACTOR)
+            elif _is_out_of_time(study, news.seconds_spent):
+                studies.withdraw_waiting(session, self._study_id, _time_is_up(study), ACTOR)
             ending = self._ending(session, study, news)
             if ending is None:
                 return False
@@ -218,20 +222,26 @@ class Conductor:
             return None
         if study.state == "stopping":
             return "stopped", study.reason or "stopped by request"
-        if study.appended == study.budget_trials or news.out_of_time:
-            if counts.failed and counts.failed == counts.ended:
-                return "failed", "every trial failed"
-            used_up = (
-                f"all {study.budget_trials} trials have ended"
-                if study.appended == study.budget_trials
-                else f"the budget of {study.budget_seconds:g} seconds is used up"
+        used_up = self._used_up(session, study, news)
+        if used_up and counts.failed and counts.failed == counts.ended:
+            return "failed", "every trial failed"
+        return ("completed", used_up) if used_up else None
+
+    def _used_up(self, session: Session, study: Study, news: News) -> str | None:
+        """Say which limit of the budget a study with no open trial has reached, if any."""
+        if study.appended == study.budget_trials:
+            return f"all {study.budget_trials} trials have ended"
+        if _is_out_of_time(study, news.seconds_spent):
+            return _time_is_up(study)
+        if studies.room(session, study) <= 0:
+            return (
+                f"of the budget of {study.budget_trial_epochs} trial-epochs less is left than the "
+                f"{study.spec.training.max_epochs} that a trial may take"
             )
-            return "completed", used_up
         return None
 
     def _suggest(self, news: News) -> None:
-        room = news.study.budget_trials - self._mirror.next_number
-        count = min(room, news.wanted_lanes - news.waiting, MAX_SUGGESTIONS)
+        count = min(news.room, news.wanted_lanes - news.waiting, MAX_SUGGESTIONS)
         if news.study.state != "active" or news.out_of_time or count <= 0:
             return
         expected = self._mirror.next_number
@@ -241,7 +251,15 @@ class Conductor:
                 session, self._study_id, suggestions, expected=expected, actor=ACTOR
             )
         if len(appended) != count:
-            raise StaleView("the study was paused or stopped while its next trials were chosen")
+            raise StaleView("the study was changed or halted while its next trials were chosen")
+
+
+def _is_out_of_time(study: Study, seconds_spent: float) -> bool:
+    return study.budget_seconds is not None and seconds_spent >= study.budget_seconds
+
+
+def _time_is_up(study: Study) -> str:
+    return f"the budget of {study.budget_seconds:g} seconds is used up"
 
 
 _COUNTS = """
