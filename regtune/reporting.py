@@ -267,6 +267,8 @@ WITH outcome AS (
         validation_score = o.validation_score, best_epoch = o.best_epoch,
         test_loss = o.test_loss, test_score = o.test_score,
         token = NULL, lease_expires_at = NULL, stop_request = NULL,
+        worker_seconds = t.worker_seconds + t.share * greatest(0, extract(
+            epoch FROM coalesce(cast(:now AS timestamptz), now()) - t.leased_at)::float),
         finished_at = coalesce(cast(:now AS timestamptz), now())
     FROM held JOIN outcome o USING (trial_id)
     WHERE t.trial_id = held.trial_id

@@ -540,6 +540,22 @@ class Pruner(_SpecModel):
     )
 
 
+class Requires(_SpecModel):
+    """What a worker must have to train the study."""
+
+    device: Literal["cpu", "cuda", "mps", "xpu"] | None = Field(
+        None, description="Kind of device, in PyTorch's words. Default: any.", examples=["cuda"]
+    )
+    min_memory_gb: float = Field(
+        0.0,
+        ge=0,
+        le=1e6,
+        description="Least memory of the device, in 10^9 bytes, as its driver counts them; of the "
+        "machine where the device is a CPU.",
+        examples=[15],
+    )
+
+
 class StudySpec(_SpecModel):
     """A study: what is trained, what is searched, and how far."""
 
@@ -582,6 +598,12 @@ class StudySpec(_SpecModel):
         le=1000,
         description="Weight by which studies share the workers.",
         examples=[1],
+    )
+
+    requires: Requires = Field(
+        default_factory=Requires,
+        description="What a worker must have to train it.",
+        examples=[{"device": "cuda", "min_memory_gb": 15}],
     )
 
     @validate_field("sampler", "pruner", mode="before")
@@ -851,6 +873,7 @@ _FIELDS_OF: Mapping[tuple[str, ...], type[BaseModel]] = {
     ("budget",): Budget,
     ("sampler",): Sampler,
     ("pruner",): Pruner,
+    ("requires",): Requires,
 }
 
 _FIELDS_OF_A_CHANGE: Mapping[tuple[str, ...], type[BaseModel]] = {

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from sqlalchemy import Row, insert, select, text, update
 from sqlalchemy.orm import Session
 
-from regtune import events, tables
+from regtune import events, shares, tables
 from regtune.database import NEWS, WORK
 from regtune.errors import BudgetSpent, NotFound, StudyActive, StudyDiffers, StudyOver
 from regtune.spec import StudyChange, StudySpec, changed
@@ -104,6 +104,7 @@ def create(session: Session, spec: StudySpec, actor: str) -> tuple[Study, bool]:
             budget_trial_epochs=spec.budget.trial_epochs,
         )
     )
+    shares.enter(session, study_id)
     _tell(session, study_id, "study_created", actor)
     return find(session, spec.name), True
 
@@ -240,6 +241,8 @@ def act(session: Session, name: str, verb: Verb, actor: str) -> Study:
         if study.state == "stopping":
             raise StudyOver(f"the study is stopping; {verb} comes too late")
         _set_state(session, study.study_id, "paused" if verb == "pause" else "active", None)
+        if verb == "resume":
+            shares.enter(session, study.study_id)
     _tell(session, study.study_id, f"study_{verb}", actor)
     if verb == "stop":
         _set_state(session, study.study_id, "stopping", "stopped by request")
@@ -461,6 +464,8 @@ WITH picked AS (
 ), cancelled AS (
     UPDATE regtune.trials t
     SET state = 'cancelled', reason = :reason, token = NULL, lease_expires_at = NULL,
+        worker_seconds = t.worker_seconds + CASE t.state WHEN 'running' THEN
+            t.share * greatest(0, extract(epoch FROM now() - t.leased_at)::float) ELSE 0 END,
         finished_at = now()
     FROM picked WHERE t.trial_id = picked.trial_id
     RETURNING t.trial_id, t.number
@@ -487,6 +492,7 @@ _OF_TRIALS = "(SELECT trial_id FROM public.trials WHERE study_id = :study_id)"
 _DELETIONS = (
     f"DELETE FROM regtune.epochs WHERE trial_id IN {_OF_TRIALS}",
     "DELETE FROM regtune.trials WHERE study_id = :study_id",
+    "DELETE FROM regtune.shares WHERE study_id = :study_id",
     "DELETE FROM regtune.studies WHERE study_id = :study_id",
     "DELETE FROM regtune.events WHERE study_id = :study_id AND number IS NOT NULL",
     *(

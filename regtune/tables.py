@@ -104,6 +104,15 @@ trials = Table(
     Column("token", Uuid, comment="of the lease that may write"),
     Column("worker", Text),
     Column("lease_expires_at", DateTime(timezone=True)),
+    Column("leased_at", DateTime(timezone=True), comment="last lease"),
+    Column("share", Double, comment="of its worker, that its last lease holds: one of its slots"),
+    Column(
+        "worker_seconds",
+        Double,
+        nullable=False,
+        server_default="0",
+        comment="of workers' time, by leases that have ended",
+    ),
     Column("stop_request", Text, comment="the scheduler's verdict for the worker"),
     Column("value", Double, comment="validation loss at the best weights"),
     Column("value_spread", Double, comment="standard deviation of the value over the members"),
@@ -125,6 +134,27 @@ trials = Table(
     ),
     Index("trials_by_state", "study_id", "state", "number"),
     Index("trials_leased", "lease_expires_at", postgresql_where=text("state = 'running'")),
+    schema=SCHEMA,
+)
+
+shares = Table(
+    "shares",
+    metadata,
+    Column("study_id", Integer, ForeignKey(studies.c.study_id), primary_key=True),
+    Column(
+        "virtual_seconds",
+        Double,
+        nullable=False,
+        comment="workers' time by priority; the study with the least is next",
+    ),
+    Column(
+        "worker_seconds",
+        Double,
+        nullable=False,
+        server_default="0",
+        comment="of workers' time, up to settled_at",
+    ),
+    Column("settled_at", DateTime(timezone=True), nullable=False, server_default=_now),
     schema=SCHEMA,
 )
 
@@ -151,6 +181,8 @@ workers = Table(
     Column("host", Text, nullable=False),
     Column("pid", Integer, nullable=False),
     Column("device", Text, nullable=False),
+    Column("device_kind", Text, nullable=False, server_default="cpu"),
+    Column("memory_bytes", BigInteger, comment="of the device; of the machine for a CPU"),
     Column("lanes", Integer, nullable=False, comment="how many trials it trains at once"),
     Column("wanted_lanes", Integer, nullable=False, comment="lanes that would take a trial now"),
     Column(

@@ -179,7 +179,8 @@ class StudyDetail(StudySummary):
         description="The trial with everything off; null until it is complete."
     )
     warning: str | None = Field(
-        description="Why nothing happens, if no living worker offers the study's task.",
+        description="Why nothing happens, if no living worker offers the study's task on a device "
+        "as it requires.",
         examples=["no worker is alive; the study waits for one (start it with `regtune worker`)"],
     )
 
@@ -308,7 +309,7 @@ def _detail(session: Session, study: Study, context: Context) -> StudyDetail:
         eta_seconds=records.eta_seconds(session, study, standing),
         best=best,
         baseline=TrialResult.of(baseline) if baseline else None,
-        warning=admission.warning(session, study.spec.task, alive_seconds) if study.live else None,
+        warning=admission.warning(session, study.spec, alive_seconds) if study.live else None,
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from sqlalchemy import Engine as Database
 from sqlalchemy.exc import DBAPIError
 
-from regtune import database, leasing, reporting, studies, task, workers
+from regtune import database, leasing, reporting, shares, studies, task, workers
 from regtune.database import transaction
 from regtune.errors import DatabaseUnavailable, NotFound
 from regtune.reporting import Failed
@@ -60,6 +60,8 @@ class Worker:
                 host=socket.gethostname(),
                 pid=os.getpid(),
                 device=describe(self._device),
+                device_kind=self._device.type,
+                memory_bytes=capacity.total_bytes(self._device),
                 lanes=self._lanes,
                 offer=self._offer,
             )
@@ -98,7 +100,7 @@ class Worker:
 
     def _choose(self) -> Study | None:
         with transaction(self._database) as session:
-            study_id = workers.choose_study(session, self._offer)
+            study_id = shares.choose(session, self.name, stay_seconds=self._settings.stay_seconds)
             if study_id is None:
                 workers.beat(session, self.name, wanted_lanes=self._lanes, study_id=None)
                 return None
@@ -112,7 +114,6 @@ class Worker:
                 self._settings,
                 study,
                 self.name,
-                self._offer,
                 self._device,
                 self._listener,
             )

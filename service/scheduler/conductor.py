@@ -117,10 +117,7 @@ class Conductor:
             waiting=counts.waiting,
             running=counts.running,
             wanted_lanes=workers.wanted_lanes(
-                session,
-                study.spec.task.dataset,
-                study.spec.task.model,
-                self._settings.lease_seconds,
+                session, self._study_id, self._settings.lease_seconds
             ),
             room=studies.room(session, study),
             seconds_spent=counts.seconds_spent,

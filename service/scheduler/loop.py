@@ -7,7 +7,7 @@ import structlog
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError, TimeoutError
 
-from regtune import database, studies
+from regtune import database, shares, studies
 from regtune.errors import NotFound, StaleView
 from regtune.settings import Settings
 from regtune.studies import Study
@@ -61,6 +61,9 @@ class Scheduler:
     def _attend(self, news: set[int] | None) -> None:
         """Conduct the studies of which there is news, all of them if None."""
         try:
+            if news is None:
+                with database.transaction(self._engine) as session:
+                    shares.settle(session)
             with database.transaction(self._engine) as session:
                 live = {study.study_id: study for study in studies.live(session)}
             led = self._leadership.claim(live)

@@ -428,3 +428,23 @@ def test_every_answer_is_json_that_a_strict_reader_takes(
 
     for path in ("", "/study", "/study/trials", "/study/trials/0"):
         json.loads(client.get(f"/v1/studies{path}").text, parse_constant=refuse)
+
+
+def test_a_study_waits_for_the_device_that_it_requires(
+    client: httpx.Client, engine: Engine
+) -> None:
+    register(engine)
+    wants = {"device": "cuda", "min_memory_gb": 16}
+    study = post(client, requires=wants).json()
+    assert study["spec"]["requires"] == wants
+    assert study["warning"] == (
+        "none of the 1 living workers that offer its task has a cuda device with at least 16 GB; "
+        "the study waits for one that does"
+    )
+    builders.register(engine, "gpu", device_kind="cuda", memory_bytes=16 * 10**9)
+    assert client.get("/v1/studies/study").json()["warning"] is None
+    shown = {w["name"]: w for w in client.get("/v1/workers").json()["items"]}
+    assert (shown["gpu"]["device_kind"], shown["gpu"]["memory_bytes"]) == ("cuda", 16 * 10**9)
+    response = post(client, name="other", requires={"device": "gpu"})
+    assert response.status_code == 422
+    assert "'cuda'" in response.json()["errors"][0]["message"]

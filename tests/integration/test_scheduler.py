@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, text
 
-from regtune import database, leasing, reporting, studies, workers
+from regtune import database, leasing, reporting, shares, studies, workers
 from regtune.database import transaction
 from regtune.errors import BudgetSpent, StaleView
 from regtune.leasing import Lease
@@ -17,7 +17,6 @@ from regtune.reporting import Epoch, Failed, Outcome, Pruned
 from regtune.settings import Settings
 from regtune.spec import Search, parse_change
 from regtune.studies import Study
-from regtune.task import Offer
 from service.scheduler.conductor import Conductor
 from service.scheduler.loop import Scheduler
 from tests import builders
@@ -71,8 +70,7 @@ class HandWorker:
     def _run(self) -> None:
         while not self.stopping.is_set():
             with transaction(self.engine) as session:
-                offer = Offer(frozenset({"digits"}), frozenset({"mlp"}))
-                study_id = workers.choose_study(session, offer)
+                study_id = shares.choose(session, self.name)
                 leases = (
                     leasing.lease(session, study_id, self.name, self.lanes, 30) if study_id else []
                 )
