@@ -11,7 +11,7 @@ from itertools import count
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -40,7 +40,6 @@ OPEN = ("waiting", "running")
 
 _names = count()
 
-verbs = st.sampled_from(["pause", "resume", "stop", "cancel"])
 some = st.integers(1, 4)
 
 
@@ -82,8 +81,10 @@ class LifeOfTrials(RuleBasedStateMachine):
         self.told = ["study_created"]
         self.state = "active"
 
-    @initialize(trials=st.integers(1, 8), trial_epochs=st.none() | st.integers(2, 7))
-    def create(self, trials: int, trial_epochs: int | None) -> None:
+    @initialize(
+        trials=st.integers(1, 8), trial_epochs=st.none() | st.integers(2, 7), leased=st.booleans()
+    )
+    def create(self, trials: int, trial_epochs: int | None, leased: bool) -> None:
         epochs = None if trial_epochs is None else trial_epochs * MAX_EPOCHS
         self.budget = {"trials": trials, "trial_epochs": epochs}
         self.study: Study = builders.create(
@@ -92,6 +93,9 @@ class LifeOfTrials(RuleBasedStateMachine):
             training={"max_epochs": MAX_EPOCHS},
             budget={key: value for key, value in self.budget.items() if value},
         )
+        self.append(3, behind=False)
+        if leased:
+            self.lease("a", 2)
 
     # What the scheduler does.
 
@@ -110,6 +114,7 @@ class LifeOfTrials(RuleBasedStateMachine):
         assert len(new) == min(number, room)
         self.trials += [Trial() for _ in new]
 
+    @precondition(lambda self: self._in("running"))
     @rule()
     def expire(self) -> None:
         with transaction(self.engine) as session:
@@ -118,11 +123,10 @@ class LifeOfTrials(RuleBasedStateMachine):
             if trial.expires is not None and trial.expires < self.now:
                 self._give_up(trial, lost=1)
 
+    @precondition(lambda self: self.leases)
     @rule(data=st.data())
     def request_stop(self, data: st.DataObject) -> None:
         lease = self._any_lease(data)
-        if lease is None:
-            return
         with transaction(self.engine) as session:
             verdicts = {lease.trial_id: (lease.attempt, "looks bad")}
             reporting.request_stop(session, self.study.study_id, verdicts)
@@ -130,6 +134,7 @@ class LifeOfTrials(RuleBasedStateMachine):
         if trial.state == "running" and trial.attempts == lease.attempt:
             trial.stop = "looks bad"
 
+    @precondition(lambda self: self._in("running"))
     @rule()
     def settle(self) -> None:
         with transaction(self.engine) as session:
@@ -137,6 +142,7 @@ class LifeOfTrials(RuleBasedStateMachine):
 
     # What workers do, and those that have lost their leases without knowing it.
 
+    @precondition(lambda self: self._in("waiting"))
     @rule(worker=st.sampled_from("ab"), number=some)
     def lease(self, worker: str, number: int) -> None:
         with transaction(self.engine) as session:
@@ -154,6 +160,7 @@ class LifeOfTrials(RuleBasedStateMachine):
             assert lease.attempt == trial.attempts
         self.leases += leases
 
+    @precondition(lambda self: self.leases)
     @rule(data=st.data(), number=st.integers(0, 3), again=st.booleans())
     def record(self, data: st.DataObject, number: int, again: bool) -> None:
         """Renew leases and report epochs, some of them perhaps for the second time."""
@@ -178,11 +185,10 @@ class LifeOfTrials(RuleBasedStateMachine):
             for epoch in epochs[lease.trial_id]:
                 trial.epochs.setdefault((lease.attempt, epoch.epoch), epoch.validation_loss)
 
+    @precondition(lambda self: self.leases)
     @rule(data=st.data(), kind=st.sampled_from(["complete", "pruned", "failed"]))
     def finish(self, data: st.DataObject, kind: str) -> None:
         lease = self._any_lease(data)
-        if lease is None:
-            return
         trial = self.trials[lease.number]
         outcome: Outcome = Pruned("looks bad")
         if kind == "failed":
@@ -199,6 +205,16 @@ class LifeOfTrials(RuleBasedStateMachine):
         if ended:
             trial.end(kind)
 
+    @precondition(lambda self: self._in("running"))
+    @rule(again=st.booleans())
+    def lose_every_lease(self, again: bool) -> None:
+        """All workers are silent for too long; perhaps others take over at once."""
+        self.now += timedelta(seconds=LEASE_SECONDS + 1)
+        self.expire()
+        if again:
+            self.lease("b", 4)
+
+    @precondition(lambda self: self.leases)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         leases = self._some_leases(data)
@@ -209,14 +225,35 @@ class LifeOfTrials(RuleBasedStateMachine):
         for lease in held:
             self._give_up(self.trials[lease.number], lost=0)
 
+    @precondition(lambda self: self._zombies())
+    @rule(data=st.data())
+    def write_as_a_zombie(self, data: st.DataObject) -> None:
+        """Write in every way with the lease of an earlier attempt, while a later one runs."""
+        lease = data.draw(st.sampled_from(self._zombies()))
+        epochs = {lease.trial_id: [builders.epoch(self.trials[lease.number].furthest + 1, 0.5)]}
+        with transaction(self.engine) as session:
+            verdicts = reporting.flush(session, [lease], epochs, LEASE_SECONDS, now=self.now)
+            assert verdicts.held == frozenset()
+            ended = reporting.finish(session, [(lease, Pruned("late"))], "a", now=self.now)
+            assert ended == frozenset()
+            assert leasing.release(session, [lease], "a", now=self.now) == []
+
     @rule(seconds=st.sampled_from([1, 20, 31]))
     def time_passes(self, seconds: int) -> None:
         self.now += timedelta(seconds=seconds)
 
     # What clients do.
 
-    @rule(verb=verbs)
-    def act(self, verb: studies.Verb) -> None:
+    @rule(verb=st.sampled_from(["pause", "resume"]))
+    def halt(self, verb: studies.Verb) -> None:
+        self._act(verb)
+
+    @precondition(lambda self: len(self.leases) > 3)  # so that something has happened
+    @rule(verb=st.sampled_from(["stop", "cancel"]))
+    def end(self, verb: studies.Verb) -> None:
+        self._act(verb)
+
+    def _act(self, verb: studies.Verb) -> None:
         after, late = self._after(verb)
         try:
             with transaction(self.engine) as session:
@@ -256,7 +293,7 @@ class LifeOfTrials(RuleBasedStateMachine):
             self.told.append("study_changed")
         self.budget = wanted
 
-    @precondition(lambda self: self.state in ("active", "paused", "stopping"))
+    @precondition(lambda self: self.state == "stopping")
     @rule()
     def delete_too_early(self) -> None:
         with pytest.raises(StudyActive), transaction(self.engine) as session:
@@ -283,6 +320,7 @@ class LifeOfTrials(RuleBasedStateMachine):
                 *(trial.state, trial.attempts, trial.lost, token, trial.furthest),
             )
             assert self.ended_rows.setdefault(row.number, row) == row or trial.state in OPEN
+            assert row.stop_request == trial.stop
             if trial.state in OPEN:
                 del self.ended_rows[row.number]
         modelled = {
@@ -321,15 +359,28 @@ class LifeOfTrials(RuleBasedStateMachine):
     def _is_held(self, lease: Lease) -> bool:
         return self.trials[lease.number].lease == lease
 
-    def _any_lease(self, data: st.DataObject) -> Lease | None:
-        return data.draw(st.sampled_from(self.leases)) if self.leases else None
+    def _zombies(self) -> list[Lease]:
+        return [
+            lease
+            for lease in self.leases
+            if self.trials[lease.number].state == "running" and not self._is_held(lease)
+        ]
+
+    def _in(self, *states: str) -> bool:
+        return any(trial.state in states for trial in self.trials)
+
+    def _any_lease(self, data: st.DataObject) -> Lease:
+        return data.draw(st.sampled_from(self.leases))
 
     def _some_leases(self, data: st.DataObject) -> list[Lease]:
-        """Some of all leases that ever were; of one trial perhaps several."""
-        if not self.leases:
-            return []
+        """Some of all leases that ever were, one of a trial."""
         return data.draw(
-            st.lists(st.sampled_from(self.leases), max_size=4, unique_by=lambda one: one.trial_id)
+            st.lists(
+                st.sampled_from(self.leases),
+                min_size=1,
+                max_size=4,
+                unique_by=lambda one: one.trial_id,
+            )
         )
 
     def _give_up(self, trial: Trial, lost: int) -> None:
@@ -343,8 +394,7 @@ class LifeOfTrials(RuleBasedStateMachine):
 
     def _after(self, verb: str) -> tuple[str, bool]:
         """Return the study's state after a verb, and whether that comes too late."""
-        runs = any(trial.state == "running" for trial in self.trials)
-        stopped = "stopping" if runs else "stopped"
+        stopped = "stopping" if self._in("running") else "stopped"
         after = {"pause": "paused", "resume": "active", "stop": stopped, "cancel": "cancelled"}
         done = {
             "pause": ("paused",),
@@ -379,13 +429,15 @@ def run(engine: Engine, examples: int) -> None:
             stateful_step_count=30,
             deadline=None,
             suppress_health_check=list(HealthCheck),
+            # A failure is told as it was found: to shrink it takes minutes on a database.
+            phases=(Phase.explicit, Phase.reuse, Phase.generate),
             print_blob=True,
         ),
     )
 
 
 def test_any_order_of_events_keeps_every_invariant(engine: Engine) -> None:
-    run(engine, 40)
+    run(engine, 25)
 
 
 @pytest.mark.long
