@@ -43,7 +43,7 @@ class Footprint:
     """The bytes of one lane.
 
     ``state`` is what it holds from epoch to epoch (weights, best copy, moments, buffers), ``step``
-    what it needs besides within a step (gradient, activations).
+    what it needs besides within a step (gradient, activations, a copy of what the epoch changes).
     """
 
     state: int

@@ -5,7 +5,8 @@ A trial's numbers depend on its own strengths and on the seed alone, never on it
 place or when it joined.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 
@@ -20,6 +21,7 @@ from worker.tasks.preparation import Prepared, Rows, prepare
 from worker.training.batches import Place
 from worker.training.capacity import Footprint
 from worker.training.checkpoint import Checkpoint
+from worker.training.cores import synchronize
 from worker.training.epoch import Epochs, Tick
 from worker.training.lanes import (
     Lane,
@@ -45,11 +47,15 @@ KNOBS = frozenset(
 """The strengths that a study may leave out, so that no lane spends time on them."""
 
 
+class DeviceLost(Exception):
+    """The device answers no more, as after an illegal access; only a new process can use it."""
+
+
 class Engine:
     """Trains lanes of one study, epoch by epoch.
 
-    After an exception out of ``train_epoch`` (its ``tick`` may raise to abort) the lanes stand in
-    the middle of an epoch: all must leave, and may join again from the start or a checkpoint.
+    An epoch is trained whole or not at all: after an exception out of ``train_epoch`` (its ``tick``
+    may raise to abort) the lanes stand where they stood before it, and may leave or go on.
     """
 
     def __init__(
@@ -104,6 +110,7 @@ class Engine:
         self._footprint = self._weigh()
         self._lanes: list[Lane] = []
         self._tensors = self._starting_tensors(0)
+        self._epochs_start: dict[str, Tensor] | None = None
         self._strengths = self._stack_strengths()
 
     @property
@@ -168,8 +175,9 @@ class Engine:
         for place, lane in enumerate(lanes):
             if checkpoints and lane.key in checkpoints:
                 checkpoints[lane.key].restore(lane, joining.slice(self._span(place)))
-        self._lanes += lanes
+        self._epochs_start = None
         self._tensors = self._tensors.join(joining)
+        self._lanes += lanes
         self._strengths = self._stack_strengths()
 
     def leave(self, keys: Sequence[int]) -> None:
@@ -181,8 +189,9 @@ class Engine:
             return
         leaving = set(self._places(keys))
         staying = [place for place in range(len(self._lanes)) if place not in leaving]
-        self._lanes = [self._lanes[place] for place in staying]
+        self._epochs_start = None
         self._tensors = self._tensors.select(self._lanes_at(staying))
+        self._lanes = [self._lanes[place] for place in staying]
         self._strengths = self._stack_strengths()
 
     def checkpoint(self, keys: Sequence[int]) -> list[Checkpoint]:
@@ -199,21 +208,23 @@ class Engine:
         """Train every trial for one epoch of its own and validate it; in the order of ``lanes``.
 
         ``tick`` is called after every step and every batch of the validation, from any thread.
-        Raises ValueError while a trial that has ended is still in the stack.
+        Raises ValueError while a trial that has ended is still in the stack, DeviceLost when not
+        even the lanes' former state can be had back from the device.
         """
         if any(lane.ended for lane in self._lanes):
             raise ValueError("lanes that have ended must leave before the next epoch")
         if not self._lanes:
             return []
         started = perf_counter()
-        measured_K5 = self._epochs.train(
-            self._tensors,
-            self._strengths,
-            np.array([trial.learning_rate for trial in self._trial_of_each_lane()]),
-            [Place(m, lane.epoch + 1) for lane in self._lanes for m in range(self._members)],
-            tick,
-        )
-        measured_TM5 = measured_K5.double().cpu().view(len(self._lanes), self._members, 5)
+        with self._whole_or_not_at_all():
+            measured_K5 = self._epochs.train(
+                self._tensors,
+                self._strengths,
+                np.array([trial.learning_rate for trial in self._trial_of_each_lane()]),
+                [Place(m, lane.epoch + 1) for lane in self._lanes for m in range(self._members)],
+                tick,
+            )
+            measured_TM5 = measured_K5.double().cpu().view(len(self._lanes), self._members, 5)
         seconds = perf_counter() - started
         epochs = self._close_epoch(measured_TM5, seconds)
         self._epochs.ended(seconds, max(self.epochs_left().values()))
@@ -263,9 +274,11 @@ class Engine:
         )
         weights = sum(part.nbytes for part in parameters.values())
         kept = sum(buffer.nbytes for buffer in buffers.values())
+        changing = (1 + self._optimizer.moments) * weights + kept
+        step = self._epochs.settle_memory(*self._throwaway(WEIGHED_LANES)) // WEIGHED_LANES
         return Footprint(
-            state=(2 + self._optimizer.moments) * weights + 2 * kept,
-            step=self._epochs.settle_memory(*self._throwaway(WEIGHED_LANES)) // WEIGHED_LANES,
+            state=changing + weights + kept,
+            step=changing + step,
         )
 
     def _throwaway(
@@ -288,6 +301,27 @@ class Engine:
     def close(self) -> None:
         """Give threads back; the engine must not be used any more."""
         self._epochs.close()
+
+    @contextmanager
+    def _whole_or_not_at_all(self) -> Iterator[None]:
+        """Bring the lanes back to where they are now if the block raises.
+
+        What steps change is copied first, which costs less than one step.
+        """
+        changing = self._tensors.changing()
+        if self._epochs_start is None:
+            self._epochs_start = {name: part.clone() for name, part in changing.items()}
+        else:
+            _copy_(self._epochs_start, changing)
+        try:
+            yield
+        except BaseException as error:
+            try:
+                _copy_(changing, self._epochs_start)
+                synchronize(self._device)
+            except Exception:  # noqa: BLE001 - whatever the driver raises
+                raise DeviceLost(f"{type(error).__name__}: {error}") from error
+            raise
 
     def _close_epoch(self, measured_TM5: Tensor, seconds: float) -> list[LaneEpoch]:
         """Decide for each trial whether it goes on; keep copies of the best weights."""
@@ -346,6 +380,11 @@ def _build_members(
             )
         models.append(model.to(dtype))
     return models
+
+
+def _copy_(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
+    for name, target in targets.items():
+        target.copy_(sources[name])
 
 
 def _sample(rows: Rows) -> Rows:

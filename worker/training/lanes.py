@@ -179,6 +179,10 @@ class LaneTensors:
         """Return these lanes and, behind them, the others."""
         return _combine(lambda mine, theirs: torch.cat([mine, theirs]), self, others)
 
+    def changing(self) -> Tensors:
+        """Return what training steps change, by name; the best weights wait for the epoch's end."""
+        return {name: part for name, part in self.named().items() if not name.startswith("best_")}
+
     def best_of(self, lanes: Sequence[int]) -> tuple[Tensors, Tensors]:
         """Return copies of these lanes' best parameters and buffers, in this order."""
         index = self._index(lanes)

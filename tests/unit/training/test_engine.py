@@ -1,7 +1,7 @@
 """What a trial's numbers may depend on, and what never touches them."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -414,3 +414,25 @@ def test_an_exception_of_one_chunk_is_raised_after_the_others_have_ended(make_en
     with pytest.raises(ZeroDivisionError, match="mine"):
         engine.train_epoch(raise_once)
     assert next(calls) > engine.steps_per_epoch + 2
+
+
+def test_an_epoch_that_raises_has_never_been(make_engine):
+    """In the midst of its steps and of its validation; the curve is that of an undisturbed trial."""
+    engine, undisturbed = make_engine(optimizer="adam"), make_engine(optimizer="adam")
+    curve = []
+    for bad_tick in (2, engine.steps_per_epoch + 1, 1):
+        if not engine.lanes:
+            engine.join([trial(0, **STRONG), trial(1)])
+        ticks = itertools.count(1)
+
+        def tick(ticks: Iterator[int] = ticks, bad_tick: int = bad_tick) -> None:
+            if next(ticks) == bad_tick:
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            engine.train_epoch(tick)
+        curve.append(engine.train_epoch()[0])
+    undisturbed.join([trial(0, **STRONG), trial(1)])
+    expected = [undisturbed.train_epoch()[0] for _ in range(3)]
+    assert torch.equal(losses(curve), losses(expected))
+    assert [epoch.epoch for epoch in curve] == [1, 2, 3]
