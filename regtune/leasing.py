@@ -48,6 +48,7 @@ class Lease:
     attempt: int
     token: UUID
     params: Mapping[str, float]
+    lost_leases: int = 0
 
 
 def append(
@@ -118,11 +119,15 @@ def lease(
     seconds: float,
     *,
     slots: int = 1,
+    suspect_from: int | None = None,
+    suspects: bool = False,
     now: datetime | None = None,
 ) -> Sequence[Lease]:
     """Lease up to ``count`` waiting trials of an active study for a worker, lowest number first.
 
     ``slots`` is how many trials of this study the worker could train at once.
+    Trials that have lost ``suspect_from`` leases are suspected of killing their workers; they are
+    passed over, or with ``suspects`` the only ones to be leased.
     """
     rows = session.execute(
         text(_LEASE),
@@ -132,6 +137,8 @@ def lease(
             "count": count,
             "seconds": seconds,
             "share": 1 / slots,
+            "suspect_from": suspect_from,
+            "suspects": suspects,
             "now": now,
         },
     )
@@ -254,6 +261,7 @@ WITH study AS MATERIALIZED (
 ), picked AS (
     SELECT t.trial_id FROM regtune.trials t JOIN study USING (study_id)
     WHERE t.state = 'waiting'
+      AND coalesce(t.lost_leases >= cast(:suspect_from AS int), false) = :suspects
     ORDER BY t.number LIMIT :count FOR UPDATE OF t SKIP LOCKED
 ), leased AS (
     UPDATE regtune.trials t
@@ -264,7 +272,8 @@ WITH study AS MATERIALIZED (
         leased_at = coalesce(cast(:now AS timestamptz), now()), share = :share,
         started_at = coalesce(t.started_at, cast(:now AS timestamptz), now())
     FROM picked WHERE t.trial_id = picked.trial_id
-    RETURNING t.trial_id, t.study_id, t.number, t.attempt, t.token, t.params, t.started_at
+    RETURNING t.trial_id, t.study_id, t.number, t.attempt, t.token, t.params, t.lost_leases,
+              t.started_at
 ), public_trials AS (
     UPDATE public.trials o
     SET state = 'RUNNING', datetime_start = leased.started_at AT TIME ZONE 'utc'
@@ -274,7 +283,7 @@ WITH study AS MATERIALIZED (
     SELECT study_id, number, 'trial_started', :worker, json_build_object('attempt', attempt)
     FROM leased ORDER BY number
 )
-SELECT trial_id, study_id, number, attempt, token, params FROM leased
+SELECT trial_id, study_id, number, attempt, token, params, lost_leases FROM leased
 """
 
 # A worker that is renewing right now holds the lock, and its lease is alive after all.

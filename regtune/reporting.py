@@ -150,6 +150,30 @@ def finish(
     return frozenset(ended)
 
 
+def resume(session: Session, resumed: Sequence[tuple[Lease, Sequence[Epoch]]]) -> frozenset[int]:
+    """Let attempts begin where checkpoints of earlier ones ended; return the ids still leased.
+
+    The epochs are the curve up to the checkpoint, empty for a trial that starts anew. They become
+    the attempt's own: what is on record under an earlier attempt moves, what is not, because the
+    database was away, is added. What earlier attempts trained beyond stays on record as theirs, but
+    Optuna's curve ends with the checkpoint.
+    """
+    if not resumed:
+        return frozenset()
+    rows = session.execute(
+        text(_RESUME),
+        {
+            "leases": _as_json(_token(lease) for lease, _ in resumed),
+            "epochs": _as_json(
+                {"trial_id": lease.trial_id, **asdict(epoch)}
+                for lease, curve in resumed
+                for epoch in curve
+            ),
+        },
+    )
+    return frozenset(rows.scalars())
+
+
 def request_stop(session: Session, study_id: int, verdicts: Mapping[int, tuple[int, str]]) -> None:
     """Ask the workers to stop trials: ``verdicts`` maps a trial's id to its attempt and why.
 
@@ -201,16 +225,33 @@ def _plain(value: Any) -> Any:
     return repr(value) if isinstance(value, float) else value
 
 
-# Rows are locked in the order of their ids, as everywhere.
-_FLUSH = """
-WITH lease AS (
-    SELECT * FROM json_to_recordset(cast(:leases AS json)) AS r(trial_id int, token uuid)
-), reported AS (
-    SELECT * FROM json_to_recordset(cast(:epochs AS json)) AS r(
+_REPORTED = """
+    SELECT * FROM json_to_recordset(cast(:epochs AS json)) AS e(
         trial_id int, epoch int, train_loss double precision, validation_loss double precision,
         validation_score double precision, penalty double precision, sparsity double precision,
         seconds double precision)
-), locked AS (
+"""
+
+_SHOW = """
+    INSERT INTO public.trial_intermediate_values
+           (trial_id, step, intermediate_value, intermediate_value_type)
+    SELECT trial_id, epoch,
+           CASE WHEN abs(validation_loss) < 'Infinity' THEN validation_loss END,
+           CASE WHEN validation_loss = 'NaN' THEN 'NAN'
+                WHEN validation_loss = 'Infinity' THEN 'INF_POS'
+                WHEN validation_loss = '-Infinity' THEN 'INF_NEG'
+                ELSE 'FINITE' END::public.trialintermediatevaluetype
+    FROM {epochs} ORDER BY trial_id, epoch
+    ON CONFLICT (trial_id, step) DO UPDATE
+    SET intermediate_value = excluded.intermediate_value,
+        intermediate_value_type = excluded.intermediate_value_type
+"""
+
+# Rows are locked in the order of their ids, as everywhere.
+_FLUSH = f"""
+WITH lease AS (
+    SELECT * FROM json_to_recordset(cast(:leases AS json)) AS r(trial_id int, token uuid)
+), reported AS ({_REPORTED}), locked AS (
     SELECT t.trial_id FROM regtune.trials t
     JOIN lease ON lease.trial_id = t.trial_id AND lease.token = t.token
     ORDER BY t.trial_id FOR UPDATE OF t
@@ -231,21 +272,51 @@ WITH lease AS (
     ORDER BY held.trial_id, e.epoch
     ON CONFLICT DO NOTHING
     RETURNING trial_id, epoch, validation_loss
-), public_values AS (
-    INSERT INTO public.trial_intermediate_values
-           (trial_id, step, intermediate_value, intermediate_value_type)
-    SELECT trial_id, epoch,
-           CASE WHEN abs(validation_loss) < 'Infinity' THEN validation_loss END,
-           CASE WHEN validation_loss = 'NaN' THEN 'NAN'
-                WHEN validation_loss = 'Infinity' THEN 'INF_POS'
-                WHEN validation_loss = '-Infinity' THEN 'INF_NEG'
-                ELSE 'FINITE' END::public.trialintermediatevaluetype
-    FROM recorded ORDER BY trial_id, epoch
-    ON CONFLICT (trial_id, step) DO UPDATE
-    SET intermediate_value = excluded.intermediate_value,
-        intermediate_value_type = excluded.intermediate_value_type
-)
+), public_values AS ({_SHOW.format(epochs="recorded")})
 SELECT trial_id, stop_request FROM held
+"""
+
+# An epoch is the same one if it took as long to the last digit.
+_RESUME = f"""
+WITH lease AS (
+    SELECT * FROM json_to_recordset(cast(:leases AS json)) AS r(trial_id int, token uuid)
+), held AS (
+    SELECT t.trial_id, t.study_id, t.number, t.attempt, t.worker FROM regtune.trials t
+    JOIN lease ON lease.trial_id = t.trial_id AND lease.token = t.token
+    ORDER BY t.trial_id FOR UPDATE OF t
+), curve AS (
+    SELECT held.attempt, e.* FROM ({_REPORTED}) e JOIN held USING (trial_id)
+), former AS (
+    SELECT DISTINCT ON (e.trial_id, e.epoch) e.trial_id, e.epoch, e.attempt, curve.attempt AS now
+    FROM curve JOIN regtune.epochs e USING (trial_id, epoch)
+    WHERE e.attempt < curve.attempt AND e.seconds = curve.seconds
+      AND e.validation_loss = curve.validation_loss
+    ORDER BY e.trial_id, e.epoch, e.attempt DESC
+), moved AS (
+    UPDATE regtune.epochs e SET attempt = former.now FROM former
+    WHERE e.trial_id = former.trial_id AND e.epoch = former.epoch AND e.attempt = former.attempt
+    RETURNING e.trial_id, e.epoch
+), added AS (
+    INSERT INTO regtune.epochs (trial_id, attempt, epoch, train_loss, validation_loss,
+                                validation_score, penalty, sparsity, seconds)
+    SELECT trial_id, attempt, epoch, train_loss, validation_loss, validation_score, penalty,
+           sparsity, seconds
+    FROM curve WHERE NOT EXISTS (
+        SELECT FROM moved WHERE moved.trial_id = curve.trial_id AND moved.epoch = curve.epoch)
+    ON CONFLICT DO NOTHING
+), beyond AS (
+    DELETE FROM public.trial_intermediate_values v USING held
+    WHERE v.trial_id = held.trial_id AND NOT EXISTS (
+        SELECT FROM curve WHERE curve.trial_id = v.trial_id AND curve.epoch = v.step)
+), public_values AS ({_SHOW.format(epochs="curve")}), told AS (
+    INSERT INTO regtune.events (study_id, number, kind, actor, detail)
+    SELECT study_id, number, 'trial_resumed', worker,
+           json_build_object('attempt', attempt, 'epoch', curve.epochs)
+    FROM held JOIN (SELECT trial_id, max(epoch) AS epochs FROM curve GROUP BY trial_id) curve
+         USING (trial_id)
+    ORDER BY number
+)
+SELECT trial_id FROM held
 """
 
 # Optuna gives a pruned trial its last intermediate value, unless that is not a number.

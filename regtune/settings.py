@@ -35,6 +35,12 @@ class Settings(BaseSettings):
         "its due.",
     )
     lanes: int | None = Field(None, ge=1, le=4096, description="Lanes of a worker; else measured.")
+    checkpoints: str | None = Field(
+        None,
+        description="Where workers keep checkpoints: a folder, or an address of fsspec such as "
+        "s3://bucket/folder; by default the folder `checkpoints` in the data folder.",
+    )
+    checkpoint_seconds: float = Field(30.0, gt=0, description="How often trials are checkpointed.")
     max_attempts: int = Field(3, ge=1, description="A trial that loses more leases fails.")
     max_consecutive_failures: int = Field(
         10, ge=1, description="A study with so many failed trials in a row fails."

@@ -1,5 +1,6 @@
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from sqlalchemy import Engine, text
@@ -132,3 +133,22 @@ def test_a_trial_given_back_to_a_stopping_study_is_cancelled(engine: Engine) -> 
         leasing.release(session, [released], "w")
         assert leasing.expire(session, study.study_id, 3, now=LATER) == [lost.trial_id]
     assert builders.states(engine, study) == ["cancelled"] * 2
+
+
+def test_suspects_are_leased_apart(engine: Engine) -> None:
+    study = builders.create(engine)
+    builders.append(engine, study, 3)
+    for _ in range(2):
+        with transaction(engine) as session:
+            leasing.lease(session, study.study_id, "w", 1, 30)
+            leasing.expire(session, study.study_id, max_attempts=3, now=LATER)
+
+    def numbers(**options: Any) -> list[int]:
+        with transaction(engine) as session:
+            leases = leasing.lease(session, study.study_id, "w", 9, 30, **options)
+        assert all(lease.lost_leases == (2 if lease.number == 0 else 0) for lease in leases)
+        return [lease.number for lease in leases]
+
+    assert numbers(suspect_from=2) == [1, 2]
+    assert numbers(suspect_from=3, suspects=True) == []
+    assert numbers(suspect_from=2, suspects=True) == [0]

@@ -172,3 +172,76 @@ def test_the_spread_over_members_is_kept_and_told_to_optuna(
 
 def _url(engine: Engine) -> str:
     return engine.url.render_as_string(hide_password=False)
+
+
+def retried(engine: Engine, lost: Lease) -> Lease:
+    """Lose a trial's lease and get the next one."""
+    lose(engine, lost)
+    with transaction(engine) as session:
+        (again,) = leasing.lease(session, lost.study_id, "w", 1, 30)
+    assert again.trial_id == lost.trial_id
+    return again
+
+
+def resume(engine: Engine, lease: Lease, curve: Sequence[Epoch]) -> frozenset[int]:
+    with transaction(engine) as session:
+        return reporting.resume(session, [(lease, curve)])
+
+
+def record(engine: Engine, lease: Lease) -> list[tuple[int, int]]:
+    """Attempt and epoch of all that is on record of a trial."""
+    query = text("SELECT attempt, epoch FROM regtune.epochs WHERE trial_id = :id ORDER BY 1, 2")
+    with engine.connect() as connection:
+        return [tuple(row) for row in connection.execute(query, {"id": lease.trial_id})]
+
+
+def optuna_curve(engine: Engine, lease: Lease) -> dict[int, float]:
+    url = engine.url.render_as_string(hide_password=False)
+    study = optuna.load_study(study_name="study", storage=url)
+    return dict(study.trials[lease.number].intermediate_values)
+
+
+def test_a_resumed_attempt_takes_over_the_curve_up_to_its_checkpoint(engine, leases):
+    """Epochs 1 to 5 are recorded, the checkpoint is of epoch 3; its worker trained 4 and 5."""
+    curve = [builders.epoch(number, 1 / number) for number in range(1, 6)]
+    first = leases[0]
+    flush(engine, leases, {first.trial_id: curve})
+    second = retried(engine, first)
+    assert resume(engine, second, curve[:3]) == {first.trial_id}
+    assert record(engine, first) == [(1, 4), (1, 5), (2, 1), (2, 2), (2, 3)]
+    assert sorted(optuna_curve(engine, first)) == [1, 2, 3]
+    flush(engine, [second], {first.trial_id: [builders.epoch(4, 0.2)]})
+    assert audit(engine) == {}
+    third = retried(engine, second)
+    resume(engine, third, curve[:2])  # of a checkpoint that the second attempt did not write
+    resume(engine, third, curve[:2])  # the connection was lost in its commit
+    assert record(engine, first) == [(1, 4), (1, 5), (2, 3), (2, 4), (3, 1), (3, 2)]
+    assert optuna_curve(engine, first) == {1: 1, 2: 1 / 2}
+    assert audit(engine) == {}
+
+
+def test_what_a_checkpoint_knows_and_the_record_does_not_is_added(engine, leases):
+    """The database was away while epochs 2 and 3 were trained."""
+    curve = [builders.epoch(number, 1 / number) for number in range(1, 4)]
+    flush(engine, leases, {leases[0].trial_id: curve[:1]})
+    second = retried(engine, leases[0])
+    resume(engine, second, curve)
+    assert record(engine, second) == [(2, 1), (2, 2), (2, 3)]
+    assert optuna_curve(engine, second) == {1: 1, 2: 1 / 2, 3: 1 / 3}
+
+
+def test_a_retried_trial_without_a_checkpoint_leaves_no_curve_of_an_earlier_attempt(engine, leases):
+    flush(engine, leases, {leases[0].trial_id: [builders.epoch(1), builders.epoch(2)]})
+    second = retried(engine, leases[0])
+    resume(engine, second, [])
+    assert record(engine, second) == [(1, 1), (1, 2)]
+    assert optuna_curve(engine, second) == {}
+
+
+def test_nobody_resumes_a_trial_without_its_lease(engine, leases):
+    flush(engine, leases, {leases[0].trial_id: [builders.epoch(1), builders.epoch(2)]})
+    second = retried(engine, leases[0])
+    retried(engine, second)
+    assert resume(engine, second, [builders.epoch(1)]) == frozenset()
+    assert record(engine, second) == [(1, 1), (1, 2)]
+    assert sorted(optuna_curve(engine, second)) == [1, 2]

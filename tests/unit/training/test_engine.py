@@ -417,7 +417,7 @@ def test_an_exception_of_one_chunk_is_raised_after_the_others_have_ended(make_en
 
 
 def test_an_epoch_that_raises_has_never_been(make_engine):
-    """In the midst of its steps and of its validation; the curve is that of an undisturbed trial."""
+    """In the midst of its steps and of its validation; nothing of it is left in the numbers."""
     engine, undisturbed = make_engine(optimizer="adam"), make_engine(optimizer="adam")
     curve = []
     for bad_tick in (2, engine.steps_per_epoch + 1, 1):
