@@ -7,7 +7,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -15,6 +16,10 @@ from regtune import guard
 from regtune.errors import RegtuneError
 
 TAIL_LINES = 20
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 30.0
+"""Before a child that has crashed is started again; doubled each time that it crashes soon."""
+REFUSALS = (2, 3)
+"""Exit codes of a program that cannot start: its options or settings are wrong, no database."""
 _POLL_SECONDS = 0.05
 
 
@@ -25,11 +30,21 @@ class Child:
     name: str
     process: subprocess.Popen[bytes]
     log: Path | None
+    again: Callable[[], "Child"] | None = None
+    crashes: int = 0
+    started_at: float = field(default_factory=time.monotonic)
 
     @property
     def ended(self) -> bool:
         """Whether it has ended, by itself or not."""
         return self.process.poll() is not None
+
+    @property
+    def crashed(self) -> bool:
+        """Whether it has ended, was to be started again then, and it makes sense."""
+        if self.again is None or not self.ended or self.exit_code == 0:
+            return False
+        return self.exit_code not in REFUSALS or self.crashes > 0
 
     @property
     def exit_code(self) -> int:
@@ -68,6 +83,7 @@ class Crew:
 
     def __init__(self, *, home: Path | None = None, lock: int | None = None) -> None:
         self.children: list[Child] = []
+        self._ended_at: dict[int, float] = {}
         self._guard = subprocess.Popen(
             [sys.executable, "-P", "-m", guard.__name__, *([str(home.resolve())] if home else [])],
             stdin=subprocess.PIPE,
@@ -86,9 +102,39 @@ class Crew:
         environment: Mapping[str, str],
         *,
         log: Path | None = None,
+        revive: bool = False,
     ) -> Child:
-        """Start a child; its output goes to a file, or where the parent's goes."""
-        with log.open("wb") if log else nullcontext() as output:
+        """Start a child; its output goes to a file, or where the parent's goes.
+
+        With ``revive`` it is one that ``revive()`` starts again after a crash.
+        """
+        child = self._start(name, command, environment, log, "wb", revive)
+        self.children.append(child)
+        return child
+
+    def revive(self) -> None:
+        """Start those again that have crashed, each after a pause of its own."""
+        for place, child in enumerate(self.children):
+            if not child.crashed or child.again is None:
+                continue
+            pause = min(FIRST_PAUSE_SECONDS * 2**child.crashes, LONGEST_PAUSE_SECONDS)
+            ended_at = self._ended_at.setdefault(child.process.pid, time.monotonic())
+            if time.monotonic() < ended_at + pause:
+                continue
+            lasted = ended_at - child.started_at
+            crashes = 1 if lasted > 2 * LONGEST_PAUSE_SECONDS else child.crashes + 1
+            self.children[place] = replace(child.again(), crashes=crashes)
+
+    def _start(
+        self,
+        name: str,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        log: Path | None,
+        mode: str,
+        revive: bool,
+    ) -> Child:
+        with log.open(mode) if log else nullcontext() as output:
             process = subprocess.Popen(
                 command,
                 env=environment,
@@ -98,19 +144,18 @@ class Crew:
                 start_new_session=True,
             )
         self._tell_guard(f"watch {process.pid}")
-        child = Child(name, process, log)
-        self.children.append(child)
-        return child
+        again = partial(self._start, name, command, environment, log, "ab", revive)
+        return Child(name, process, log, again if revive else None)
 
     @property
     def working(self) -> bool:
-        """Whether any child has not ended."""
-        return not all(child.ended for child in self.children)
+        """Whether any child has not ended, or will be started again."""
+        return not all(child.ended and not child.crashed for child in self.children)
 
     def check(self) -> None:
-        """Raise ChildDied if any child has ended."""
+        """Raise ChildDied if any child has ended that will not be started again."""
         for child in self.children:
-            if child.ended:
+            if child.ended and not child.crashed:
                 raise ChildDied(child)
 
     def forward(self, signum: int) -> None:

@@ -17,7 +17,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import URL, Connection, Engine, create_engine, make_url, text
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import ArgumentError, DBAPIError, TimeoutError
 from sqlalchemy.orm import Session
 
 from regtune import optuna_tables
@@ -29,6 +29,16 @@ WORK = "regtune_work"
 
 NEWS = "regtune_news"
 """Notification to schedulers and watchers: something happened. The payload is a study's id."""
+
+_PATIENCE = {
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 20_000,
+}
+"""Of libpq: seconds, and milliseconds for the last. Else a server that has gone without a word, as
+when its machine or the network between is lost, would be waited for for hours."""
 
 _MIGRATIONS = Path(__file__).resolve().parent.parent / "migrations"
 _UPGRADE_LOCK = 0x7265_6774
@@ -42,8 +52,13 @@ def connect(url: str, *, pool_size: int = 5) -> Engine:
         max_overflow=0,
         pool_pre_ping=True,
         json_serializer=lambda value: json.dumps(value, allow_nan=False),
-        connect_args={"application_name": "regtune"},
+        connect_args={"application_name": "regtune", **_patience(normalized(url))},
     )
+
+
+def _patience(url: URL) -> dict[str, int]:
+    """Return when to give a connection up; what the address itself says comes first."""
+    return {name: value for name, value in _PATIENCE.items() if name not in url.query}
 
 
 def normalized(url: str) -> URL:
@@ -80,7 +95,11 @@ class Listener:
     """
 
     def __init__(self, url: str, channel: str) -> None:
-        self._url = normalized(url).set(drivername="postgresql").render_as_string(False)
+        parsed = normalized(url).set(drivername="postgresql")
+        options = {"application_name": "regtune-listen", **_patience(parsed)}
+        self._url = parsed.update_query_dict(
+            {name: str(value) for name, value in options.items()}
+        ).render_as_string(hide_password=False)
         self._channel = channel
         self._connection: psycopg.Connection[Any] | None = None
 
@@ -111,9 +130,7 @@ class Listener:
 
     def _connected(self) -> psycopg.Connection[Any]:
         if self._connection is None:
-            self._connection = psycopg.connect(
-                self._url, autocommit=True, application_name="regtune-listen"
-            )
+            self._connection = psycopg.connect(self._url, autocommit=True)
             self._connection.execute(f"LISTEN {self._channel}")
         return self._connection
 
@@ -279,11 +296,18 @@ def reachable() -> Iterator[None]:
     try:
         yield
     except DBAPIError as error:
-        if not (error.connection_invalidated or isinstance(error.orig, psycopg.OperationalError)):
+        if not is_outage(error):
             raise
         raise DatabaseUnavailable(
             f"the database cannot be reached: {str(error.orig).splitlines()[0]}"
         ) from error
+
+
+def is_outage(error: BaseException) -> bool:
+    """Say whether the database may do, a moment later, what it has refused with this error."""
+    if isinstance(error, DBAPIError):
+        return error.connection_invalidated or isinstance(error.orig, psycopg.OperationalError)
+    return isinstance(error, TimeoutError)
 
 
 def _alembic(connection: Connection) -> Config:

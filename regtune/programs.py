@@ -53,7 +53,8 @@ def become(program: str, *options: str) -> NoReturn:
 def run_workers(options: Sequence[Sequence[str]]) -> int:
     """Run a worker for each list of options until all have ended; return the worst exit code.
 
-    SIGTERM and SIGINT are passed on to all.
+    One that crashes, because a trial's code kills or hangs its process, is started again. SIGTERM
+    and SIGINT are passed on to all.
     """
     received: list[int] = []
 
@@ -65,11 +66,15 @@ def run_workers(options: Sequence[Sequence[str]]) -> int:
     with closing(Crew()) as crew:
         for number, own in enumerate(options):
             own_environment = environment(workers=len(options))
-            crew.start(f"worker-{number}", command("worker", *own), own_environment)
-        while crew.working:
+            crew.start(f"worker-{number}", command("worker", *own), own_environment, revive=True)
+        told_to_stop = False
+        while any(not child.ended for child in crew.children) if told_to_stop else crew.working:
             time.sleep(_POLL_SECONDS)
             while received:
+                told_to_stop = True
                 crew.forward(received.pop(0))
+            if not told_to_stop:
+                crew.revive()
         return max(child.exit_code for child in crew.children)
 
 

@@ -163,6 +163,7 @@ class Site:
         due = time.monotonic() + seconds
         while True:
             self._signals.check()
+            self._crew.revive()
             self._crew.check()
             left = due - time.monotonic()
             if left <= 0:
@@ -208,7 +209,8 @@ class Site:
             PYTHONUNBUFFERED="1",
         )
         command = programs.command(program, *options)
-        return self._crew.start(name, command, environment, log=self.logs / f"{name}.log")
+        log, revive = self.logs / f"{name}.log", program == "worker"
+        return self._crew.start(name, command, environment, log=log, revive=revive)
 
     def _wait_until(self, condition: Callable[[], bool]) -> None:
         due = time.monotonic() + READY_SECONDS

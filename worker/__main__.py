@@ -14,7 +14,10 @@ from worker.shutdown import Shutdown
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a worker until it is told to stop; return the exit code, 3 without a database."""
+    """Run a worker until it is told to stop; return the exit code.
+
+    That is 3 without a database, 2 if the options or settings are wrong.
+    """
     options = _parser().parse_args(arguments)
     settings = Settings()
     if options.lanes is not None:
@@ -29,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         Worker(url, settings, _device(options.device), options.name, shutdown).run()
     except RegtuneError as error:
         print(f"regtune worker: {error}", file=sys.stderr)  # noqa: T201 - a program's last word
-        return 3 if isinstance(error, DatabaseUnavailable) else 1
+        return 3 if isinstance(error, DatabaseUnavailable) else 2
     return 0
 
 

@@ -176,6 +176,10 @@ class CheckpointWriter:
         if self._latest is not None:
             wait([self._latest], seconds)
 
+    def close(self) -> None:
+        """Let go of the thread."""
+        self._pool.shutdown(wait=False)
+
     def _submit(self, work: Any, failure: str, study: Study) -> None:
         def attempt() -> None:
             try:

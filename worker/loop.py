@@ -15,6 +15,7 @@ from regtune.errors import DatabaseUnavailable, NotFound
 from regtune.reporting import Failed
 from regtune.settings import Settings
 from regtune.studies import Study
+from worker.checkpoints import CheckpointStore
 from worker.heartbeat import Heartbeat
 from worker.shutdown import Interrupted, Shutdown
 from worker.stack import Stack, describe
@@ -45,6 +46,9 @@ class Worker:
         self._shutdown = shutdown or Shutdown()
         self._database: Database = database.connect(url, pool_size=min(2, settings.pool_size))
         self._listener = database.Listener(url, database.WORK)
+        self._checkpoints = CheckpointStore(
+            settings.checkpoints or str(settings.data_dir / "checkpoints")
+        )
         self._stack: Stack | None = None
 
     def run(self) -> None:
@@ -116,6 +120,7 @@ class Worker:
                 self.name,
                 self._device,
                 self._listener,
+                self._checkpoints,
             )
         except Exception as error:  # noqa: BLE001 - a user's crash is data
             log.error("task_failed", study=study.name, error=str(error))
@@ -133,9 +138,10 @@ class Worker:
 
     def _train(self, stack: Stack) -> bool:
         """Train until the study has no trial left for this worker; say if there was any."""
-        if not stack.meet() or not stack.training:
+        stack.meet()
+        if stack.idle:
             return False
-        heartbeat = Heartbeat(stack.renew, self._settings.lease_seconds / 3)
+        heartbeat = Heartbeat(stack.renew, self._settings.lease_seconds)
 
         def progress() -> None:
             heartbeat.step()
@@ -144,7 +150,7 @@ class Worker:
         heartbeat.start()
         try:
             while not stack.idle:
-                self._shutdown.check()
+                progress()
                 if stack.training:
                     stack.train_epoch(progress)
                 if not stack.meet() and not stack.training:

@@ -1,9 +1,15 @@
-"""Polite stops: the first SIGTERM or Ctrl-C gives the trials back, the second one kills."""
+"""Polite stops: the first SIGTERM or Ctrl-C gives the trials back, the second one kills.
+
+So does the first one, should giving back take too long: a machine that is about to be taken away
+does not wait, and a database that is gone would not come back for it.
+"""
 
 import os
 import signal
 import threading
 from types import FrameType
+
+GRACE_SECONDS = 10.0
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -41,3 +47,6 @@ class Shutdown:
         if self.requested:
             os._exit(128 + number)
         self.request()
+        last_resort = threading.Timer(GRACE_SECONDS, os._exit, [128 + number])
+        last_resort.daemon = True
+        last_resort.start()

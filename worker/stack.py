@@ -1,12 +1,9 @@
 """The stack: the trials of one study that train together, and their leases.
 
-Between two epochs it meets the database once: one transaction records the epochs, ends what has
-ended, leases trials for the free lanes, and says how many lanes still want one. What that
-transaction says is applied afterwards. If it fails, nothing is lost: the stack trains on, and
-brings everything along the next time.
+Between two epochs it meets the database: it reports what was trained, and lets its lanes follow the
+answer. While that does not come, it trains on, and brings everything along the next time.
 """
 
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -16,26 +13,32 @@ from pathlib import Path
 import structlog
 import torch
 from sqlalchemy import Engine as Database
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm import Session
 
-from regtune import leasing, reporting, shares, studies, workers
-from regtune.database import Listener, transaction
+from regtune.database import Listener
 from regtune.leasing import Lease
-from regtune.reporting import Completed, Epoch, Failed, Outcome, Pruned, Verdicts
+from regtune.reporting import Completed, Epoch, Failed, Outcome, Pruned
 from regtune.settings import Settings
 from regtune.spec import StudySpec
 from regtune.studies import ModelFacts, Study
+from worker.checkpoints import CheckpointStore, CheckpointWriter, Saved
+from worker.meeting import Answer, Meetings, Report
 from worker.shutdown import Interrupted
 from worker.training import capacity
 from worker.training.capacity import Capacity
-from worker.training.engine import KNOBS, Engine
-from worker.training.lanes import LaneEpoch, LaneTrial
+from worker.training.checkpoint import Checkpoint
+from worker.training.engine import KNOBS, DeviceLost, Engine
+from worker.training.lanes import LaneEpoch, LaneResult, LaneTrial
 
 log = structlog.get_logger()
 
 SUGGESTION_SECONDS = 1.0
 """Ample time for a scheduler to hear that a worker wants a trial, and to append one."""
+
+ANSWER_SECONDS = 0.5
+"""Ample time for the database to answer; after that, training goes on without."""
+
+CHECKPOINT_SECONDS, PARTING_SECONDS = 5.0, 3.0
+"""What writing the last checkpoints and giving the trials back may take, once told to stop."""
 
 
 class Occupancy:
@@ -72,30 +75,37 @@ class Stack:
         worker: str,
         device: torch.device,
         listener: Listener,
+        store: CheckpointStore,
     ) -> None:
         """Load the data, build the model and see how many lanes the device takes.
 
         Raises whatever the task's own code raises.
         """
         self.study = study
-        self._database = database
         self._settings = settings
-        self._worker = worker
         self._device = device
         self._listener = listener
         self._engine = self._build_engine()
         self._capacity = self._settle_capacity()
         self._occupancy = Occupancy()
-        if study.model is None:
-            with transaction(database) as session:
-                studies.describe_model(session, study.study_id, _facts(self._engine))
+        self._writer = CheckpointWriter(store)
+        self._meetings = Meetings(
+            database,
+            settings,
+            study,
+            worker,
+            store,
+            self._writer,
+            self._engine.fits,
+            _facts(self._engine),
+        )
         self._leases: dict[int, Lease] = {}
+        self._curves: dict[int, list[Epoch]] = {}
         self._epochs: dict[int, list[Epoch]] = {}
         self._outcomes: dict[int, Outcome] = {}
         self._given_back: frozenset[int] = frozenset()
         self._more_to_come = True
-        self._meeting = threading.Lock()
-        self._met_at = time.monotonic()
+        self._met_at = self._checkpointed_at = time.monotonic()
 
     @property
     def training(self) -> bool:
@@ -104,66 +114,73 @@ class Stack:
 
     @property
     def idle(self) -> bool:
-        """Whether it neither trains nor has anything left to report."""
-        return not self._leases
+        """Whether it neither trains nor has anything left to report or to hear."""
+        return not self._leases and self._meetings.unanswered is None
 
     def train_epoch(self, progress: Callable[[], None]) -> None:
         """Train every lane for one epoch; keep what it measured until the next meeting.
 
-        What the task's own code raises ends its trials; Interrupted goes through.
+        What the task's own code raises ends the trial that raised it. Interrupted and DeviceLost go
+        through.
         """
         try:
             epochs = self._engine.train_epoch(progress)
-            for epoch in epochs:
-                self._epochs.setdefault(epoch.key, []).append(_as_epoch(epoch))
-            self._occupancy.note(epochs, self._engine.slots, self._more_to_come)
-            self._end_lanes([epoch for epoch in epochs if epoch.ended])
-        except Interrupted:
+        except (Interrupted, DeviceLost):
             raise
         except Exception as error:  # noqa: BLE001 - a user's crash is data
             if capacity.is_out_of_memory(error) and self._engine.slots > 1:
                 self._take_fewer_lanes()
-            else:
-                self._fail_all(error)
+                return
+            epochs = self._train_apart(error, progress)
+        for epoch in epochs:
+            for curves in (self._curves, self._epochs):
+                curves.setdefault(epoch.key, []).append(_as_epoch(epoch))
+        self._occupancy.note(epochs, self._engine.slots, self._more_to_come)
+        self._end_lanes([epoch for epoch in epochs if epoch.ended])
+        self._checkpoint_in_time()
 
     def meet(self) -> bool:
-        """Meet the database, if it is time; return whether it could be reached."""
-        if not self._is_time_to_meet():
-            return True
-        with self._meeting:
-            try:
-                with transaction(self._database) as session:
-                    verdicts = self._flush(session)
-                    outcomes = self._finish(session, verdicts)
-                    self._give_back(session)
-                    joining = self._lease(session, verdicts, outcomes)
-            except DBAPIError as error:
-                log.warning("meeting_failed", error=str(error.orig).splitlines()[0])
-                return False
-            self._apply(verdicts, outcomes, joining)
-            return True
+        """Meet the database, if it is time; return whether it has answered."""
+        patience = 0.0
+        if self._meetings.unanswered is None:
+            if not self._is_time_to_meet():
+                return True
+            self._meetings.begin(self._report())
+            self._epochs = {}
+            patience = ANSWER_SECONDS
+        report = self._meetings.unanswered
+        answer = self._meetings.answer(patience)
+        if report is None or answer is None:
+            return False
+        self._apply(report, answer)
+        return True
 
     def renew(self) -> None:
-        """Renew the leases, in the middle of an epoch; the verdicts wait for its end."""
-        with self._meeting, transaction(self._database) as session:
-            leases = list(self._leases.values())
-            reporting.flush(session, leases, {}, self._settings.lease_seconds)
-            free = max(0, self._engine.slots - len(leases))
-            workers.beat(session, self._worker, wanted_lanes=free, study_id=self.study.study_id)
+        """Renew the leases, in the middle of an epoch; from any thread."""
+        self._meetings.renew(list(self._leases.values()), self._engine.slots)
 
     def close(self) -> None:
         """Let go of the threads; what is still in training is lost to this worker."""
         log.info("stack_closed", study=self.study.name, occupancy=self._occupancy.share)
+        self._meetings.close()
+        self._writer.close()
         self._engine.close()
 
     def release(self) -> None:
-        """Report what has ended, and give everything else back."""
-        with transaction(self._database) as session:
-            verdicts = self._flush(session)
-            self._finish(session, verdicts)
-            left = [lease for id_, lease in self._leases.items() if id_ not in self._outcomes]
-            released = leasing.release(session, left, self._worker)
-        log.info("released", study=self.study.name, trials=len(released))
+        """Checkpoint what is in training, report what has ended, and give everything else back."""
+        self._checkpoint(self._engine.lanes)
+        self._writer.wait(CHECKPOINT_SECONDS)
+        report, answer = self._meetings.unanswered, self._meetings.answer(ANSWER_SECONDS)
+        if report and answer:
+            self._apply(report, answer)
+        elif report:  # whether it was recorded or not, it may be recorded again
+            for id_, epochs in report.epochs.items():
+                self._epochs[id_] = [*epochs, *self._epochs.get(id_, [])]
+        released = self._meetings.part(self._report(), PARTING_SECONDS)
+        if released is None:
+            log.warning("not_released", study=self.study.name, trials=len(self._leases))
+        else:
+            log.info("released", study=self.study.name, trials=released)
         self._leases.clear()
 
     def _build_engine(self) -> Engine:
@@ -233,151 +250,156 @@ class Stack:
             return True
         return time.monotonic() - self._met_at >= self._settings.flush_seconds
 
+    def _checkpoint_in_time(self) -> None:
+        """Checkpoint all lanes, if that is due and the last ones have been written."""
+        due = self._checkpointed_at + self._settings.checkpoint_seconds
+        if time.monotonic() >= due and not self._writer.busy:
+            self._checkpoint(self._engine.lanes)
+
+    def _checkpoint(self, keys: Sequence[int]) -> None:
+        """Write checkpoints of those that have trained; the writing itself takes place elsewhere.
+
+        A trial that has just been resumed stands where its checkpoint is.
+        """
+        self._checkpointed_at = time.monotonic()
+        begun = [key for key in keys if key in self._curves]
+        saved = [
+            (self._leases[key], Saved(checkpoint, list(self._curves[key])))
+            for key, checkpoint in zip(begun, self._engine.checkpoint(begun), strict=True)
+        ]
+        self._writer.write(self.study, saved)
+
     def _take_fewer_lanes(self) -> None:
-        """Give all trials back, at no cost to them, and go on with half as many lanes."""
-        self._engine.leave(self._engine.lanes)
+        """Go on with half as many lanes; give the other trials back, at no cost to them."""
         self._capacity = self._capacity.halved()
         self._engine.max_lanes = self._capacity.lanes
         if not self._settings.lanes:
             self._memory.keep(self._capacity, *self._situation)
+        self._give_back(self._engine.lanes[self._engine.slots :])
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-        self._given_back = frozenset(self._leases.keys() - self._outcomes.keys())
-        self._epochs.clear()
         log.warning("out_of_memory", study=self.study.name, lanes=self._capacity.lanes)
+
+    def _give_back(self, keys: Sequence[int]) -> None:
+        """Let others go on with these trials; or this worker itself, a moment later."""
+        self._checkpoint(keys)
+        self._engine.leave(keys)
+        self._given_back |= set(keys)
+
+    def _train_apart(self, error: Exception, progress: Callable[[], None]) -> list[LaneEpoch]:
+        """Train all lanes for an epoch, in ever smaller parts, until whoever raises is alone.
+
+        In one batched step nobody can say whose fault it was, and nobody else shall suffer from it.
+        Who has raised in company, or for the first time alone, gets another try.
+        """
+        keys = self._engine.lanes
+        log.warning("training_raised", study=self.study.name, error=str(error), trials=len(keys))
+        states = dict(zip(keys, self._engine.checkpoint(keys), strict=True))
+        epochs: list[LaneEpoch] = []
+        parts = _halves(keys) or [keys]
+        self._engine.leave(keys)
+        try:
+            while parts:
+                part = parts.pop(0)
+                self._join(part, states)
+                try:
+                    epochs += self._engine.train_epoch(progress)
+                    states |= zip(part, self._engine.checkpoint(part), strict=True)
+                except (Interrupted, DeviceLost):
+                    raise
+                except Exception as own:  # noqa: BLE001 - a user's crash is data
+                    parts = _halves(part) + parts
+                    if len(part) == 1:
+                        self._outcomes[part[0]] = Failed.by(own)
+                self._engine.leave(part)
+        finally:
+            self._engine.leave(self._engine.lanes)
+            self._join([key for key in keys if key not in self._outcomes], states)
+        return epochs
+
+    def _join(self, keys: Sequence[int], states: Mapping[int, Checkpoint]) -> None:
+        """Let trials join the engine where they stand, or at their first epoch."""
+        spec = self.study.spec
+        self._engine.join([_as_lane(self._leases[key], spec) for key in keys], states)
 
     def _end_lanes(self, ended: Sequence[LaneEpoch]) -> None:
         """Take ended trials out of the engine, with what they reached at their best weights."""
-        if not ended:
-            return
-        tested = [epoch for epoch in ended if epoch.ended != "diverged"]
-        results = self._engine.results([epoch.key for epoch in tested]) if tested else []
-        for epoch, result in zip(tested, results, strict=True):
-            self._outcomes[epoch.key] = Completed(
+        for epoch in ended:
+            if epoch.ended == "diverged":
+                self._outcomes[epoch.key] = Pruned("diverged")
+        reasons = {e.key: str(e.ended) for e in ended if e.ended != "diverged"}
+        for result in self._test(list(reasons)):
+            self._outcomes[result.key] = Completed(
                 validation_loss=result.validation_loss,
                 validation_loss_spread=result.validation_loss_spread,
                 validation_score=result.validation_score,
                 best_epoch=result.best_epoch,
                 test_loss=result.test_loss,
                 test_score=result.test_score,
-                reason=str(epoch.ended),
+                reason=reasons[result.key],
             )
-        for epoch in ended:
-            self._outcomes.setdefault(epoch.key, Pruned("diverged"))
         self._engine.leave([epoch.key for epoch in ended])
 
-    def _fail_all(self, error: Exception) -> None:
-        """End all lanes as failed: in one batched step nobody can say whose fault it was."""
-        failed = Failed.by(error)
-        log.error("training_raised", study=self.study.name, error=failed.reason)
-        self._outcomes |= dict.fromkeys(self._engine.lanes, failed)
-        self._engine.leave(self._engine.lanes)
+    def _test(self, keys: Sequence[int]) -> list[LaneResult]:
+        """Return the trials' results; whoever raises is found by halves, and fails."""
+        if not keys:
+            return []
+        try:
+            return self._engine.results(keys)
+        except Exception as error:  # noqa: BLE001 - a user's crash is data
+            if len(keys) == 1:
+                self._outcomes[keys[0]] = Failed.by(error)
+            return [result for half in _halves(keys) for result in self._test(half)]
 
-    def _flush(self, session: Session) -> Verdicts:
-        return reporting.flush(
-            session,
-            list(self._leases.values()),
-            self._epochs,
-            self._settings.lease_seconds,
-            judged=self._judged,
-        )
-
-    def _finish(self, session: Session, verdicts: Verdicts) -> Mapping[int, Outcome]:
-        """End what has ended by itself, and what the scheduler wants stopped."""
-        stopped = {id_: Pruned(reason) for id_, reason in verdicts.stop.items()}
-        outcomes = {**stopped, **self._outcomes}
-        reporting.finish(
-            session,
-            [(self._leases[id_], outcome) for id_, outcome in outcomes.items()],
-            self._worker,
-        )
-        return outcomes
-
-    def _give_back(self, session: Session) -> None:
-        """Let others train what did not fit; or this worker itself, a moment later."""
-        leases = [self._leases[id_] for id_ in self._given_back]
-        leasing.release(session, leases, self._worker)
-
-    def _lease(
-        self, session: Session, verdicts: Verdicts, outcomes: Mapping[int, Outcome]
-    ) -> Sequence[Lease]:
-        """Lease trials for the free slots, if it is this study's turn; say how many more it wants.
-
-        Those are the slots that stay free, and those whose trials may end before the scheduler
-        could answer.
-        """
-        study_id = self.study.study_id
-        staying = verdicts.held - outcomes.keys() - self._given_back
-        free = max(0, self._engine.slots - len(staying))
-        joining: Sequence[Lease] = []
-        if free and self._is_its_turn(session):
-            joining = leasing.lease(
-                session,
-                study_id,
-                self._worker,
-                free,
-                self._settings.lease_seconds,
-                slots=self._engine.slots,
-            )
-        if free > len(joining):
-            self._more_to_come = studies.has_more(session, study_id)
-        workers.beat(
-            session,
-            self._worker,
-            wanted_lanes=free - len(joining) + self._ending_soon(staying),
-            study_id=study_id,
-            lanes=self._engine.slots,
-            occupancy=self._occupancy.share,
-            capacity=asdict(self._capacity),
-        )
-        return joining
-
-    def _is_its_turn(self, session: Session) -> bool:
-        study_id = self.study.study_id
-        chosen = shares.choose(
-            session,
-            self._worker,
-            current=study_id,
-            stay_seconds=self._settings.stay_seconds,
-        )
-        return chosen == study_id
-
-    def _ending_soon(self, staying: frozenset[int]) -> int:
-        """Return how many trials may end within the time that a suggestion takes to arrive.
-
-        Where there is a pruner, at least one: nobody knows whom it will stop next.
-        """
+    def _report(self) -> Report:
         seconds = self._occupancy.epoch_seconds
         horizon = ceil(SUGGESTION_SECONDS / seconds) if seconds else 0
         left = self._engine.epochs_left()
-        soon = sum(left[id_] <= horizon for id_ in staying if id_ in left)
-        return max(soon, int(self._judged and bool(staying)))
+        return Report(
+            leases=list(self._leases.values()),
+            epochs=self._epochs,
+            outcomes=dict(self._outcomes),
+            given_back=self._given_back,
+            ending_soon=frozenset(id_ for id_ in left if left[id_] <= horizon),
+            slots=self._engine.slots,
+            occupancy=self._occupancy.share,
+            capacity=asdict(self._capacity),
+        )
 
-    @property
-    def _judged(self) -> bool:
-        return self.study.spec.pruner.name != "none"
+    def _apply(self, report: Report, answer: Answer) -> None:
+        """Let the lanes follow what the database has said of the trials that were reported.
 
-    def _apply(
-        self, verdicts: Verdicts, outcomes: Mapping[int, Outcome], joining: Sequence[Lease]
-    ) -> None:
-        """Let the lanes follow what the database has said."""
-        staying = verdicts.held - outcomes.keys() - self._given_back
-        lost = self._leases.keys() - verdicts.held
+        Since then, an epoch or more may have been trained.
+        """
+        gone = {lease.trial_id for lease in report.leases} - answer.staying
+        lost = gone - answer.ended - report.given_back
         if lost:
             log.warning("leases_lost", study=self.study.name, trials=len(lost))
-        self._engine.leave([key for key in self._engine.lanes if key not in staying])
-        self._leases = {id_: lease for id_, lease in self._leases.items() if id_ in staying}
-        self._leases |= {lease.trial_id: lease for lease in joining}
-        self._epochs.clear()
-        self._outcomes.clear()
-        self._given_back = frozenset()
+        self._engine.leave([key for key in self._engine.lanes if key in gone])
+        for of_trials in (self._leases, self._curves, self._epochs, self._outcomes):
+            for id_ in gone & of_trials.keys():
+                del of_trials[id_]
+        self._given_back -= gone
+        self._writer.remove(self.study, answer.ended & answer.held)
+        self._more_to_come = answer.more_to_come
+        self._met_at = time.monotonic()
+        self._leases |= {lease.trial_id: lease for lease in answer.joining}
+        for id_, saved in answer.resumed.items():
+            self._curves[id_] = list(saved.epochs)
+        joining = [lease.trial_id for lease in answer.joining]
         try:
-            self._engine.join([_as_lane(lease, self.study.spec) for lease in joining])
+            self._join(joining, {id_: one.checkpoint for id_, one in answer.resumed.items()})
         except Exception as error:
             if not capacity.is_out_of_memory(error) or self._engine.slots == 1:
                 raise
+            self._given_back |= set(joining)
             self._take_fewer_lanes()
-        self._met_at = time.monotonic()
+
+
+def _halves(keys: Sequence[int]) -> list[Sequence[int]]:
+    """Return both halves of two or more, nothing of less."""
+    middle = len(keys) // 2
+    return [keys[:middle], keys[middle:]] if middle else []
 
 
 def describe(device: torch.device) -> str:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -15,6 +16,7 @@ from sqlalchemy import Engine, text
 from regtune import workers
 from regtune.database import transaction
 from regtune.settings import Settings
+from regtune.studies import Study
 from service.scheduler.loop import Scheduler
 from tests import builders
 from tests.audit import audit
@@ -23,7 +25,8 @@ from tests.working import worker_process
 
 SECONDS = 120
 SHORT = {"max_epochs": 6, "batch_size": 256}
-LEASE_SECONDS = 3.0
+LEASE_SECONDS = 6.0
+"""Longer than the first step of a model takes, which is recorded, on a busy machine."""
 
 
 @pytest.fixture
@@ -78,9 +81,9 @@ def test_trials_of_a_killed_worker_are_trained_again_under_the_same_numbers(
         assert lost
         with worker_process(database_url, "heir", lanes=6, REGTUNE_LEASE_SECONDS=leases):
             wait_until(lambda: is_over(engine, study), SECONDS)
+            again = "SELECT number FROM regtune.trials WHERE lost_leases = 1 ORDER BY 1"
+            assert set(lost) <= set(column(engine, again))
     assert builders.study_state(engine, study) == "completed"
-    again = "SELECT number FROM regtune.trials WHERE lost_leases = 1 AND attempt = 2 ORDER BY 1"
-    assert column(engine, again) == sorted(lost)
     assert set(builders.states(engine, study)) == {"complete"}
     assert audit(engine) == {}
 
@@ -122,6 +125,49 @@ def test_a_zombie_is_refused_lane_by_lane_and_goes_on_with_other_trials(
             wait_until(lambda: is_over(engine, study), SECONDS)
     assert set(builders.states(engine, study)) == {"complete"}
     assert audit(engine) == {}
+
+
+@pytest.mark.usefixtures("scheduler")
+def test_an_interrupted_trial_goes_on_elsewhere_as_if_nothing_had_happened(
+    engine: Engine, database_url: str, tmp_path: Path
+) -> None:
+    """The two reference points, trained in one go, and told to stop in the midst."""
+    training = {"max_epochs": 40}
+    environment = {"REGTUNE_CHECKPOINTS": f"file://{tmp_path}", "REGTUNE_CHECKPOINT_SECONDS": "1e9"}
+    whole = builders.create(engine, "whole", budget={"trials": 2}, training=training)
+    with worker_process(database_url, "steady", **environment):
+        wait_until(lambda: is_over(engine, whole), SECONDS)
+    cut = builders.create(engine, "cut", budget={"trials": 2}, training=training)
+    trained = (
+        "SELECT epoch FROM regtune.epochs JOIN regtune.trials USING (trial_id)"
+        f" WHERE study_id = {cut.study_id} AND epoch > 5"
+    )
+    with worker_process(database_url, "spot", **environment) as spot:
+        wait_until(lambda: column(engine, trained), SECONDS)
+        spot.terminate()
+        assert spot.wait(10) == 0
+    assert builders.states(engine, cut) == ["waiting"] * 2
+    with worker_process(database_url, "heir", **environment):
+        wait_until(lambda: is_over(engine, cut), SECONDS)
+    for number in range(2):
+        expected, curve = (curves(engine, study, number) for study in (whole, cut))
+        assert [row.epoch for row in curve] == [row.epoch for row in expected]
+        assert {row.attempt for row in curve} == {2}
+        losses = [row.validation_loss for row in curve]
+        assert losses == pytest.approx([row.validation_loss for row in expected], rel=1e-3)
+    assert len(column(engine, "SELECT 1 FROM regtune.events WHERE kind = 'trial_resumed'")) == 2
+    assert list(tmp_path.rglob("*.safetensors")) == []
+    assert audit(engine) == {}
+
+
+def curves(engine: Engine, study: Study, number: int) -> list[Any]:
+    """All epochs on record of a trial, whatever their attempt."""
+    query = text(
+        "SELECT e.* FROM regtune.epochs e JOIN regtune.trials USING (trial_id)"
+        " WHERE study_id = :study_id AND number = :number ORDER BY epoch"
+    )
+    with engine.connect() as connection:
+        return list(connection.execute(query, {"study_id": study.study_id, "number": number}))
 
 
 def test_a_worker_without_its_database_says_so_in_one_line() -> None:

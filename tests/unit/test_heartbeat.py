@@ -5,7 +5,7 @@ from worker.heartbeat import Heartbeat
 
 def test_it_renews_while_training_makes_progress() -> None:
     renewed = threading.Event()
-    heartbeat = Heartbeat(renewed.set, 0.01)
+    heartbeat = Heartbeat(renewed.set, 0.03)
     heartbeat.start()
     while not renewed.wait(0.001):
         heartbeat.step()
@@ -21,7 +21,7 @@ def test_it_does_not_renew_for_a_worker_that_hangs() -> None:
         renewals += 1
         renewed.set()
 
-    heartbeat = Heartbeat(renew, 0.01)
+    heartbeat = Heartbeat(renew, 0.03, lambda: None)
     heartbeat.start()
     heartbeat.step()
     assert renewed.wait(30)
@@ -42,7 +42,7 @@ def test_a_renewal_that_fails_is_tried_again() -> None:
             raise ConnectionError("gone")
         recovered.set()
 
-    heartbeat = Heartbeat(renew, 0.01)
+    heartbeat = Heartbeat(renew, 0.03, lambda: None)
     heartbeat.start()
     while not recovered.wait(0.001):
         heartbeat.step()

@@ -33,18 +33,22 @@ class Checkpoint:
             },
         )
 
+    def fits(self, tensors: LaneTensors) -> bool:
+        """Say whether a trial with such tensors can go on from here."""
+        targets = tensors.named()
+        return targets.keys() == self.tensors.keys() and all(
+            targets[name].shape == part.shape and targets[name].dtype == part.dtype
+            for name, part in self.tensors.items()
+        )
+
     def restore(self, lane: Lane, tensors: LaneTensors) -> None:
         """Bring a trial that has just been set up to where the checkpoint was taken.
 
         Raises ValueError if the checkpoint is of another model or another training.
         """
-        targets = tensors.named()
-        fits = targets.keys() == self.tensors.keys() and all(
-            targets[name].shape == part.shape and targets[name].dtype == part.dtype
-            for name, part in self.tensors.items()
-        )
-        if not fits:
+        if not self.fits(tensors):
             raise ValueError(f"the checkpoint of trial {lane.key} is of another model or training")
+        targets = tensors.named()
         for name, part in self.tensors.items():
             targets[name].copy_(part)
         lane.stopping = replace(

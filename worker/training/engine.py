@@ -204,6 +204,10 @@ class Engine:
             for place in self._places(keys)
         ]
 
+    def fits(self, checkpoint: Checkpoint) -> bool:
+        """Say whether a checkpoint is of this model and this training."""
+        return checkpoint.fits(self._starting_tensors(1))
+
     def train_epoch(self, tick: Tick = lambda: None) -> list[LaneEpoch]:
         """Train every trial for one epoch of its own and validate it; in the order of ``lanes``.
 

@@ -1,0 +1,114 @@
+"""What a user's model may do to its worker, and what becomes of its neighbours."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, text
+
+from regtune.settings import Settings
+from service.scheduler.loop import Scheduler
+from tests import builders
+from tests.audit import audit
+from tests.plugins.faulty import FATAL_DECAY
+from tests.waiting import wait_until
+
+SECONDS = 240
+LEASE_SECONDS = 4.0
+RUN = """
+import sys
+from regtune import programs
+sys.exit(programs.run_workers([["--device", "cpu", "--name", "a", "--lanes", "4"]]))
+"""
+
+
+@pytest.fixture(autouse=True)
+def scheduler(engine: Engine, database_url: str) -> Iterator[None]:
+    settings = Settings(lease_seconds=LEASE_SECONDS, poll_seconds=0.2)
+    scheduler = Scheduler(engine, database_url, settings)
+    scheduler.start()
+    yield
+    scheduler.stop()
+
+
+@contextmanager
+def supervised_worker(url: str, data: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """``regtune worker --gpus all``, on the CPU."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(
+                [*sys.path, str(Path(__file__).parent.parent / "plugins")]
+            ),
+            "REGTUNE_DATABASE_URL": url,
+            "REGTUNE_DATA_DIR": str(data),
+            "REGTUNE_LEASE_SECONDS": str(LEASE_SECONDS),
+            "OMP_NUM_THREADS": "1",
+        },
+        start_new_session=True,
+    )
+    try:
+        yield process
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def faulty(engine: Engine, fault: str) -> builders.Study:
+    """Six trials, two values of each; the decay is fatal in half of them."""
+    return builders.create(
+        engine,
+        fault,
+        task={"dataset": "digits", "model": "faulty", "fault": fault},
+        search={
+            "weight_decay": [0.0, FATAL_DECAY],
+            "dropout": 0.0,
+            "l1_lambda": 0.0,
+            "patience": [20, 21],
+        },
+        sampler="grid",
+        training={"max_epochs": 6},
+        budget={"trials": 6},
+    )
+
+
+def outcomes(engine: Engine, study: builders.Study) -> list[Any]:
+    query = text(
+        "SELECT *, (params ->> 'weight_decay')::float = :fatal AS fatal"
+        " FROM regtune.trials WHERE study_id = :id ORDER BY number"
+    )
+    with engine.connect() as connection:
+        return list(connection.execute(query, {"id": study.study_id, "fatal": FATAL_DECAY}))
+
+
+@pytest.mark.parametrize(
+    ("fault", "state", "reason"),
+    [
+        ("raises", "failed", "ZeroDivisionError: no weights are left"),
+        ("nan", "pruned", "diverged"),
+        ("memory", "failed", "OutOfMemoryError: CUDA out of memory"),
+        ("kills", "failed", "lost 3 leases; the last one: its lease ran out"),
+        ("hangs", "failed", "lost 3 leases; the last one: its lease ran out"),
+    ],
+)
+def test_a_fault_ends_its_own_trial_with_the_reason_and_no_other(
+    engine: Engine, database_url: str, tmp_path: Path, fault: str, state: str, reason: str
+) -> None:
+    study = faulty(engine, fault)
+    with supervised_worker(database_url, tmp_path):
+        wait_until(lambda: builders.study_state(engine, study) != "active", SECONDS)
+    rows = outcomes(engine, study)
+    assert {row.fatal for row in rows} == {True, False}
+    for row in rows:
+        expected = (state, reason) if row.fatal else ("complete", "finished")
+        assert (row.state, row.reason) == expected
+    assert audit(engine) == {}

@@ -1,0 +1,330 @@
+"""Meetings with the database, held in a thread, so that training never waits for it.
+
+A meeting is one transaction: it records epochs, ends what has ended, gives back and leases trials,
+and says how many lanes still want one. While the database is away it is tried again, ever more
+slowly, and training goes on. All that it writes is fenced by leases and may be written twice, so a
+meeting whose answer was lost does no harm.
+"""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import structlog
+from sqlalchemy import Engine as Database
+from sqlalchemy.orm import Session
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception,
+    sleep_using_event,
+    stop_when_event_set,
+    wait_random_exponential,
+)
+
+from regtune import database, leasing, reporting, shares, studies, workers
+from regtune.leasing import Lease
+from regtune.reporting import Epoch, Outcome, Pruned, Verdicts
+from regtune.settings import Settings
+from regtune.studies import ModelFacts, Study
+from worker.checkpoints import CheckpointStore, CheckpointWriter, Saved
+from worker.training.checkpoint import Checkpoint
+
+log = structlog.get_logger()
+
+MOST_SECONDS_BETWEEN_TRIES = 5.0
+"""How long after an outage a worker may be silent; less than a lease lasts."""
+
+FLUSH_SECONDS = 30.0
+"""What checkpoints may take to be written before others may lease their trials."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a stack brings to a meeting; mappings are by trial id.
+
+    ``ending_soon`` are trials that may end before the scheduler could answer.
+    """
+
+    leases: Sequence[Lease]
+    epochs: Mapping[int, Sequence[Epoch]]
+    outcomes: Mapping[int, Outcome]
+    given_back: frozenset[int]
+    ending_soon: frozenset[int]
+    slots: int
+    occupancy: float | None
+    capacity: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a stack takes home; ``resumed`` are those of ``joining`` that need not start anew."""
+
+    held: frozenset[int]
+    ended: frozenset[int]
+    joining: Sequence[Lease]
+    resumed: Mapping[int, Saved]
+    more_to_come: bool
+
+    @property
+    def staying(self) -> frozenset[int]:
+        """The trials that the worker may train on."""
+        return self.held - self.ended
+
+
+class Meetings:
+    """Holds the meetings of one stack, one at a time."""
+
+    def __init__(
+        self,
+        engine: Database,
+        settings: Settings,
+        study: Study,
+        worker: str,
+        store: CheckpointStore,
+        writer: CheckpointWriter,
+        fits: Callable[[Checkpoint], bool],
+        facts: ModelFacts,
+    ) -> None:
+        """``fits`` says whether a trial can go on from a checkpoint; ``facts`` are the model's."""
+        self._database = engine
+        self._settings = settings
+        self._study = study
+        self._worker = worker
+        self._store = store
+        self._writer = writer
+        self._fits = fits
+        self._facts = facts if study.model is None else None
+        self._pool = ThreadPoolExecutor(2, "meetings")
+        self._closing = threading.Event()
+        self._report: Report | None = None
+        self._answer: Future[Answer] | None = None
+        self._renewal: Future[None] | None = None
+
+    @property
+    def unanswered(self) -> Report | None:
+        """The report of the meeting that is under way, if one is."""
+        return self._report
+
+    def begin(self, report: Report) -> None:
+        """Begin a meeting."""
+        self._report = report
+        self._answer = self._pool.submit(self._hold, report)
+
+    def answer(self, seconds: float) -> Answer | None:
+        """Wait for the answer; return None if it has not come in time, and may be asked again.
+
+        Raises what the database has refused for good.
+        """
+        if self._answer is None or not wait([self._answer], seconds).done:
+            return None
+        held, self._report, self._answer = self._answer, None, None
+        return held.result()
+
+    def renew(self, leases: Sequence[Lease], slots: int) -> None:
+        """Renew leases in the middle of an epoch; the verdicts wait for its end."""
+        if self._renewal is None or self._renewal.done():
+            self._renewal = self._pool.submit(self._renew, leases, slots)
+
+    def part(self, report: Report, seconds: float) -> int | None:
+        """Report for the last time and give everything else back; return how many trials.
+
+        None if the database could not be reached in time; then the leases run out.
+        """
+        self._closing.set()
+        given_up = threading.Event()
+        pool = ThreadPoolExecutor(1, "parting")
+        parting = pool.submit(
+            self._transact, lambda session: self._leave(session, report), given_up
+        )
+        done = wait([parting], seconds).done
+        given_up.set()
+        pool.shutdown(wait=False)
+        return parting.result() if done and parting.exception() is None else None
+
+    def close(self) -> None:
+        """Let go of the threads, and of a meeting that is under way."""
+        self._closing.set()
+        self._pool.shutdown(wait=False)
+
+    def _hold(self, report: Report) -> Answer:
+        if report.given_back:
+            self._writer.wait(FLUSH_SECONDS)
+        answer = self._transact(lambda session: self._meet(session, report), self._closing)
+        again = [lease for lease in answer.joining if lease.attempt > 1]
+        return self._resume(answer, again) if again else answer
+
+    def _transact(self, work: Callable[[Session], T], stop: threading.Event) -> T:
+        """Do work in a transaction, again and again until the database is there; or stop."""
+
+        def attempt() -> T:
+            with database.transaction(self._database) as session:
+                return work(session)
+
+        return Retrying(
+            retry=retry_if_exception(database.is_outage),
+            wait=wait_random_exponential(0.2, MOST_SECONDS_BETWEEN_TRIES),
+            stop=stop_when_event_set(stop),
+            sleep=sleep_using_event(stop),
+            before_sleep=self._say,
+            reraise=True,
+        )(attempt)
+
+    def _say(self, state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        said = str(error).splitlines()[0] if error else ""
+        log.warning("meeting_failed", study=self._study.name, error=said)
+
+    def _meet(self, session: Session, report: Report) -> Answer:
+        if self._facts is not None:
+            studies.describe_model(session, self._study.study_id, self._facts)
+        verdicts = self._flush(session, report)
+        ended = self._finish(session, report, verdicts)
+        given_back = [lease for lease in report.leases if lease.trial_id in report.given_back]
+        leasing.release(session, given_back, self._worker)
+        return self._lease(session, report, verdicts.held - report.given_back, ended)
+
+    def _flush(self, session: Session, report: Report) -> Verdicts:
+        return reporting.flush(
+            session,
+            report.leases,
+            report.epochs,
+            self._settings.lease_seconds,
+            judged=self._judged,
+        )
+
+    def _finish(self, session: Session, report: Report, verdicts: Verdicts) -> frozenset[int]:
+        """End what has ended by itself, and what the scheduler wants stopped; return both."""
+        stopped = {id_: Pruned(reason) for id_, reason in verdicts.stop.items()}
+        outcomes = {**stopped, **report.outcomes}
+        endings = [
+            (lease, outcomes[lease.trial_id])
+            for lease in report.leases
+            if lease.trial_id in outcomes
+        ]
+        reporting.finish(session, endings, self._worker)
+        return frozenset(outcomes)
+
+    def _lease(
+        self, session: Session, report: Report, held: frozenset[int], ended: frozenset[int]
+    ) -> Answer:
+        """Lease trials for the free slots, if it is this study's turn; say how many more it wants.
+
+        Those are the slots that stay free, and those whose trials may end before the scheduler
+        could answer.
+        """
+        study_id = self._study.study_id
+        staying = [lease for lease in report.leases if lease.trial_id in held - ended]
+        free = max(0, report.slots - len(staying))
+        if any(self._is_suspect(lease) for lease in staying):
+            free = 0
+        joining: Sequence[Lease] = []
+        if free and self._is_its_turn(session):
+            joining = self._lease_some(session, free, report.slots, alone=not staying)
+        more_to_come = True
+        if free > len(joining):
+            more_to_come = studies.has_more(session, study_id)
+        workers.beat(
+            session,
+            self._worker,
+            wanted_lanes=free - len(joining) + self._ending_soon(report, staying),
+            study_id=study_id,
+            lanes=report.slots,
+            occupancy=report.occupancy,
+            capacity=report.capacity,
+        )
+        return Answer(held, ended, joining, {}, more_to_come)
+
+    def _is_its_turn(self, session: Session) -> bool:
+        study_id = self._study.study_id
+        chosen = shares.choose(
+            session,
+            self._worker,
+            current=study_id,
+            stay_seconds=self._settings.stay_seconds,
+        )
+        return chosen == study_id
+
+    def _lease_some(
+        self, session: Session, count: int, slots: int, *, alone: bool
+    ) -> Sequence[Lease]:
+        """Lease trials, those that may kill this worker apart: one by one, once no other waits."""
+        joining = self._lease_waiting(session, count, slots, suspects=False)
+        if alone and not joining:
+            joining = self._lease_waiting(session, 1, slots, suspects=True)
+        return joining
+
+    def _lease_waiting(
+        self, session: Session, count: int, slots: int, *, suspects: bool
+    ) -> Sequence[Lease]:
+        return leasing.lease(
+            session,
+            self._study.study_id,
+            self._worker,
+            count,
+            self._settings.lease_seconds,
+            slots=slots,
+            suspect_from=self._suspect_from,
+            suspects=suspects,
+        )
+
+    def _ending_soon(self, report: Report, staying: Sequence[Lease]) -> int:
+        """Where there is a pruner, at least one: nobody knows whom it will stop next."""
+        soon = sum(lease.trial_id in report.ending_soon for lease in staying)
+        return max(soon, int(self._judged and bool(staying)))
+
+    def _resume(self, answer: Answer, again: Sequence[Lease]) -> Answer:
+        """Find the checkpoints of trials that were trained before, and let the record follow."""
+        found = {lease.trial_id: self._newest(lease) for lease in again}
+        resumed = {id_: saved for id_, saved in found.items() if saved is not None}
+        curves = [
+            (lease, resumed[lease.trial_id].epochs if lease.trial_id in resumed else [])
+            for lease in again
+        ]
+        held = self._transact(lambda session: reporting.resume(session, curves), self._closing)
+        lost = {lease.trial_id for lease in again} - held
+        anew = len(again) - len(resumed)
+        log.info("resumed", study=self._study.name, trials=len(resumed), anew=anew)
+        return replace(
+            answer,
+            joining=[lease for lease in answer.joining if lease.trial_id not in lost],
+            resumed={id_: saved for id_, saved in resumed.items() if id_ not in lost},
+        )
+
+    def _newest(self, lease: Lease) -> Saved | None:
+        try:
+            saved = self._store.newest(self._study, lease)
+        except Exception as error:  # noqa: BLE001 - a file system may raise anything
+            log.warning("checkpoints_unreadable", study=self._study.name, error=str(error))
+            return None
+        return saved if saved and self._fits(saved.checkpoint) else None
+
+    def _renew(self, leases: Sequence[Lease], slots: int) -> None:
+        def work(session: Session) -> None:
+            reporting.flush(session, leases, {}, self._settings.lease_seconds)
+            free = max(0, slots - len(leases))
+            workers.beat(session, self._worker, wanted_lanes=free, study_id=self._study.study_id)
+
+        self._transact(work, self._closing)
+
+    def _leave(self, session: Session, report: Report) -> int:
+        verdicts = self._flush(session, report)
+        ended = self._finish(session, report, verdicts)
+        left = [lease for lease in report.leases if lease.trial_id not in ended]
+        return len(leasing.release(session, left, self._worker))
+
+    def _is_suspect(self, lease: Lease) -> bool:
+        return lease.lost_leases >= self._suspect_from
+
+    @property
+    def _suspect_from(self) -> int:
+        """A trial whose next lost lease would be its last trains alone, and fails alone."""
+        return max(1, self._settings.max_attempts - 1)
+
+    @property
+    def _judged(self) -> bool:
+        return self._study.spec.pruner.name != "none"
