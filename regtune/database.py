@@ -52,13 +52,14 @@ def connect(url: str, *, pool_size: int = 5) -> Engine:
         max_overflow=0,
         pool_pre_ping=True,
         json_serializer=lambda value: json.dumps(value, allow_nan=False),
-        connect_args={"application_name": "regtune", **_patience(normalized(url))},
+        connect_args=_options(normalized(url), "regtune"),
     )
 
 
-def _patience(url: URL) -> dict[str, int]:
-    """Return when to give a connection up; what the address itself says comes first."""
-    return {name: value for name, value in _PATIENCE.items() if name not in url.query}
+def _options(url: URL, name: str) -> dict[str, Any]:
+    """Return what libpq is to know besides an address; what that says itself comes first."""
+    options = {"application_name": name, **_PATIENCE}
+    return {key: value for key, value in options.items() if key not in url.query}
 
 
 def normalized(url: str) -> URL:
@@ -96,9 +97,9 @@ class Listener:
 
     def __init__(self, url: str, channel: str) -> None:
         parsed = normalized(url).set(drivername="postgresql")
-        options = {"application_name": "regtune-listen", **_patience(parsed)}
+        options = _options(parsed, "regtune-listen")
         self._url = parsed.update_query_dict(
-            {name: str(value) for name, value in options.items()}
+            {key: str(value) for key, value in options.items()}
         ).render_as_string(hide_password=False)
         self._channel = channel
         self._connection: psycopg.Connection[Any] | None = None

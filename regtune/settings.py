@@ -41,6 +41,9 @@ class Settings(BaseSettings):
         "s3://bucket/folder; by default the folder `checkpoints` in the data folder.",
     )
     checkpoint_seconds: float = Field(30.0, gt=0, description="How often trials are checkpointed.")
+    hung_seconds: float = Field(
+        120.0, gt=0, description="A worker that takes no step for so long ends, for a new one."
+    )
     max_attempts: int = Field(3, ge=1, description="A trial that loses more leases fails.")
     max_consecutive_failures: int = Field(
         10, ge=1, description="A study with so many failed trials in a row fails."

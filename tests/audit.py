@@ -46,6 +46,20 @@ _FINDINGS = {
     "an epoch by an attempt that never was": """
         SELECT t.number, t.attempt, e.attempt FROM regtune.trials t
         JOIN regtune.epochs e USING (trial_id) WHERE e.attempt > t.attempt OR e.attempt < 1""",
+    "an epoch is on record twice": """
+        SELECT trial_id, epoch, count(*) FROM regtune.epochs
+        GROUP BY trial_id, epoch, seconds, train_loss, validation_loss HAVING count(*) > 1""",
+    "Optuna's curve differs from ours": """
+        SELECT t.number, t.attempt, t.state, e.epoch, v.step, e.validation_loss, v.value
+        FROM (SELECT t.trial_id, e.epoch, e.validation_loss
+              FROM regtune.trials t JOIN regtune.epochs e USING (trial_id, attempt)) e
+        FULL JOIN (SELECT trial_id, step, CASE intermediate_value_type
+                          WHEN 'NAN' THEN 'NaN' WHEN 'INF_POS' THEN 'Infinity'
+                          WHEN 'INF_NEG' THEN '-Infinity' ELSE intermediate_value END AS value
+                   FROM public.trial_intermediate_values) v
+             ON v.trial_id = e.trial_id AND v.step = e.epoch
+        JOIN regtune.trials t ON t.trial_id = coalesce(e.trial_id, v.trial_id)
+        WHERE t.state IN ('complete', 'pruned') AND e.validation_loss IS DISTINCT FROM v.value""",
     "a trial ended more than once": """
         SELECT study_id, number, count(*) FROM regtune.events
         WHERE kind IN ('trial_complete', 'trial_pruned', 'trial_failed', 'trial_cancelled')

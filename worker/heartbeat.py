@@ -16,8 +16,6 @@ import structlog
 log = structlog.get_logger()
 
 BEATS_A_LEASE = 3
-LEASES_BEFORE_THE_END = 4
-"""A worker that takes no step for so many leases hangs."""
 
 HUNG = 70
 """The exit code of a worker that hung: an internal error, as in sysexits.h."""
@@ -32,20 +30,21 @@ def end_process() -> None:
 class Heartbeat:
     """Calls ``renew`` several times a lease, whenever at least one step was taken since.
 
-    Calls ``give_up`` when none was taken for several leases.
+    Calls ``give_up`` when none was taken for ``hung_seconds``.
     """
 
     def __init__(
         self,
         renew: Callable[[], None],
         lease_seconds: float,
+        hung_seconds: float,
         give_up: Callable[[], None] = end_process,
     ) -> None:
         """``renew`` must not block."""
         self._renew = renew
         self._give_up = give_up
         self._seconds = lease_seconds / BEATS_A_LEASE
-        self._patience = lease_seconds * LEASES_BEFORE_THE_END
+        self._patience = hung_seconds
         self._steps = 0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)

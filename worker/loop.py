@@ -141,7 +141,9 @@ class Worker:
         stack.meet()
         if stack.idle:
             return False
-        heartbeat = Heartbeat(stack.renew, self._settings.lease_seconds)
+        heartbeat = Heartbeat(
+            stack.renew, self._settings.lease_seconds, self._settings.hung_seconds
+        )
 
         def progress() -> None:
             heartbeat.step()

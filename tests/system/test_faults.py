@@ -50,6 +50,7 @@ def supervised_worker(url: str, data: Path) -> Iterator[subprocess.Popen[bytes]]
             "REGTUNE_DATABASE_URL": url,
             "REGTUNE_DATA_DIR": str(data),
             "REGTUNE_LEASE_SECONDS": str(LEASE_SECONDS),
+            "REGTUNE_HUNG_SECONDS": str(3 * LEASE_SECONDS),
             "OMP_NUM_THREADS": "1",
         },
         start_new_session=True,

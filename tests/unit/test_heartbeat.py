@@ -5,7 +5,7 @@ from worker.heartbeat import Heartbeat
 
 def test_it_renews_while_training_makes_progress() -> None:
     renewed = threading.Event()
-    heartbeat = Heartbeat(renewed.set, 0.03)
+    heartbeat = Heartbeat(renewed.set, 0.03, 60)
     heartbeat.start()
     while not renewed.wait(0.001):
         heartbeat.step()
@@ -21,7 +21,7 @@ def test_it_does_not_renew_for_a_worker_that_hangs() -> None:
         renewals += 1
         renewed.set()
 
-    heartbeat = Heartbeat(renew, 0.03, lambda: None)
+    heartbeat = Heartbeat(renew, 0.03, 60)
     heartbeat.start()
     heartbeat.step()
     assert renewed.wait(30)
@@ -42,8 +42,19 @@ def test_a_renewal_that_fails_is_tried_again() -> None:
             raise ConnectionError("gone")
         recovered.set()
 
-    heartbeat = Heartbeat(renew, 0.03, lambda: None)
+    heartbeat = Heartbeat(renew, 0.03, 60)
     heartbeat.start()
     while not recovered.wait(0.001):
         heartbeat.step()
+    heartbeat.stop()
+
+
+def test_it_gives_up_on_a_worker_that_hangs_for_long() -> None:
+    gave_up = threading.Event()
+    heartbeat = Heartbeat(lambda: None, 0.03, 0.2, gave_up.set)
+    heartbeat.start()
+    for _ in range(50):
+        heartbeat.step()
+        assert not gave_up.wait(0.01)
+    assert gave_up.wait(30)
     heartbeat.stop()
