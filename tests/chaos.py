@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError
 
@@ -115,6 +116,7 @@ class Attack:
         self._disk_is_small = self._mount_small_disk()
         self._workers: dict[str, subprocess.Popen[bytes]] = {}
         self._services: dict[str, subprocess.Popen[bytes]] = {}
+        self._ports: dict[str, int] = {}
         self._asleep: dict[str, float] = {}
         self._restores: list[tuple[float, Callable[[], None]]] = []
         self._started = 0
@@ -159,6 +161,8 @@ class Attack:
         leader = self.random.choice(sorted(led)) if led else None
         if leader not in self._services:
             return
+        for name in self._services:  # the other may have been started a moment ago
+            wait_until(lambda name=name: self._is_ready(name), 60)
         self._services[leader].kill()
         self._services.pop(leader).wait()
         began = time.monotonic()
@@ -283,6 +287,12 @@ class Attack:
         name = self.random.choice([name for name in awake if name in training] or awake)
         return name, self._workers[name]
 
+    def _is_ready(self, name: str) -> bool:
+        try:
+            return httpx.get(f"http://127.0.0.1:{self._ports[name]}/readyz").is_success
+        except httpx.HTTPError:
+            return False
+
     def _led(self) -> dict[str, set[int]]:
         """Return the studies that each replica leads."""
         led: dict[str, set[int]] = {}
@@ -346,7 +356,8 @@ class Attack:
     def _start_service(self) -> None:
         self._started += 1
         name = f"service-{self._started}"
-        self._services[name] = self._start("service", name, REGTUNE_PORT=str(free_port()))
+        self._ports[name] = free_port()
+        self._services[name] = self._start("service", name, REGTUNE_PORT=str(self._ports[name]))
 
     def _start(self, program: str, name: str, *options: str, **environment: str) -> Any:
         url = f"postgresql://postgres@127.0.0.1:{self._proxy.port}/postgres?application_name={name}"
