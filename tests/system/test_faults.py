@@ -21,6 +21,7 @@ from tests.waiting import wait_until
 
 SECONDS = 240
 LEASE_SECONDS = 4.0
+MAX_ATTEMPTS = 2
 RUN = """
 import sys
 from regtune import programs
@@ -30,7 +31,7 @@ sys.exit(programs.run_workers([["--device", "cpu", "--name", "a", "--lanes", "4"
 
 @pytest.fixture(autouse=True)
 def scheduler(engine: Engine, database_url: str) -> Iterator[None]:
-    settings = Settings(lease_seconds=LEASE_SECONDS, poll_seconds=0.2)
+    settings = Settings(lease_seconds=LEASE_SECONDS, max_attempts=MAX_ATTEMPTS, poll_seconds=0.2)
     scheduler = Scheduler(engine, database_url, settings)
     scheduler.start()
     yield
@@ -50,6 +51,7 @@ def supervised_worker(url: str, data: Path) -> Iterator[subprocess.Popen[bytes]]
             "REGTUNE_DATABASE_URL": url,
             "REGTUNE_DATA_DIR": str(data),
             "REGTUNE_LEASE_SECONDS": str(LEASE_SECONDS),
+            "REGTUNE_MAX_ATTEMPTS": str(MAX_ATTEMPTS),
             "REGTUNE_HUNG_SECONDS": str(3 * LEASE_SECONDS),
             "OMP_NUM_THREADS": "1",
         },
@@ -65,7 +67,7 @@ def supervised_worker(url: str, data: Path) -> Iterator[subprocess.Popen[bytes]]
 
 
 def faulty(engine: Engine, fault: str) -> builders.Study:
-    """Six trials, two values of each; the decay is fatal in half of them."""
+    """Four trials; the decay is fatal in some of them."""
     return builders.create(
         engine,
         fault,
@@ -74,11 +76,11 @@ def faulty(engine: Engine, fault: str) -> builders.Study:
             "weight_decay": [0.0, FATAL_DECAY],
             "dropout": 0.0,
             "l1_lambda": 0.0,
-            "patience": [20, 21],
+            "patience": 20,
         },
         sampler="grid",
         training={"max_epochs": 6},
-        budget={"trials": 6},
+        budget={"trials": 4},
     )
 
 
@@ -97,8 +99,8 @@ def outcomes(engine: Engine, study: builders.Study) -> list[Any]:
         ("raises", "failed", "ZeroDivisionError: no weights are left"),
         ("nan", "pruned", "diverged"),
         ("memory", "failed", "OutOfMemoryError: CUDA out of memory"),
-        ("kills", "failed", "lost 3 leases; the last one: its lease ran out"),
-        ("hangs", "failed", "lost 3 leases; the last one: its lease ran out"),
+        ("kills", "failed", "lost 2 leases; the last one: its lease ran out"),
+        ("hangs", "failed", "lost 2 leases; the last one: its lease ran out"),
     ],
 )
 def test_a_fault_ends_its_own_trial_with_the_reason_and_no_other(
