@@ -132,12 +132,12 @@ def test_an_interrupted_trial_goes_on_elsewhere_as_if_nothing_had_happened(
     engine: Engine, database_url: str, tmp_path: Path
 ) -> None:
     """The two reference points, trained in one go, and told to stop in the midst."""
-    training = {"max_epochs": 40}
+    changes = {"training": {"max_epochs": 40}, "budget": {"trials": 2}, "pruner": "none"}
     environment = {"REGTUNE_CHECKPOINTS": f"file://{tmp_path}", "REGTUNE_CHECKPOINT_SECONDS": "1e9"}
-    whole = builders.create(engine, "whole", budget={"trials": 2}, training=training)
+    whole = builders.create(engine, "whole", **changes)
     with worker_process(database_url, "steady", **environment):
         wait_until(lambda: is_over(engine, whole), SECONDS)
-    cut = builders.create(engine, "cut", budget={"trials": 2}, training=training)
+    cut = builders.create(engine, "cut", **changes)
     trained = (
         "SELECT epoch FROM regtune.epochs JOIN regtune.trials USING (trial_id)"
         f" WHERE study_id = {cut.study_id} AND epoch > 5"
