@@ -60,7 +60,7 @@ def supervised_worker(url: str, data: Path) -> Iterator[subprocess.Popen[bytes]]
     try:
         yield process
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) in (0, 128 + signal.SIGTERM)  # it may just be starting again
+        process.wait(30)  # with whatever code: it may hang, or be starting again
     finally:
         process.kill()
         process.wait()
