@@ -34,15 +34,18 @@ _MIGRATIONS = Path(__file__).resolve().parent.parent / "migrations"
 _UPGRADE_LOCK = 0x7265_6774
 
 
-def connect(url: str, *, pool_size: int = 5) -> Engine:
-    """Return an engine for a PostgreSQL address; nothing is opened until it is used."""
+def connect(url: str, *, pool_size: int = 5, program: str = "service") -> Engine:
+    """Return an engine for a PostgreSQL address; nothing is opened until it is used.
+
+    ``program`` is who asks, as ``pg_stat_activity`` and the server's log then say it.
+    """
     return create_engine(
         normalized(url),
         pool_size=pool_size,
         max_overflow=0,
         pool_pre_ping=True,
         json_serializer=lambda value: json.dumps(value, allow_nan=False),
-        connect_args={"application_name": "regtune"},
+        connect_args={"application_name": f"regtune-{program}"},
     )
 
 
@@ -79,9 +82,10 @@ class Listener:
     A notification that falls into a reconnection is lost, so whoever waits here polls as well.
     """
 
-    def __init__(self, url: str, channel: str) -> None:
+    def __init__(self, url: str, channel: str, *, program: str = "service") -> None:
         self._url = normalized(url).set(drivername="postgresql").render_as_string(False)
         self._channel = channel
+        self._program = program
         self._connection: psycopg.Connection[Any] | None = None
 
     def wait(self, seconds: float) -> set[int]:
@@ -112,7 +116,7 @@ class Listener:
     def _connected(self) -> psycopg.Connection[Any]:
         if self._connection is None:
             self._connection = psycopg.connect(
-                self._url, autocommit=True, application_name="regtune-listen"
+                self._url, autocommit=True, application_name=f"regtune-{self._program}-listen"
             )
             self._connection.execute(f"LISTEN {self._channel}")
         return self._connection

@@ -91,7 +91,7 @@ def serve(settings: Settings) -> None:
 @contextmanager
 def _scheduling(url: str, settings: Settings) -> Iterator[None]:
     """Run the scheduler, on connections of its own: a crowd of clients must not starve it."""
-    engine = database.connect(url, pool_size=_SCHEDULER_CONNECTIONS)
+    engine = database.connect(url, pool_size=_SCHEDULER_CONNECTIONS, program="scheduler")
     scheduler = Scheduler(engine, url, settings)
     scheduler.start()
     yield

@@ -3,6 +3,7 @@
 import os
 import socket
 import time
+from collections.abc import Callable
 
 import structlog
 import torch
@@ -19,6 +20,7 @@ from worker.heartbeat import Heartbeat
 from worker.shutdown import Interrupted, Shutdown
 from worker.stack import Stack, describe
 from worker.training import capacity
+from worker.training.engine import Engine
 
 log = structlog.get_logger()
 
@@ -26,7 +28,10 @@ _SLICE_SECONDS = 0.5
 
 
 class Worker:
-    """One process that trains on one device; any number may share a database."""
+    """One process that trains on one device; any number may share a database.
+
+    ``make_engine`` builds what trains a study; a benchmark of everything else passes its own.
+    """
 
     def __init__(
         self,
@@ -35,6 +40,7 @@ class Worker:
         device: torch.device,
         name: str | None = None,
         shutdown: Shutdown | None = None,
+        make_engine: Callable[..., Engine] = Engine,
     ) -> None:
         self.name = name or f"{socket.gethostname()}-{os.getpid()}"
         self._url = url
@@ -43,8 +49,11 @@ class Worker:
         self._lanes = settings.lanes or capacity.provisional(device)
         self._offer = task.installed()
         self._shutdown = shutdown or Shutdown()
-        self._database: Database = database.connect(url, pool_size=min(2, settings.pool_size))
-        self._listener = database.Listener(url, database.WORK)
+        self._make_engine = make_engine
+        self._database: Database = database.connect(
+            url, pool_size=min(2, settings.pool_size), program="worker"
+        )
+        self._listener = database.Listener(url, database.WORK, program="worker")
         self._stack: Stack | None = None
 
     def run(self) -> None:
@@ -115,6 +124,7 @@ class Worker:
                 self._offer,
                 self._device,
                 self._listener,
+                self._make_engine,
             )
         except Exception as error:  # noqa: BLE001 - a user's crash is data
             log.error("task_failed", study=study.name, error=str(error))

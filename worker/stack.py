@@ -74,6 +74,7 @@ class Stack:
         offer: Offer,
         device: torch.device,
         listener: Listener,
+        make_engine: Callable[..., Engine] = Engine,
     ) -> None:
         """Load the data, build the model and see how many lanes the device takes.
 
@@ -86,7 +87,7 @@ class Stack:
         self._offer = offer
         self._device = device
         self._listener = listener
-        self._engine = self._build_engine()
+        self._engine = self._build_engine(make_engine)
         self._capacity = self._settle_capacity()
         self._occupancy = Occupancy()
         if study.model is None:
@@ -169,9 +170,9 @@ class Stack:
         log.info("released", study=self.study.name, trials=len(released))
         self._leases.clear()
 
-    def _build_engine(self) -> Engine:
+    def _build_engine(self, make_engine: Callable[..., Engine]) -> Engine:
         spec = self.study.spec
-        return Engine(
+        return make_engine(
             task=spec.task,
             training=spec.training,
             validation=spec.validation,

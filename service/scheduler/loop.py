@@ -46,7 +46,7 @@ class Scheduler:
         self._thread.join()
 
     def _run(self) -> None:
-        with database.Listener(self._url, database.NEWS) as listener:
+        with database.Listener(self._url, database.NEWS, program="scheduler") as listener:
             due = 0.0
             news: set[int] = set()
             while not self._stopping.is_set():

@@ -88,7 +88,8 @@ def test_a_listener_hears_again_after_its_connection_was_cut(
             connection.execute(
                 text(
                     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-                    " WHERE application_name = 'regtune-listen' AND datname = current_database()"
+                    " WHERE application_name = 'regtune-service-listen'"
+                    " AND datname = current_database()"
                 )
             )
         assert listener.wait(0.1) == set()
