@@ -91,11 +91,12 @@ class Listener:
     def wait(self, seconds: float) -> set[int]:
         """Wait for notifications; return the ids of the studies they name, empty on time-out."""
         try:
-            return {
-                int(notify.payload)
-                for notify in self._connected().notifies(timeout=seconds, stop_after=1)
-                if notify.payload.isdecimal()  # anybody may notify
-            }
+            connection = self._connected()
+            heard = list(connection.notifies(timeout=seconds, stop_after=1))
+            if heard:  # and whatever else has come by now: a storm is one awakening
+                heard += connection.notifies(timeout=0)
+            # Anybody may notify.
+            return {int(notify.payload) for notify in heard if notify.payload.isdecimal()}
         except (psycopg.Error, OSError):
             self.close()
             time.sleep(min(seconds, 1.0))

@@ -72,11 +72,10 @@ def append(
         return []
     rows = [_row(expected + i, suggestion) for i, suggestion in enumerate(suggestions[:room])]
     trial_ids = session.execute(
-        text(_APPEND), {"study_id": study_id, "rows": json.dumps(rows), "actor": actor}
+        text(_APPEND),
+        {"study_id": study_id, "rows": json.dumps(rows), "actor": actor, "work": WORK},
     ).scalars()
-    in_order = sorted(trial_ids)
-    events.notify(session, WORK, study_id)
-    return in_order
+    return sorted(trial_ids)
 
 
 def _row(number: int, suggestion: Suggestion) -> dict[str, Any]:
@@ -230,7 +229,7 @@ WITH row AS (
     INSERT INTO regtune.events (study_id, number, kind, actor)
     SELECT :study_id, number, 'trial_appended', :actor FROM row ORDER BY number
 )
-SELECT trial_id FROM trial
+SELECT trial_id, pg_notify(:work, cast(:study_id AS text)) FROM trial
 """
 
 # The study's row is locked first and shared, so that whoever pauses or cancels it waits for this

@@ -117,10 +117,9 @@ def flush(
             ),
             "seconds": seconds,
             "now": now,
+            "news": NEWS if judged else None,
         },
     ).all()
-    if judged and any(epochs.values()):
-        events.notify(session, NEWS, leases[0].study_id)
     return Verdicts(
         held=frozenset(row.trial_id for row in rows),
         stop={row.trial_id: row.stop_request for row in rows if row.stop_request},
@@ -143,10 +142,9 @@ def finish(
             "outcomes": _as_json(_ending(lease, outcome) for lease, outcome in outcomes),
             "worker": worker,
             "now": now,
+            "news": NEWS,
         },
     ).scalars()
-    study_id = outcomes[0][0].study_id
-    events.notify(session, NEWS, study_id)
     return frozenset(ended)
 
 
@@ -214,7 +212,7 @@ WITH lease AS (
     SET lease_expires_at = coalesce(cast(:now AS timestamptz), now())
                            + make_interval(secs => :seconds)
     FROM locked WHERE t.trial_id = locked.trial_id
-    RETURNING t.trial_id, t.attempt, t.stop_request
+    RETURNING t.trial_id, t.study_id, t.attempt, t.stop_request
 ), recorded AS (
     INSERT INTO regtune.epochs (trial_id, attempt, epoch, train_loss, validation_loss,
                                 validation_score, penalty, sparsity, seconds)
@@ -241,7 +239,10 @@ WITH lease AS (
     SET intermediate_value = excluded.intermediate_value,
         intermediate_value_type = excluded.intermediate_value_type
 )
-SELECT trial_id, stop_request FROM held
+SELECT trial_id, stop_request, CASE
+           WHEN cast(:news AS text) IS NOT NULL AND EXISTS (SELECT FROM recorded)
+           THEN pg_notify(:news, cast(study_id AS text))::text END AS told
+FROM held
 """
 
 # Optuna gives a pruned trial its last intermediate value, unless that is not a number.
@@ -298,7 +299,7 @@ WITH outcome AS (
         'value', CASE WHEN abs(value) < 'Infinity' THEN value END, 'reason', reason))
     FROM ended ORDER BY number
 )
-SELECT trial_id FROM ended
+SELECT trial_id, pg_notify(:news, cast(study_id AS text)) FROM ended
 """
 
 _REQUEST_STOP = """

@@ -72,6 +72,8 @@ def beat(
 ) -> None:
     """Say that a worker lives, how many lanes it wants filled and which study it trains.
 
+    The schedulers are woken when it wants something else than it has said before.
+
     ``lanes``, ``occupancy`` and ``capacity`` stay as they are where they are None. The fields of
     ``capacity`` are ``lanes``, ``reason`` and, where they are known, ``bytes_per_lane`` and
     ``trial_epochs_per_second``.
@@ -85,10 +87,9 @@ def beat(
             "lanes": lanes,
             "occupancy": occupancy,
             "capacity": json.dumps(capacity) if capacity else None,
+            "channel": NEWS,
         },
     )
-    if wanted_lanes:
-        events.notify(session, NEWS, study_id or ANY_STUDY)
 
 
 def leave(session: Session, name: str) -> None:
@@ -119,11 +120,10 @@ def offered(session: Session, alive_seconds: float) -> Offer:
 
 def wanted_lanes(session: Session, dataset: str, model: str, alive_seconds: float) -> int:
     """Return how many lanes the living workers that have this task want filled now."""
-    return sum(
-        worker.wanted_lanes
-        for worker in everyone(session, alive_seconds)
-        if worker.alive and dataset in worker.datasets and model in worker.models
-    )
+    wanted: int = session.execute(
+        text(_WANTED_LANES), {"dataset": dataset, "model": model, "alive_seconds": alive_seconds}
+    ).scalar_one()
+    return wanted
 
 
 def choose_study(session: Session, offer: Offer) -> int | None:
@@ -146,13 +146,30 @@ SET host = excluded.host, pid = excluded.pid, device = excluded.device, lanes = 
     occupancy = NULL, capacity = NULL
 """
 
+# The row's lock sees to it that what was said before is what this beat replaces.
 _BEAT = """
-UPDATE regtune.workers
-SET heartbeat_at = now(), wanted_lanes = :wanted_lanes, study_id = :study_id,
-    lanes = coalesce(cast(:lanes AS int), lanes),
-    occupancy = coalesce(cast(:occupancy AS double precision), occupancy),
-    capacity = coalesce(cast(:capacity AS jsonb), capacity)
-WHERE name = :name
+WITH before AS (
+    SELECT name, wanted_lanes, study_id FROM regtune.workers WHERE name = :name FOR UPDATE
+), beaten AS (
+    UPDATE regtune.workers w
+    SET heartbeat_at = now(), wanted_lanes = :wanted_lanes, study_id = :study_id,
+        lanes = coalesce(cast(:lanes AS int), w.lanes),
+        occupancy = coalesce(cast(:occupancy AS double precision), w.occupancy),
+        capacity = coalesce(cast(:capacity AS jsonb), w.capacity)
+    FROM before WHERE w.name = before.name
+    RETURNING w.wanted_lanes, w.study_id
+)
+SELECT pg_notify(:channel, coalesce(beaten.study_id, 0)::text)
+FROM beaten, before
+WHERE beaten.wanted_lanes > 0
+  AND (beaten.wanted_lanes, beaten.study_id) IS DISTINCT FROM
+      (before.wanted_lanes, before.study_id)
+"""
+
+_WANTED_LANES = """
+SELECT coalesce(sum(wanted_lanes), 0)::int FROM regtune.workers
+WHERE stopped_at IS NULL AND heartbeat_at > now() - make_interval(secs => :alive_seconds)
+  AND jsonb_exists(datasets, :dataset) AND jsonb_exists(models, :model)
 """
 
 _EVERYONE = """

@@ -55,6 +55,7 @@ class Worker:
         )
         self._listener = database.Listener(url, database.WORK, program="worker")
         self._stack: Stack | None = None
+        self._idle_beat = 0.0
 
     def run(self) -> None:
         """Train until told to stop; then give back what is not finished.
@@ -89,12 +90,12 @@ class Worker:
     def _train_next(self) -> bool:
         """Train the study whose turn it is for as long as it has trials; say if there was one."""
         try:
-            study = self._choose()
-            if study is None:
+            study_id = self._choose()
+            if study_id is None:
                 return False
-            if self._stack is None or self._stack.study.study_id != study.study_id:
+            if self._stack is None or self._stack.study.study_id != study_id:
                 self._drop_stack()
-                self._stack = self._build_stack(study)
+                self._stack = self._build_stack(self._read_study(study_id))
             return self._stack is not None and self._train(self._stack)
         except (DBAPIError, DatabaseUnavailable, NotFound) as error:
             log.warning("database_lost", worker=self.name, error=str(error).splitlines()[0])
@@ -105,12 +106,22 @@ class Worker:
             self._stack.close()
         self._stack = None
 
-    def _choose(self) -> Study | None:
+    def _choose(self) -> int | None:
+        """Return the study whose turn it is; where there is none, say that all lanes are free.
+
+        Once a poll at most: of many workers that a few new trials wake, most find none left.
+        """
         with transaction(self._database) as session:
             study_id = workers.choose_study(session, self._offer)
-            if study_id is None:
+            if study_id is None and time.monotonic() >= self._idle_beat:
                 workers.beat(session, self.name, wanted_lanes=self._lanes, study_id=None)
-                return None
+                self._idle_beat = time.monotonic() + self._settings.poll_seconds
+            elif study_id is not None:
+                self._idle_beat = 0.0
+            return study_id
+
+    def _read_study(self, study_id: int) -> Study:
+        with transaction(self._database) as session:
             return studies.by_id(session, study_id)
 
     def _build_stack(self, study: Study) -> Stack | None:

@@ -22,8 +22,8 @@ from service.scheduler.mirror import Mirror, read_trials
 log = structlog.get_logger()
 
 ACTOR = "scheduler"
-MAX_SUGGESTIONS = 256
-"""Most suggestions a round, so that a large fleet gets its first trials before the last is made."""
+SUGGESTION_SECONDS = 0.1
+"""How long a round may think of suggestions, so that the first ones train while the others come."""
 
 _OPTUNA_STATES = {
     "complete": TrialState.COMPLETE,
@@ -61,6 +61,8 @@ class News:
     study: Study
     waiting: int
     running: int
+    overdue: int
+    """Running trials whose leases have run out."""
     wanted_lanes: int
     seconds_spent: float
     ended: Sequence[Ended]
@@ -87,23 +89,30 @@ class Conductor:
         self._mirror = Mirror(study.spec)
         self._mirror.restore(read_trials(url, study.name))
 
-    def round(self) -> None:
-        """Bring the study one step further; raise StaleView if the mirror has missed something."""
+    def round(self) -> bool:
+        """Bring the study one step further; return whether there is more to do at once.
+
+        Raise StaleView if the mirror has missed something.
+        """
         news = self._take_stock()
         self._tell(news)
         self._judge(news)
-        if not self._conclude(news):
-            self._suggest(news)
+        return not self._conclude(news) and self._suggest(news)
 
     def _take_stock(self) -> News:
+        news = self._read()
+        if not news.overdue:
+            return news
         with database.transaction(self._engine) as session:
             lost = leasing.expire(session, self._study_id, self._settings.max_attempts)
-        if lost:
-            log.warning("leases_lost", study_id=self._study_id, trials=len(lost))
-        with database.transaction(self._engine) as session:
-            return self._read(session)
+        log.warning("leases_lost", study_id=self._study_id, trials=len(lost))
+        return self._read()
 
-    def _read(self, session: Session) -> News:
+    def _read(self) -> News:
+        with database.transaction(self._engine) as session:
+            return self._news(session)
+
+    def _news(self, session: Session) -> News:
         study = studies.by_id(session, self._study_id)
         counts = session.execute(text(_COUNTS), {"study_id": self._study_id}).one()
         ended = self._read_ended(session)
@@ -115,17 +124,27 @@ class Conductor:
             study=study,
             waiting=counts.waiting,
             running=counts.running,
+            overdue=counts.overdue,
             wanted_lanes=workers.wanted_lanes(
                 session,
                 study.spec.task.dataset,
                 study.spec.task.model,
                 self._settings.lease_seconds,
             ),
-            seconds_spent=counts.seconds_spent,
+            seconds_spent=self._seconds_spent(session, study),
             ended=ended,
             epochs=by_number,
             attempts={row.number: (row.trial_id, row.attempt) for row in epochs},
         )
+
+    def _seconds_spent(self, session: Session, study: Study) -> float:
+        """Return the seconds since the first lease, where the budget asks for them; else 0."""
+        if study.budget_seconds is None:
+            return 0.0
+        spent: float = session.execute(
+            text(_SECONDS_SPENT), {"study_id": self._study_id}
+        ).scalar_one()
+        return spent
 
     def _read_ended(self, session: Session) -> Sequence[Ended]:
         rows = session.execute(
@@ -158,16 +177,16 @@ class Conductor:
         """Tell the mirror what has ended, and keep what its pruner has noted on those trials."""
         notes = {}
         for trial in news.ended:
-            self._mirror.report(trial.number, news.epochs.get(trial.number, ()))
+            self._mirror.report(trial.number, news.epochs.get(trial.number, ()), over=True)
             notes[trial.trial_id] = self._mirror.tell(
                 trial.number, _OPTUNA_STATES[trial.state], trial.value
             )
-        if self._prunes and notes:
-            rows = [
-                {"trial_id": trial_id, "key": key, "value": json.dumps(value)}
-                for trial_id, attrs in notes.items()
-                for key, value in attrs.items()
-            ]
+        rows = [
+            {"trial_id": trial_id, "key": key, "value": json.dumps(value)}
+            for trial_id, attrs in notes.items()
+            for key, value in attrs.items()
+        ]
+        if self._prunes and rows:
             with database.transaction(self._engine) as session:
                 session.execute(text(_KEEP_NOTES), {"rows": json.dumps(rows)})
 
@@ -188,6 +207,8 @@ class Conductor:
 
     def _conclude(self, news: News) -> bool:
         """End the study if it is done, as far as that can be seen now; return whether it is."""
+        if not self._may_be_done(news):
+            return False
         with database.transaction(self._engine) as session:
             # Looked at again under the study's lock: a client may stop or cancel it meanwhile.
             study = studies.lock(session, self._study_id)
@@ -205,6 +226,15 @@ class Conductor:
             log.info("study_ended", study=study.name, state=state, reason=reason)
             return True
 
+    def _may_be_done(self, news: News) -> bool:
+        """Say whether it is worth a look under the study's lock."""
+        return (
+            news.study.state not in ("active", "paused")
+            or news.out_of_time
+            or not (news.waiting or news.running)
+            or any(trial.state == "failed" for trial in news.ended)
+        )
+
     def _ending(self, session: Session, study: Study, news: News) -> tuple[str, str] | None:
         counts = session.execute(text(_COUNTS), {"study_id": self._study_id}).one()
         limit = self._settings.max_consecutive_failures
@@ -219,7 +249,7 @@ class Conductor:
         if study.state == "stopping":
             return "stopped", study.reason or "stopped by request"
         if study.appended == study.budget_trials or news.out_of_time:
-            if counts.failed and counts.failed == counts.ended:
+            if session.execute(text(_ALL_FAILED), {"study_id": self._study_id}).scalar():
                 return "failed", "every trial failed"
             used_up = (
                 f"all {study.budget_trials} trials have ended"
@@ -229,28 +259,38 @@ class Conductor:
             return "completed", used_up
         return None
 
-    def _suggest(self, news: News) -> None:
+    def _suggest(self, news: News) -> bool:
+        """Append what living workers want; return whether some of that is left to suggest."""
         room = news.study.budget_trials - self._mirror.next_number
-        count = min(room, news.wanted_lanes - news.waiting, MAX_SUGGESTIONS)
+        count = min(room, news.wanted_lanes - news.waiting)
         if news.study.state != "active" or news.out_of_time or count <= 0:
-            return
+            return False
         expected = self._mirror.next_number
-        suggestions = self._mirror.suggest(count)
+        suggestions = self._mirror.suggest(count, SUGGESTION_SECONDS)
         with database.transaction(self._engine) as session:
             appended = leasing.append(
                 session, self._study_id, suggestions, expected=expected, actor=ACTOR
             )
-        if len(appended) != count:
+        if len(appended) != len(suggestions):
             raise StaleView("the study was paused or stopped while its next trials were chosen")
+        return len(appended) < count
 
 
+# Of the open trials alone: those that have ended may be a hundred thousand.
 _COUNTS = """
 SELECT count(*) FILTER (WHERE state = 'waiting') AS waiting,
        count(*) FILTER (WHERE state = 'running') AS running,
-       count(*) FILTER (WHERE state = 'failed') AS failed,
-       count(*) FILTER (WHERE state NOT IN ('waiting', 'running')) AS ended,
-       coalesce(extract(epoch FROM now() - min(started_at)), 0)::float AS seconds_spent
+       count(*) FILTER (WHERE state = 'running' AND lease_expires_at < now()) AS overdue
+FROM regtune.trials WHERE study_id = :study_id AND state IN ('waiting', 'running')
+"""
+
+_SECONDS_SPENT = """
+SELECT coalesce(extract(epoch FROM now() - min(started_at)), 0)::float
 FROM regtune.trials WHERE study_id = :study_id
+"""
+
+_ALL_FAILED = """
+SELECT coalesce(bool_and(state = 'failed'), false) FROM regtune.trials WHERE study_id = :study_id
 """
 
 _ENDED = """

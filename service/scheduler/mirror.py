@@ -5,7 +5,9 @@ sampler never waits for the database. It is rebuilt from the database whenever i
 something; nothing is lost with it.
 """
 
+import time
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import Any
 
 import optuna
@@ -15,7 +17,7 @@ from sqlalchemy import NullPool
 
 from regtune.leasing import Suggestion
 from regtune.spec import StudySpec
-from service.scheduler.pruning import make_pruner
+from service.scheduler.pruning import keeps_notes, make_pruner
 from service.scheduler.suggestion import (
     as_suggestion,
     distributions,
@@ -37,8 +39,10 @@ class Mirror:
         )
         self._study_id = self._storage.get_study_id_from_name(spec.name)
         self._distributions = distributions(spec)
+        self._keeps_notes = keeps_notes(spec)
         self._open: dict[int, optuna.Trial] = {}
         self._judged: dict[int, int] = {}
+        self._known_notes: dict[int, Mapping[str, Any]] = {}
         self._next = 0
 
     @property
@@ -56,31 +60,45 @@ class Mirror:
         """The last epoch that the pruner has seen, by trial number."""
         return self._judged
 
-    def suggest(self, count: int) -> Sequence[Suggestion]:
-        """Return the next suggestions; the mirror takes them for running from here on."""
-        return [self._suggest_one() for _ in range(count)]
+    def suggest(self, count: int, seconds: float = inf) -> Sequence[Suggestion]:
+        """Return the next suggestions; the mirror takes them for running from here on.
 
-    def report(self, number: int, epochs: Sequence[tuple[int, float]]) -> int | None:
-        """Show the pruner new epochs of an open trial; return the epoch at which it says stop."""
+        Once ``seconds`` are over there will be no more than the one that was begun.
+        """
+        due = time.monotonic() + seconds
+        made: list[Suggestion] = []
+        while len(made) < count and (not made or time.monotonic() < due):
+            made.append(self._suggest_one())
+        return made
+
+    def report(
+        self, number: int, epochs: Sequence[tuple[int, float]], *, over: bool = False
+    ) -> int | None:
+        """Show the pruner new epochs of an open trial; return the epoch at which it says stop.
+
+        ``over`` says that the trial has ended by itself, so that its answer matters no more.
+        """
         trial = self._open[number]
+        asked = kind_of(number) == "suggested" and (self._keeps_notes or not over)
         for epoch, loss in epochs:
             if epoch <= self._judged.get(number, 0):
                 continue
             trial.report(loss, epoch)
             self._judged[number] = epoch
-            if kind_of(number) == "suggested" and trial.should_prune():
+            if asked and trial.should_prune():
                 return epoch
         return None
 
     def tell(self, number: int, state: TrialState, value: float | None) -> Mapping[str, Any]:
-        """Let an open trial end; return the notes that sampler and pruner have made on it.
+        """Let an open trial end; return what sampler and pruner have noted on it since it began.
 
         A pruned trial counts with the last epoch that was reported of it.
         """
         trial = self._open.pop(number)
         self._judged.pop(number, None)
         self._study.tell(trial, value if state is TrialState.COMPLETE else None, state=state)
-        return self._notes(number)
+        known = self._known_notes.pop(number)
+        return {key: note for key, note in self._notes(number).items() if known.get(key) != note}
 
     def restore(self, trials: Sequence[FrozenTrial]) -> None:
         """Take over the trials of a study in the database, ordered by number."""
@@ -100,7 +118,8 @@ class Mirror:
         trial = self._study.ask(self._distributions)
         self._next += 1
         self._open[number] = trial
-        return as_suggestion(self.spec, number, trial.params, self._notes(number))
+        self._known_notes[number] = dict(self._notes(number))
+        return as_suggestion(self.spec, number, trial.params, self._known_notes[number])
 
     def _reopen(self, trial: FrozenTrial) -> None:
         """Add an open trial, and show the pruner its epochs again, one by one, as it saw them."""
@@ -115,6 +134,7 @@ class Mirror:
         )
         self._next += 1
         self._open[number] = optuna.Trial(self._study, self._trial_id(number))
+        self._known_notes[number] = trial.system_attrs
         self.report(number, sorted(trial.intermediate_values.items()))
 
     def _notes(self, number: int) -> Mapping[str, Any]:
