@@ -19,10 +19,13 @@ import argparse
 import json
 import os
 import platform
+import random
+import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +34,25 @@ import optuna
 import psutil
 from rich.console import Console
 from rich.table import Table
+from sqlalchemy import Engine, text
 
-from benchmarks.free_training import EPOCHS, our_workers, stock_workers
+from benchmarks.free_training import EPOCHS, loss, our_workers, stock_workers
 from benchmarks.meters import Server
-from regtune import database
+from regtune import database, leasing, reporting, studies, workers
+from regtune.database import transaction
+from regtune.reporting import Completed, Epoch
 from regtune.settings import Settings
 from regtune.spec import StudySpec, parse_spec
-from service.scheduler.suggestion import distributions
+from regtune.studies import Study
+from regtune.task import Offer
+from service.scheduler.mirror import Mirror, read_trials
+from service.scheduler.suggestion import as_suggestion, distributions
 from tests.audit import audit
 from tests.serving import service_process
 from tests.waiting import wait_until
 
 console = Console(width=120)
+_BATCH = 500
 
 
 @dataclass(frozen=True)
@@ -220,6 +230,176 @@ def _print_runs(runs: Sequence[Throughput]) -> None:
     console.print(table)
 
 
+# Size
+
+
+def size(server: Server, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure what a study of many trials costs whoever asks; print and return it."""
+    trials, shown = (1_000, 200) if arguments.quick else (10_000, 2_000)
+    url = server.create("size")
+    database.upgrade(url)
+    engine = database.connect(url)
+    big = fill(engine, _spec("big", trials + 1_000), trials)
+    small = fill(engine, _spec("small", shown + 1_000), shown)
+    measures = [*_suggestions(engine, big), _restart(url, engine, big)]
+    with service_process(url) as (_, client):
+        _suggest_more(engine, big, 3)
+        study, poll = f"/v1/studies/{big.name}", f"/api/studies/{small.study_id}?after="
+        pages = f"{study}/trials?limit=100"
+        measures += [
+            _timed(client, f"GET of a study of {trials} trials", study, 20),
+            _timed(client, "page of 100 trials by number", pages, 50),
+            _timed(client, "… from the middle", _later(client, pages), 50),
+            _timed(client, "page of 100 trials by value", f"{pages}&order_by=value", 50),
+            _timed(client, "page of 1 000 trials", f"{study}/trials?limit=1000", 50),
+            _timed(client, "best trial", f"{study}/best", 20),
+            _timed(client, f"dashboard at {shown} trials, all of them", f"{poll}0", None),
+            _timed(client, "… a poll for what is new", f"{poll}{shown - 10}", 150),
+        ]
+        _want_lanes(engine, 200)
+        measures.append(_timed(client, "GET of the study while suggestions are made", study, None))
+    engine.dispose()
+    _print_measures(measures)
+    return [asdict(measure) for measure in measures]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """The median and the worst of some times, in milliseconds, and what they should stay under."""
+
+    what: str
+    median: float
+    worst: float
+    target: float | None
+
+
+def fill(engine: Engine, spec: StudySpec, trials: int) -> Study:
+    """Create a study with so many complete trials, as scheduler and workers would have."""
+    rng, space = random.Random(0), distributions(spec)
+    with transaction(engine) as session:
+        study, _ = studies.create(session, spec, "benchmark")
+    for begin in range(0, trials, _BATCH):
+        suggestions = [
+            as_suggestion(spec, number, _random_point(space, rng), {})
+            for number in range(begin, min(begin + _BATCH, trials))
+        ]
+        with transaction(engine) as session:
+            leasing.append(session, study.study_id, suggestions, expected=begin)
+            leases = leasing.lease(session, study.study_id, "nobody", _BATCH, 60)
+            curves = {held.trial_id: _curve(held.params) for held in leases}
+            reporting.flush(session, leases, curves, 60)
+            outcomes = [(held, _outcome(curves[held.trial_id])) for held in leases]
+            reporting.finish(session, outcomes, "nobody")
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("VACUUM ANALYZE"))
+    return study
+
+
+def _random_point(space: Mapping[str, Any], rng: random.Random) -> dict[str, float]:
+    return {
+        name: rng.randint(kind.low, kind.high)
+        if isinstance(kind, optuna.distributions.IntDistribution)
+        else rng.uniform(kind.low, kind.high)
+        for name, kind in space.items()
+    }
+
+
+def _curve(params: Mapping[str, float]) -> list[Epoch]:
+    return [
+        Epoch(epoch, 1.0, loss(params, epoch), 0.9, 0.1, 0.0, 0.0) for epoch in range(1, EPOCHS + 1)
+    ]
+
+
+def _outcome(curve: Sequence[Epoch]) -> Completed:
+    best = curve[-1]
+    return Completed(best.validation_loss, 0.9, best.epoch, 1.0, 0.9, "finished")
+
+
+def _suggestions(engine: Engine, study: Study) -> list[Measure]:
+    """Time suggestions of ours, and of Optuna's sampler with the same trials in memory."""
+    with transaction(engine) as session:
+        trials = read_trials(session, study.study_id, study.spec)
+    mirror = Mirror(study.spec)
+    mirror.restore(trials)
+    plain = optuna.create_study(
+        sampler=optuna.samplers.TPESampler(seed=0, multivariate=True, constant_liar=True)
+    )
+    plain.add_trials(trials)
+    space = distributions(study.spec)
+    ours, theirs = [], []
+    for _ in range(20):
+        ours.append(_milliseconds(lambda: mirror.suggest(1)))
+        theirs.append(_milliseconds(lambda: plain.ask(space)))
+    peer = Measure("… Optuna's sampler in memory", statistics.median(theirs), max(theirs), None)
+    what = f"suggestion after {len(trials)} trials"
+    return [Measure(what, statistics.median(ours), max(ours), peer.median), peer]
+
+
+def _restart(url: str, engine: Engine, study: Study) -> Measure:
+    """Kill a service that leads, start another; time it from its start to its first suggestion."""
+    with service_process(url) as (process, _):
+        _suggest_more(engine, study, 1)
+        process.kill()
+        process.wait()
+    began = time.perf_counter()
+    with service_process(url):
+        _suggest_more(engine, study, 2)
+        taken = (time.perf_counter() - began) * 1000
+    return Measure("a restarted scheduler suggests", taken, taken, 10_000)
+
+
+def _suggest_more(engine: Engine, study: Study, lanes: int) -> None:
+    """Let so many lanes want trials, one of which nobody has suggested yet; return when it is."""
+    known = _appended(engine, study)
+    _want_lanes(engine, lanes)
+    wait_until(lambda: _appended(engine, study) > known, 120)
+    _want_lanes(engine, 0)
+
+
+def _want_lanes(engine: Engine, lanes: int) -> None:
+    """Let a worker that trains nothing want lanes filled."""
+    offer = Offer(frozenset({"digits"}), frozenset({"mlp"}))
+    with transaction(engine) as session:
+        workers.register(
+            session, name="nobody", host="here", pid=1, device="none", lanes=lanes, offer=offer
+        )
+
+
+def _appended(engine: Engine, study: Study) -> int:
+    with transaction(engine) as session:
+        return studies.by_id(session, study.study_id).appended
+
+
+def _later(client: httpx.Client, pages: str) -> str:
+    """Return the address of the sixth page, as a client would have found it."""
+    address = pages
+    for _ in range(5):
+        address = f"{pages}&cursor={client.get(address).json()['next']}"
+    return address
+
+
+def _timed(client: httpx.Client, what: str, address: str, target: float | None) -> Measure:
+    client.get(address).raise_for_status()
+    taken = [_milliseconds(lambda: client.get(address).raise_for_status()) for _ in range(20)]
+    return Measure(what, statistics.median(taken), max(taken), target)
+
+
+def _milliseconds(act: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    act()
+    return (time.perf_counter() - began) * 1000
+
+
+def _print_measures(measures: Sequence[Measure]) -> None:
+    table = Table(title="Size")
+    for column in ("", "median, ms", "worst, ms", "to stay under, ms"):
+        table.add_column(column, justify="right")
+    for measure in measures:
+        target = "" if measure.target is None else f"{measure.target:.0f}"
+        table.add_row(measure.what, f"{measure.median:.1f}", f"{measure.worst:.1f}", target)
+    console.print(table)
+
+
 # What the parts have in common
 
 
@@ -265,12 +445,13 @@ def _spec(name: str, budget: int, epochs: int = EPOCHS) -> StudySpec:
 
 
 def _time(moment: str) -> float:
-    from datetime import datetime
-
     return datetime.fromisoformat(moment).timestamp()
 
 
-PARTS: dict[str, Callable[[Server, argparse.Namespace], Any]] = {"throughput": throughput}
+PARTS: dict[str, Callable[[Server, argparse.Namespace], Any]] = {
+    "throughput": throughput,
+    "size": size,
+}
 
 
 if __name__ == "__main__":

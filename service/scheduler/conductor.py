@@ -81,13 +81,17 @@ class News:
 class Conductor:
     """Leads one study; made when its lock is won, thrown away when that is lost."""
 
-    def __init__(self, engine: Engine, url: str, settings: Settings, study: Study) -> None:
+    def __init__(self, engine: Engine, settings: Settings, study_id: int) -> None:
+        """Read all that has happened so far; raise NotFound if the study has been deleted."""
         self._engine = engine
         self._settings = settings
-        self._study_id = study.study_id
+        self._study_id = study_id
+        with database.transaction(engine) as session:
+            study = studies.by_id(session, study_id)
+            trials = read_trials(session, study_id, study.spec)
         self._prunes = study.spec.pruner.name != "none"
         self._mirror = Mirror(study.spec)
-        self._mirror.restore(read_trials(url, study.name))
+        self._mirror.restore(trials)
 
     def round(self) -> bool:
         """Bring the study one step further; return whether there is more to do at once.

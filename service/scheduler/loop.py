@@ -77,7 +77,7 @@ class Scheduler:
         """Give one study a round; whatever goes wrong with it stays with it."""
         try:
             if study_id not in self._conductors:
-                self._conductors[study_id] = self._make_conductor(study_id)
+                self._conductors[study_id] = Conductor(self._engine, self._settings, study_id)
             if self._conductors[study_id].round():
                 self._unfinished.add(study_id)
             self._errors.pop(study_id, None)
@@ -89,11 +89,6 @@ class Scheduler:
         except Exception as error:  # noqa: BLE001 - a sampler may raise anything
             self._conductors.pop(study_id, None)
             self._count_error(study_id, error)
-
-    def _make_conductor(self, study_id: int) -> Conductor:
-        with database.transaction(self._engine) as session:
-            study = studies.by_id(session, study_id)
-        return Conductor(self._engine, self._url, self._settings, study)
 
     def _count_error(self, study_id: int, error: Exception) -> None:
         log.exception("round_failed", study_id=study_id)

@@ -11,9 +11,11 @@ from math import inf
 from typing import Any
 
 import optuna
-from optuna.storages import InMemoryStorage, RDBStorage
+from optuna.distributions import BaseDistribution
+from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from sqlalchemy import NullPool
+from sqlalchemy import Row, text
+from sqlalchemy.orm import Session
 
 from regtune.leasing import Suggestion
 from regtune.spec import StudySpec
@@ -144,13 +146,49 @@ class Mirror:
         return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
 
 
-def read_trials(url: str, name: str) -> Sequence[FrozenTrial]:
-    """Read all trials of a study from Optuna's tables, ordered by number."""
-    storage = RDBStorage(url, engine_kwargs={"poolclass": NullPool}, skip_table_creation=True)
-    try:
-        study_id = storage.get_study_id_from_name(name)
-        trials = storage.get_all_trials(study_id, deepcopy=False)
-        return sorted(trials, key=lambda trial: trial.number)
-    finally:
-        storage.remove_session()
-        storage.engine.dispose()
+def read_trials(session: Session, study_id: int, spec: StudySpec) -> Sequence[FrozenTrial]:
+    """Read all trials of a study from Optuna's tables, ordered by number.
+
+    In one statement: Optuna's own storage takes seconds for ten thousand trials. Learning curves
+    come along where somebody judges by them, and of pruned trials.
+    """
+    rows = session.execute(
+        text(_TRIALS), {"study_id": study_id, "curves": spec.pruner.name != "none"}
+    )
+    space = distributions(spec)
+    return [_trial(row, space) for row in rows]
+
+
+def _trial(row: Row[Any], space: Mapping[str, BaseDistribution]) -> FrozenTrial:
+    state = TrialState[row.state]
+    return create_trial(
+        state=state,
+        value=row.value if state.is_finished() else None,
+        params={
+            name: space[name].to_external_repr(value) for name, value in (row.params or {}).items()
+        },
+        distributions={name: space[name] for name in row.params or {}},
+        system_attrs=row.notes or {},
+        # What is not a finite number comes as a word.
+        intermediate_values={int(step): float(at) for step, at in (row.curve or {}).items()},
+    )
+
+
+_TRIALS = """
+SELECT t.state::text, v.value,
+       (SELECT json_object_agg(param_name, param_value)
+        FROM public.trial_params p WHERE p.trial_id = t.trial_id) AS params,
+       (SELECT json_object_agg(key, value_json::json)
+        FROM public.trial_system_attributes a WHERE a.trial_id = t.trial_id) AS notes,
+       CASE WHEN :curves OR t.state = 'PRUNED' THEN (
+            SELECT json_object_agg(step, CASE intermediate_value_type
+                   WHEN 'FINITE' THEN intermediate_value WHEN 'NAN' THEN 'NaN'
+                   WHEN 'INF_POS' THEN 'Infinity' ELSE '-Infinity' END::double precision)
+            FROM public.trial_intermediate_values i WHERE i.trial_id = t.trial_id) END AS curve
+FROM public.trials t LEFT JOIN LATERAL (
+    SELECT CASE value_type WHEN 'FINITE' THEN value WHEN 'INF_POS' THEN 'Infinity'
+           ELSE '-Infinity' END::double precision AS value
+    FROM public.trial_values WHERE trial_id = t.trial_id) v ON true
+WHERE t.study_id = :study_id
+ORDER BY t.number
+"""
