@@ -100,12 +100,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--lanes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--trials", type=int, default=1000, help="budget of our long runs")
     parser.add_argument("--peer-trials", type=int, default=96, help="budget of both; 0: no peer")
+    parser.add_argument("--paces", type=_pace, nargs="+", default=[(5.0, "none"), (5.0, "median")])
     parser.add_argument("--json", type=Path, help="write everything there")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.workers, arguments.trials, arguments.peer_trials = [16], 400, 32
     arguments.parts = arguments.parts or (["throughput"] if arguments.quick else list(PARTS))
     return arguments
+
+
+def _pace(words: str) -> tuple[float, str]:
+    """Read the seconds of an epoch and a pruner, as in 5:median."""
+    seconds, _, pruner = words.partition(":")
+    return float(seconds), pruner
 
 
 def machine() -> str:
@@ -400,6 +407,93 @@ def _print_measures(measures: Sequence[Measure]) -> None:
     console.print(table)
 
 
+# Fleet
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """What database and service burned while many workers trained; rates are a second's."""
+
+    workers: int
+    lanes: int
+    epoch_seconds: float
+    pruner: str
+    trial_epochs: float
+    postgres_cores: float
+    service_cores: float
+
+
+def fleet(server: Server, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Let many workers train at the pace of real epochs; print and return what that costs."""
+    found = []
+    for epoch_seconds, pruner in arguments.paces:
+        found.append(_fleet(server, 50 if arguments.quick else 300, 8, epoch_seconds, pruner))
+        _print_fleets(found)
+    return [asdict(one) for one in found]
+
+
+def _fleet(server: Server, count: int, lanes: int, epoch_seconds: float, pruner: str) -> Fleet:
+    """Measure for as long as a trial takes, so that as many end as are in training."""
+    name = f"fleet_{time.monotonic_ns()}"
+    spec = _spec(name.replace("_", "-"), 100_000, pruner=pruner)
+    with (
+        _service(server, name) as (url, client, service),
+        our_workers(
+            url, _worker_settings(url, lanes), count, processes=10, epoch_seconds=epoch_seconds
+        ),
+    ):
+        _wait_for_workers(client, count)
+        study = client.post("/v1/studies", json=spec.model_dump(mode="json")).json()["name"]
+        engine = database.connect(url)
+        wait_until(lambda: _running(client, study) > 0.95 * count * lanes, 300)
+        before = _epochs(engine)
+        with server.burning(service) as burn:
+            time.sleep(EPOCHS * epoch_seconds)
+        recorded = _epochs(engine) - before
+        engine.dispose()
+        client.post(f"/v1/studies/{study}/cancel").raise_for_status()
+    return Fleet(
+        workers=count,
+        lanes=lanes,
+        epoch_seconds=epoch_seconds,
+        pruner=pruner,
+        trial_epochs=recorded / burn.seconds,
+        postgres_cores=burn.postgres / burn.seconds,
+        service_cores=burn.service / burn.seconds,
+    )
+
+
+def _running(client: httpx.Client, study: str) -> int:
+    count: int = client.get(f"/v1/studies/{study}").json()["counts"]["running"]
+    return count
+
+
+def _epochs(engine: Engine) -> int:
+    with engine.connect() as connection:
+        count: int = connection.execute(text("SELECT count(*) FROM regtune.epochs")).scalar_one()
+        return count
+
+
+def _print_fleets(fleets: Sequence[Fleet]) -> None:
+    table = Table(title="Fleet: cores that are kept busy")
+    for column in ("workers", "lanes", "seconds an epoch", "pruner", "trial-epochs/s"):
+        table.add_column(column, justify="right")
+    for column in ("PostgreSQL", "service", "together"):
+        table.add_column(column, justify="right")
+    for one in fleets:
+        table.add_row(
+            str(one.workers),
+            str(one.lanes),
+            f"{one.epoch_seconds:g}",
+            one.pruner,
+            f"{one.trial_epochs:.0f}",
+            f"{one.postgres_cores:.2f}",
+            f"{one.service_cores:.2f}",
+            f"{one.postgres_cores + one.service_cores:.2f}",
+        )
+    console.print(table)
+
+
 # What the parts have in common
 
 
@@ -431,15 +525,15 @@ def _alive(client: httpx.Client) -> int:
     return sum(worker["alive"] for worker in workers)
 
 
-def _spec(name: str, budget: int, epochs: int = EPOCHS) -> StudySpec:
+def _spec(name: str, budget: int, pruner: str = "median") -> StudySpec:
     """Return a study with a median pruner that waits for nothing, as Optuna's own."""
     return parse_spec(
         {
             "name": name,
             "task": {"dataset": "digits", "model": "mlp"},
-            "training": {"max_epochs": epochs},
+            "training": {"max_epochs": EPOCHS},
             "budget": {"trials": budget},
-            "pruner": {"name": "median", "first_epoch": 1},
+            "pruner": {"name": pruner, "first_epoch": 1} if pruner != "none" else "none",
         }
     )
 
@@ -451,6 +545,7 @@ def _time(moment: str) -> float:
 PARTS: dict[str, Callable[[Server, argparse.Namespace], Any]] = {
     "throughput": throughput,
     "size": size,
+    "fleet": fleet,
 }
 
 
