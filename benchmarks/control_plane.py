@@ -451,7 +451,6 @@ def _fleet(server: Server, count: int, lanes: int, epoch_seconds: float, pruner:
             time.sleep(EPOCHS * epoch_seconds)
         recorded = _epochs(engine) - before
         engine.dispose()
-        client.post(f"/v1/studies/{study}/cancel").raise_for_status()
     return Fleet(
         workers=count,
         lanes=lanes,

@@ -30,14 +30,23 @@ WORK = "regtune_work"
 NEWS = "regtune_news"
 """Notification to schedulers and watchers: something happened. The payload is a study's id."""
 
+EPOCHS = "regtune_epochs"
+"""Notification to schedulers: there are epochs to judge. The payload is a study's id."""
+
 _MIGRATIONS = Path(__file__).resolve().parent.parent / "migrations"
+_PREPARE_AFTER = 5
+"""Uses of a statement on a connection after which it is prepared there; the driver's default."""
+
 _UPGRADE_LOCK = 0x7265_6774
 
 
-def connect(url: str, *, pool_size: int = 5, program: str = "service") -> Engine:
+def connect(
+    url: str, *, pool_size: int = 5, program: str = "service", proxied: bool = False
+) -> Engine:
     """Return an engine for a PostgreSQL address; nothing is opened until it is used.
 
-    ``program`` is who asks, as ``pg_stat_activity`` and the server's log then say it.
+    ``program`` is who asks, as ``pg_stat_activity`` and the server's log then say it. ``proxied``
+    says that a proxy may give each transaction another session, so that nothing is prepared.
     """
     return create_engine(
         normalized(url),
@@ -45,8 +54,16 @@ def connect(url: str, *, pool_size: int = 5, program: str = "service") -> Engine
         max_overflow=0,
         pool_pre_ping=True,
         json_serializer=lambda value: json.dumps(value, allow_nan=False),
-        connect_args={"application_name": f"regtune-{program}"},
+        connect_args=connect_args(program, proxied),
     )
+
+
+def connect_args(program: str, proxied: bool) -> dict[str, Any]:
+    """Return what the driver needs to know beside the address; as in ``connect``."""
+    return {
+        "application_name": f"regtune-{program}",
+        "prepare_threshold": None if proxied else _PREPARE_AFTER,
+    }
 
 
 def normalized(url: str) -> URL:

@@ -15,7 +15,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from regtune import events
-from regtune.database import NEWS, WORK
+from regtune.database import EPOCHS, NEWS, WORK
 from regtune.leasing import Lease
 
 
@@ -117,7 +117,7 @@ def flush(
             ),
             "seconds": seconds,
             "now": now,
-            "news": NEWS if judged else None,
+            "channel": EPOCHS if judged else None,
         },
     ).all()
     return Verdicts(
@@ -240,8 +240,8 @@ WITH lease AS (
         intermediate_value_type = excluded.intermediate_value_type
 )
 SELECT trial_id, stop_request, CASE
-           WHEN cast(:news AS text) IS NOT NULL AND EXISTS (SELECT FROM recorded)
-           THEN pg_notify(:news, cast(study_id AS text))::text END AS told
+           WHEN cast(:channel AS text) IS NOT NULL AND EXISTS (SELECT FROM recorded)
+           THEN pg_notify(:channel, cast(study_id AS text))::text END AS told
 FROM held
 """
 

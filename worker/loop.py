@@ -51,9 +51,13 @@ class Worker:
         self._shutdown = shutdown or Shutdown()
         self._make_engine = make_engine
         self._database: Database = database.connect(
-            url, pool_size=min(2, settings.pool_size), program="worker"
+            url,
+            pool_size=min(2, settings.pool_size),
+            program="worker",
+            proxied=settings.direct_database_url is not None,
         )
-        self._listener = database.Listener(url, database.WORK, program="worker")
+        direct = settings.direct_database_url or url
+        self._listener = database.Listener(direct, database.WORK, program="worker")
         self._stack: Stack | None = None
         self._idle_beat = 0.0
 

@@ -19,17 +19,25 @@ log = structlog.get_logger()
 MAX_ERRORS = 5
 """A study whose sampler raises so many times in a row fails; the others go on."""
 
-_SLICE_SECONDS = 0.5
+_SLICE_SECONDS = 0.25
+"""Epochs wait at most so long to be judged, about as often as one worker reports them.
+
+They come from a large fleet all the time; a round for each report would be a round without end.
+"""
 
 
 class Scheduler:
-    """Conducts studies from ``start()`` to ``stop()``; any number of replicas may run."""
+    """Conducts studies from ``start()`` to ``stop()``; any number of replicas may run.
+
+    ``url`` is the address of the database itself, with no proxy in between: notifications and the
+    locks of the studies that it leads need sessions of their own.
+    """
 
     def __init__(self, engine: Engine, url: str, settings: Settings) -> None:
         self._engine = engine
         self._url = url
         self._settings = settings
-        self._leadership = Leadership(engine)
+        self._leadership = Leadership(database.connect(url, pool_size=1, program="scheduler-locks"))
         self._conductors: dict[int, Conductor] = {}
         self._errors: dict[int, int] = {}
         self._unfinished: set[int] = set()
@@ -46,7 +54,10 @@ class Scheduler:
         self._thread.join()
 
     def _run(self) -> None:
-        with database.Listener(self._url, database.NEWS, program="scheduler") as listener:
+        with (
+            database.Listener(self._url, database.NEWS, program="scheduler") as listener,
+            database.Listener(self._url, database.EPOCHS, program="scheduler") as epochs,
+        ):
             due = 0.0
             news: set[int] = set()
             while not self._stopping.is_set():
@@ -57,6 +68,7 @@ class Scheduler:
                     self._attend(None if everyone else news)
                 patience = min(_SLICE_SECONDS, max(0.0, due - time.monotonic()))
                 news = listener.wait(0 if self._unfinished else patience) | self._unfinished
+                news |= epochs.wait(0)
         self._leadership.give_up()
 
     def _attend(self, news: set[int] | None) -> None:
