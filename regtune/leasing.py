@@ -228,8 +228,17 @@ WITH row AS (
 ), told AS (
     INSERT INTO regtune.events (study_id, number, kind, actor)
     SELECT :study_id, number, 'trial_appended', :actor FROM row ORDER BY number
+), called AS (
+    -- Those who may have room, twice as many as needed: not a whole fleet for a few trials.
+    SELECT coalesce(string_agg(' ' || left(md5(name), 8), ''), '') AS tags
+    FROM (SELECT name, sum(wanted_lanes) OVER (ORDER BY heartbeat_at DESC, name)
+                       - wanted_lanes AS before
+          FROM regtune.workers WHERE wanted_lanes > 0 AND stopped_at IS NULL) wanting
+    WHERE before < 4 + 2 * (SELECT count(*) FROM row)
 )
-SELECT trial_id, pg_notify(:work, cast(:study_id AS text)) FROM trial
+SELECT trial_id, pg_notify(:work, cast(:study_id AS text)
+                                  || CASE WHEN length(tags) < 7000 THEN tags ELSE '' END)
+FROM trial, called
 """
 
 # The study's row is locked first and shared, so that whoever pauses or cancels it waits for this

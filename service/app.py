@@ -92,7 +92,13 @@ def serve(settings: Settings) -> None:
 def _scheduling(url: str, settings: Settings) -> Iterator[None]:
     """Run the scheduler, on connections of its own: a crowd of clients must not starve it."""
     direct = settings.direct_database_url
-    engine = database.connect(url, pool_size=1, program="scheduler", proxied=direct is not None)
+    engine = database.connect(
+        url,
+        pool_size=1,
+        program="scheduler",
+        proxied=direct is not None,
+        trust_seconds=database.TRUST_SECONDS,
+    )
     scheduler = Scheduler(engine, direct or url, settings)
     scheduler.start()
     yield

@@ -55,9 +55,10 @@ class Worker:
             pool_size=min(2, settings.pool_size),
             program="worker",
             proxied=settings.direct_database_url is not None,
+            trust_seconds=database.TRUST_SECONDS,
         )
         direct = settings.direct_database_url or url
-        self._listener = database.Listener(direct, database.WORK, program="worker")
+        self._listener = database.Listener(direct, database.WORK, program="worker", name=self.name)
         self._stack: Stack | None = None
         self._idle_beat = 0.0
 

@@ -109,7 +109,8 @@ class Conductor:
             return news
         with database.transaction(self._engine) as session:
             lost = leasing.expire(session, self._study_id, self._settings.max_attempts)
-        log.warning("leases_lost", study_id=self._study_id, trials=len(lost))
+        if lost:
+            log.warning("leases_lost", study_id=self._study_id, trials=len(lost))
         return self._read()
 
     def _read(self) -> News:
