@@ -59,7 +59,7 @@ class Scheduler:
             database.Listener(self._url, database.EPOCHS, program="scheduler") as epochs,
         ):
             due = 0.0
-            news: set[int] = set()
+            news = listener.wait(0) | epochs.wait(0)  # listening before anything is read
             while not self._stopping.is_set():
                 everyone = time.monotonic() >= due or ANY_STUDY in news
                 if everyone:

@@ -398,7 +398,10 @@ def test_a_study_that_the_sampler_cannot_handle_fails_alone(
     bad = builders.create(engine, "bad", budget={"trials": 5})
     with engine.begin() as connection:
         connection.execute(
-            text("UPDATE public.studies SET study_name = 'renamed' WHERE study_id = :id"),
+            text(
+                "INSERT INTO public.trials (number, study_id, state)"
+                " VALUES (0, :id, 'COMPLETE')"  # and yet without a value
+            ),
             {"id": bad.study_id},
         )
     with scheduler(engine, database_url), HandWorker(engine, "a", 2):
