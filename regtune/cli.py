@@ -3,12 +3,14 @@
 import json
 import signal
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from regtune import answer, database, gpus, programs, progress, supervisor
@@ -212,11 +214,66 @@ def cancel(name: Name) -> None:
 
 
 @app.command()
+def change(
+    name: Name,
+    trials: Annotated[int | None, typer.Option(help="How many trials.")] = None,
+    seconds: Annotated[
+        str | None, typer.Option(metavar="SECONDS|none", help="Wall-clock from the first lease.")
+    ] = None,
+    trial_epochs: Annotated[
+        str | None, typer.Option(metavar="EPOCHS|none", help="Epochs of all trials together.")
+    ] = None,
+    priority: Annotated[int | None, typer.Option(help="Weight among the studies.")] = None,
+) -> None:
+    """Change budget and priority of a live study; what is not named stays.
+
+    regtune change my-study --trials 80 --priority 3
+    """
+    budget: dict[str, Any] = {} if trials is None else {"trials": trials}
+    if seconds is not None:
+        budget["seconds"] = _limit(seconds, float, "--seconds")
+    if trial_epochs is not None:
+        budget["trial_epochs"] = _limit(trial_epochs, int, "--trial-epochs")
+    changes = ({"budget": budget} if budget else {}) | (
+        {} if priority is None else {"priority": priority}
+    )
+    if not changes:
+        raise typer.BadParameter("name what to change: --trials, --seconds, …")
+    with _client() as api:
+        study = api.change(name, changes)
+    _out.out(f"study {name} may have {study['budget_trials']} trials, priority {study['priority']}")
+
+
+@app.command()
 def delete(name: Name) -> None:
     """Delete a study that is over, with all its records."""
     with _client() as api:
         api.delete(name)
     _out.out(f"study {name} is deleted")
+
+
+@app.command()
+def history(
+    name: Name,
+    trials: Annotated[
+        bool, typer.Option("--trials", help="Also what happened to single trials.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show who did what to a study, oldest first; also of one that was deleted."""
+    with _client() as api:
+        entries = list(api.history(name, trials))
+    if as_json:
+        _write_json(entries)
+        return
+    table = Table("when", "who", "what", "trial", "detail", box=None, pad_edge=False)
+    for entry in entries:
+        number = "" if entry["number"] is None else str(entry["number"])
+        when = datetime.fromisoformat(entry["at"]).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        table.add_row(
+            when, escape(entry["actor"]), entry["kind"], number, escape(_in_words(entry["detail"]))
+        )
+    _out.print(table)
 
 
 @app.command()
@@ -357,6 +414,24 @@ def _act(name: str, verb: Verb) -> None:
     with _client() as api:
         study = api.act(name, verb)
     _out.out(f"study {name} is {study['state']}")
+
+
+def _in_words(detail: dict[str, Any]) -> str:
+    """Return what an event says beside its kind; a change is written as from → to."""
+    words = (
+        f"{value['from']} → {value['to']}" if isinstance(value, dict) else str(value)
+        for value in detail.values()
+    )
+    return ", ".join(f"{name}: {word}" for name, word in zip(detail, words, strict=True))
+
+
+def _limit(text: str, number: type[int] | type[float], option: str) -> float | None:
+    if text == "none":
+        return None
+    try:
+        return number(text)
+    except ValueError:
+        raise typer.BadParameter(f"a number or none, not {text!r}", param_hint=option) from None
 
 
 def _watch(api: Client, name: str, as_json: bool) -> None:

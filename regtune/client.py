@@ -102,9 +102,24 @@ class Client:
         document: Document = self._request("POST", f"{_path(name)}/{verb}").json()
         return document
 
+    def change(self, name: str, changes: Mapping[str, Any]) -> Document:
+        """Change a live study, as ``{"budget": {"trials": 80}, "priority": 3}``; return it.
+
+        What is left out stays; None takes a limit of the budget away.
+        """
+        document: Document = self._request("PATCH", _path(name), json=dict(changes)).json()
+        return document
+
     def delete(self, name: str) -> None:
         """Delete a study that is over, with all its records."""
         self._request("DELETE", _path(name))
+
+    def history(self, name: str, trials: bool = False) -> Iterator[Document]:
+        """Yield who did what to a study, oldest first; ``trials``: also what happened to those.
+
+        A deleted study's history stays under its name.
+        """
+        return self._pages(f"{_path(name)}/history", trials="true" if trials else None)
 
     def workers(self) -> Iterator[Document]:
         """Yield the workers, living ones first."""

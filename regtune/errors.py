@@ -52,6 +52,10 @@ class StudyOver(RegtuneError):
     """The study has ended; what is over cannot be changed."""
 
 
+class BudgetSpent(RegtuneError):
+    """The budget cannot be less than what is used up or promised already."""
+
+
 class StaleView(RegtuneError):
     """Another scheduler has appended trials to this study in the meantime."""
 

@@ -50,12 +50,52 @@ def record(
     )
 
 
+def record_deletion(session: Session, study_id: int, name: str, actor: str) -> None:
+    """Write that a study was deleted, so that its history can still be found by its name."""
+    record(session, study_id, _DELETED, actor, detail={"name": name})
+
+
+def was_deleted(session: Session, name: str) -> bool:
+    """Say whether there was a study of this name once, and has been deleted."""
+    query = text(f"SELECT EXISTS ({_DELETED_STUDIES})")
+    return bool(session.execute(query, {"name": name}).scalar())
+
+
 def notify(session: Session, channel: str, study_id: int) -> None:
     """Wake those who listen on a channel, once this transaction commits."""
     session.execute(
         text("SELECT pg_notify(:channel, cast(:study_id AS text))"),
         {"channel": channel, "study_id": study_id},
     )
+
+
+def history(
+    session: Session, name: str, *, trials: bool, after: int | None, up: bool, limit: int
+) -> Sequence[Event]:
+    """Return what was done to the study of a name, and to those that bore it and were deleted.
+
+    Ordered by event id, oldest first if ``up``, from ``after`` on. ``trials`` says whether what
+    happened to single trials belongs to it; of a deleted study, that is gone.
+    """
+    order, beyond = ("ASC", ">") if up else ("DESC", "<")
+    rows = session.execute(
+        text(
+            f"""
+            SELECT transaction_id || '-' || event_id AS cursor,
+                   at, study_id, number, kind, actor, detail
+            FROM regtune.events
+            WHERE study_id IN (
+                SELECT study_id FROM regtune.studies WHERE name = :name
+                UNION {_DELETED_STUDIES})
+              AND (:trials OR number IS NULL)
+              AND (cast(:after AS bigint) IS NULL OR event_id {beyond} :after)
+            ORDER BY event_id {order}
+            LIMIT :limit
+            """
+        ),
+        {"name": name, "trials": trials, "after": after, "limit": limit},
+    )
+    return [Event(**row._mapping) for row in rows]
 
 
 def read(session: Session, study_id: int, after: str, limit: int = 1000) -> Sequence[Event]:
@@ -82,6 +122,13 @@ def read(session: Session, study_id: int, after: str, limit: int = 1000) -> Sequ
         },
     )
     return [Event(**row._mapping) for row in rows]
+
+
+_DELETED = "study_deleted"
+
+_DELETED_STUDIES = f"""
+SELECT study_id FROM regtune.events WHERE kind = '{_DELETED}' AND detail ->> 'name' = :name
+"""
 
 
 def parse_cursor(cursor: str) -> tuple[int, int]:

@@ -67,7 +67,7 @@ def append(
     study = studies.lock(session, study_id)
     if study.appended != expected:
         raise StaleView(f"trial {expected} of study {study.name!r} exists already")
-    room = study.budget_trials - study.appended
+    room = studies.room(session, study)
     if study.state != "active" or not suggestions[:room]:
         return []
     rows = [_row(expected + i, suggestion) for i, suggestion in enumerate(suggestions[:room])]
@@ -116,12 +116,23 @@ def lease(
     count: int,
     seconds: float,
     *,
+    slots: int = 1,
     now: datetime | None = None,
 ) -> Sequence[Lease]:
-    """Lease up to ``count`` waiting trials of an active study for a worker, lowest number first."""
+    """Lease up to ``count`` waiting trials of an active study for a worker, lowest number first.
+
+    ``slots`` is how many trials of this study the worker could train at once.
+    """
     rows = session.execute(
         text(_LEASE),
-        {"study_id": study_id, "worker": worker, "count": count, "seconds": seconds, "now": now},
+        {
+            "study_id": study_id,
+            "worker": worker,
+            "count": count,
+            "seconds": seconds,
+            "share": 1 / slots,
+            "now": now,
+        },
     )
     return sorted((Lease(**row._mapping) for row in rows), key=lambda lease: lease.number)
 
@@ -258,6 +269,7 @@ WITH study AS MATERIALIZED (
         stop_request = NULL,
         lease_expires_at = coalesce(cast(:now AS timestamptz), now())
                            + make_interval(secs => :seconds),
+        leased_at = coalesce(cast(:now AS timestamptz), now()), share = :share,
         started_at = coalesce(t.started_at, cast(:now AS timestamptz), now())
     FROM picked WHERE t.trial_id = picked.trial_id
     RETURNING t.trial_id, t.study_id, t.number, t.attempt, t.token, t.params, t.started_at
@@ -293,6 +305,8 @@ WITH token AS (
     UPDATE regtune.trials t
     SET token = NULL, lease_expires_at = NULL, stop_request = NULL,
         lost_leases = t.lost_leases + :lost,
+        worker_seconds = t.worker_seconds + t.share * greatest(0, extract(
+            epoch FROM coalesce(cast(:now AS timestamptz), now()) - t.leased_at)::float),
         state = outcome.state,
         reason = CASE outcome.state WHEN 'cancelled' THEN 'the study was stopped'
                  WHEN 'failed' THEN 'lost ' || t.lost_leases + :lost || ' leases; the last one: '

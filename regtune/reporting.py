@@ -203,6 +203,11 @@ def _plain(value: Any) -> Any:
 _FLUSH = """
 WITH lease AS (
     SELECT * FROM json_to_recordset(cast(:leases AS json)) AS r(trial_id int, token uuid)
+), reported AS (
+    SELECT * FROM json_to_recordset(cast(:epochs AS json)) AS r(
+        trial_id int, epoch int, train_loss double precision, validation_loss double precision,
+        validation_score double precision, penalty double precision, sparsity double precision,
+        seconds double precision)
 ), locked AS (
     SELECT t.trial_id FROM regtune.trials t
     JOIN lease ON lease.trial_id = t.trial_id AND lease.token = t.token
@@ -210,7 +215,9 @@ WITH lease AS (
 ), held AS (
     UPDATE regtune.trials t
     SET lease_expires_at = coalesce(cast(:now AS timestamptz), now())
-                           + make_interval(secs => :seconds)
+                           + make_interval(secs => :seconds),
+        epochs = greatest(t.epochs, (
+            SELECT max(e.epoch) FROM reported e WHERE e.trial_id = t.trial_id))
     FROM locked WHERE t.trial_id = locked.trial_id
     RETURNING t.trial_id, t.study_id, t.attempt, t.stop_request
 ), recorded AS (
@@ -218,10 +225,7 @@ WITH lease AS (
                                 validation_score, penalty, sparsity, seconds)
     SELECT held.trial_id, held.attempt, e.epoch, e.train_loss, e.validation_loss,
            e.validation_score, e.penalty, e.sparsity, e.seconds
-    FROM json_to_recordset(cast(:epochs AS json)) AS e(
-        trial_id int, epoch int, train_loss double precision, validation_loss double precision,
-        validation_score double precision, penalty double precision, sparsity double precision,
-        seconds double precision) JOIN held USING (trial_id)
+    FROM reported e JOIN held USING (trial_id)
     ORDER BY held.trial_id, e.epoch
     ON CONFLICT DO NOTHING
     RETURNING trial_id, epoch, validation_loss
@@ -264,6 +268,8 @@ WITH outcome AS (
         validation_score = o.validation_score, best_epoch = o.best_epoch,
         test_loss = o.test_loss, test_score = o.test_score,
         token = NULL, lease_expires_at = NULL, stop_request = NULL,
+        worker_seconds = t.worker_seconds + t.share * greatest(0, extract(
+            epoch FROM coalesce(cast(:now AS timestamptz), now()) - t.leased_at)::float),
         finished_at = coalesce(cast(:now AS timestamptz), now())
     FROM held JOIN outcome o USING (trial_id)
     WHERE t.trial_id = held.trial_id

@@ -32,6 +32,12 @@ class Settings(BaseSettings):
     lease_seconds: float = Field(30.0, gt=0, description="How long a lease lasts unrenewed.")
     flush_seconds: float = Field(0.5, ge=0, description="Epochs are recorded at most this often.")
     poll_seconds: float = Field(2.0, gt=0, description="Slow poll behind the notifications.")
+    stay_seconds: float = Field(
+        10.0,
+        ge=0,
+        description="A worker changes studies when its own has had so many seconds of it more than "
+        "its due.",
+    )
     lanes: int | None = Field(None, ge=1, le=4096, description="Lanes of a worker; else measured.")
     max_attempts: int = Field(3, ge=1, description="A trial that loses more leases fails.")
     max_consecutive_failures: int = Field(

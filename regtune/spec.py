@@ -472,7 +472,7 @@ class Budget(_SpecModel):
         ge=1,
         le=100_000,
         description="How many trials, exactly; the two reference points count. Default: as many "
-        "as the seconds allow.",
+        "as the seconds or trial_epochs allow.",
         examples=[40],
     )
     seconds: float | None = Field(
@@ -482,11 +482,21 @@ class Budget(_SpecModel):
         description="Wall-clock seconds from the first lease; then no trial starts any more.",
         examples=[600.0],
     )
+    trial_epochs: int | None = Field(
+        None,
+        ge=1,
+        le=10**12,
+        description="Epochs that all trials train together, never more: a trial is added only "
+        "while all of its max_epochs would fit. An epoch that is trained again after a lost lease "
+        "counts once.",
+        examples=[1500],
+    )
 
     @validate_model(mode="after")
     def _check_given(self) -> Self:
-        if "trials" not in self.model_fields_set and self.seconds is None:
-            raise PydanticCustomError("budget", "name trials, seconds, or both")
+        others = (self.seconds, self.trial_epochs)
+        if "trials" not in self.model_fields_set and others == (None, None):
+            raise PydanticCustomError("budget", "name trials, seconds, trial_epochs, or several")
         return self
 
 
@@ -527,6 +537,22 @@ class Pruner(_SpecModel):
         le=100,
         description="asha and hyperband: one in so many goes on at each rung.",
         examples=[3],
+    )
+
+
+class Requires(_SpecModel):
+    """What a worker must have to train the study."""
+
+    device: Literal["cpu", "cuda", "mps", "xpu"] | None = Field(
+        None, description="Kind of device, in PyTorch's words. Default: any.", examples=["cuda"]
+    )
+    min_memory_gb: float = Field(
+        0.0,
+        ge=0,
+        le=1e6,
+        description="Least memory of the device, in 10^9 bytes, as its driver counts them; of the "
+        "machine where the device is a CPU.",
+        examples=[15],
     )
 
 
@@ -572,6 +598,12 @@ class StudySpec(_SpecModel):
         le=1000,
         description="Weight by which studies share the workers.",
         examples=[1],
+    )
+
+    requires: Requires = Field(
+        default_factory=Requires,
+        description="What a worker must have to train it.",
+        examples=[{"device": "cuda", "min_memory_gb": 15}],
     )
 
     @validate_field("sampler", "pruner", mode="before")
@@ -644,13 +676,25 @@ class StudySpec(_SpecModel):
             )
         points += size
         if "trials" not in self.budget.model_fields_set:
-            self.__dict__["budget"] = Budget(trials=points, seconds=self.budget.seconds)
+            self.__dict__["budget"] = self.budget.model_copy(update={"trials": points})
         if self.budget.trials > points:
             raise PydanticCustomError(
                 "grid",
                 "the grid has {size} points; with the two reference points ask for at most "
                 "{points} trials",
                 {"size": size, "points": points},
+            )
+        return self
+
+    @validate_model(mode="after")
+    def _check_reference_points_fit(self) -> Self:
+        least = min(REFERENCE_TRIALS, self.budget.trials) * self.training.max_epochs
+        if self.budget.trial_epochs is not None and self.budget.trial_epochs < least:
+            raise PydanticCustomError(
+                "budget",
+                "budget.trial_epochs must be at least {least}, so that the reference points can "
+                "train for max_epochs, but {given} is given",
+                {"least": least, "given": self.budget.trial_epochs},
             )
         return self
 
@@ -663,6 +707,67 @@ class StudySpec(_SpecModel):
     def canonical(self) -> dict[str, Any]:
         """The spec as JSON data, every default filled in: two equal studies give equal data."""
         return self.model_dump(mode="json")
+
+
+class BudgetChange(_SpecModel):
+    """What is to change of a budget; null takes a limit away."""
+
+    model_config = ConfigDict(
+        json_schema_extra=_with_computed_defaults("trials", "seconds", "trial_epochs")
+    )
+
+    trials: int = Field(
+        1,
+        ge=1,
+        le=100_000,
+        description="How many trials; not fewer than there are already.",
+        examples=[80],
+    )
+    seconds: float | None = Field(
+        None,
+        gt=0,
+        le=366 * 86_400,
+        description="Wall-clock seconds from the first lease; more than have passed.",
+        examples=[3600.0],
+    )
+    trial_epochs: int | None = Field(
+        None,
+        ge=1,
+        le=10**12,
+        description="Epochs of all trials; not fewer than were trained and open trials may take.",
+        examples=[3000],
+    )
+
+
+class StudyChange(_SpecModel):
+    """What is to change of a live study; what is left out stays."""
+
+    model_config = ConfigDict(json_schema_extra=_with_computed_defaults("budget", "priority"))
+
+    budget: BudgetChange = Field(
+        default_factory=BudgetChange,
+        description="Its limits.",
+        examples=[{"trials": 80}],
+    )
+    priority: int = Field(
+        1, ge=1, le=1000, description="Its weight among the studies.", examples=[3]
+    )
+
+    @validate_model(mode="after")
+    def _check_given(self) -> Self:
+        if not self.given:
+            raise PydanticCustomError(
+                "change",
+                "names nothing to change; known: budget.trials, budget.seconds, "
+                "budget.trial_epochs, priority",
+            )
+        return self
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What was named, and nothing else."""
+        changes = self.model_dump(exclude_unset=True)
+        return {key: value for key, value in changes.items() if value != {}}
 
 
 def grid_values(parameter: Searched) -> Sequence[float]:
@@ -680,6 +785,24 @@ def parse_spec(data: Any) -> StudySpec:
         return StudySpec.model_validate(data)
     except ValidationError as error:
         raise InvalidSpec(tuple(_field_error(detail) for detail in error.errors())) from None
+
+
+def parse_change(data: Any) -> StudyChange:
+    """Check what is to change of a study; raise InvalidSpec with every field at fault."""
+    if not isinstance(data, Mapping):
+        raise InvalidSpec((FieldError("", "a change must be a mapping of fields"),))
+    try:
+        return StudyChange.model_validate(data)
+    except ValidationError as error:
+        raise InvalidSpec(
+            tuple(_field_error(detail, _FIELDS_OF_A_CHANGE) for detail in error.errors())
+        ) from None
+
+
+def changed(spec: StudySpec, change: Mapping[str, Any]) -> StudySpec:
+    """Return a spec with other limits and another priority; raise InvalidSpec if it cannot be."""
+    budget = spec.budget.model_dump() | dict(change.get("budget", {}))
+    return parse_spec({**spec.canonical(), **change, "budget": budget})
 
 
 def parse_text(text: str) -> StudySpec:
@@ -750,15 +873,23 @@ _FIELDS_OF: Mapping[tuple[str, ...], type[BaseModel]] = {
     ("budget",): Budget,
     ("sampler",): Sampler,
     ("pruner",): Pruner,
+    ("requires",): Requires,
+}
+
+_FIELDS_OF_A_CHANGE: Mapping[tuple[str, ...], type[BaseModel]] = {
+    (): StudyChange,
+    ("budget",): BudgetChange,
 }
 
 
-def _field_error(detail: ErrorDetails) -> FieldError:
+def _field_error(
+    detail: ErrorDetails, fields_of: Mapping[tuple[str, ...], type[BaseModel]] = _FIELDS_OF
+) -> FieldError:
     """Say in plain words what pydantic found, without the union tags that it puts in the way."""
     parts = [str(part) for part in detail["loc"] if part not in PARAMETER_KINDS]
     field = ".".join(parts)
     if detail["type"] == "extra_forbidden":
-        return FieldError(field, f"unknown field; {_known_fields(tuple(parts[:-1]))}")
+        return FieldError(field, f"unknown field; {_known_fields(tuple(parts[:-1]), fields_of)}")
     if detail["type"] == "missing":
         return FieldError(field, "is required")
     if detail["type"] == "string_pattern_mismatch":
@@ -770,7 +901,9 @@ def _field_error(detail: ErrorDetails) -> FieldError:
     return FieldError(field, message)
 
 
-def _known_fields(parent: tuple[str, ...]) -> str:
+def _known_fields(
+    parent: tuple[str, ...], fields_of: Mapping[tuple[str, ...], type[BaseModel]]
+) -> str:
     if parent[:1] == ("search",) and len(parent) > 1:
         model: type[BaseModel] = Range[float]
     elif parent == ("task",):
@@ -782,5 +915,5 @@ def _known_fields(parent: tuple[str, ...]) -> str:
             ]
         )
     else:
-        model = _FIELDS_OF[parent]
+        model = fields_of[parent]
     return "known: " + ", ".join(model.model_fields)

@@ -1,4 +1,4 @@
-"""Studies: create, find, list, pause, resume, stop, cancel, delete.
+"""Studies: create, find, list, pause, resume, stop, cancel, change, delete.
 
 Every change locks the study's row first, so that two clients at once, or a scheduler that appends
 meanwhile, see each other's outcome. Functions take a session and never commit.
@@ -13,10 +13,10 @@ from typing import Any, Literal
 from sqlalchemy import Row, insert, select, text, update
 from sqlalchemy.orm import Session
 
-from regtune import events, tables
+from regtune import events, shares, tables
 from regtune.database import NEWS, WORK
-from regtune.errors import NotFound, StudyActive, StudyDiffers, StudyOver
-from regtune.spec import StudySpec
+from regtune.errors import BudgetSpent, NotFound, StudyActive, StudyDiffers, StudyOver
+from regtune.spec import StudyChange, StudySpec, changed
 
 Verb = Literal["pause", "resume", "stop", "cancel"]
 
@@ -53,6 +53,7 @@ class Study:
     priority: int
     budget_trials: int
     budget_seconds: float | None
+    budget_trial_epochs: int | None
     appended: int
     created_at: datetime
     finished_at: datetime | None
@@ -100,8 +101,10 @@ def create(session: Session, spec: StudySpec, actor: str) -> tuple[Study, bool]:
             priority=spec.priority,
             budget_trials=spec.budget.trials,
             budget_seconds=spec.budget.seconds,
+            budget_trial_epochs=spec.budget.trial_epochs,
         )
     )
+    shares.enter(session, study_id)
     _tell(session, study_id, "study_created", actor)
     return find(session, spec.name), True
 
@@ -158,6 +161,18 @@ def has_more(session: Session, study_id: int) -> bool:
     return bool(session.execute(text(_HAS_MORE), {"study_id": study_id}).scalar())
 
 
+def room(session: Session, study: Study) -> int:
+    """Return how many more trials a study may have, by trials and by trial-epochs.
+
+    An open trial may yet take all of its ``max_epochs``, so that much is promised to it.
+    """
+    by_trials = study.budget_trials - study.appended
+    if study.budget_trial_epochs is None:
+        return by_trials
+    left = study.budget_trial_epochs - _promised_epochs(session, study)
+    return min(by_trials, left // study.spec.training.max_epochs)
+
+
 def describe_model(session: Session, study_id: int, facts: ModelFacts) -> None:
     """Write down what a worker found out about a study's model; the first one's word stands.
 
@@ -193,8 +208,13 @@ def page(session: Session, *, state: str | None, before: int | None, limit: int)
 
 def lock(session: Session, study_id: int) -> Study:
     """Lock a study's row until the transaction ends; return it; raise NotFound."""
+    # FOR NO KEY UPDATE: a transaction that updates a trial twice, as a worker's does that records
+    # and finishes it, has its foreign key checked, which takes KEY SHARE of the study after the
+    # trial. Against FOR UPDATE that would be a deadlock.
     row = session.execute(
-        select(tables.studies).where(tables.studies.c.study_id == study_id).with_for_update()
+        select(tables.studies)
+        .where(tables.studies.c.study_id == study_id)
+        .with_for_update(key_share=True)
     ).one_or_none()
     if row is None:
         raise NotFound("the study has been deleted")
@@ -220,16 +240,18 @@ def act(session: Session, name: str, verb: Verb, actor: str) -> Study:
         if study.state == "stopping":
             raise StudyOver(f"the study is stopping; {verb} comes too late")
         _set_state(session, study.study_id, "paused" if verb == "pause" else "active", None)
-    elif verb == "stop":
-        withdraw_waiting(session, study.study_id, "the study was stopped")
+        if verb == "resume":
+            shares.enter(session, study.study_id)
+    _tell(session, study.study_id, f"study_{verb}", actor)
+    if verb == "stop":
         _set_state(session, study.study_id, "stopping", "stopped by request")
+        withdraw_waiting(session, study.study_id, "the study was stopped", actor)
         if not _has_running(session, study.study_id):
             end(session, study.study_id, "stopped", "stopped by request", actor)
-    else:
-        cancel_open(session, study.study_id, "the study was cancelled")
+    elif verb == "cancel":
+        cancel_open(session, study.study_id, "the study was cancelled", actor)
         end(session, study.study_id, "cancelled", "cancelled by request", actor)
-    _tell(session, study.study_id, f"study_{verb}", actor)
-    return find(session, name)
+    return by_id(session, study.study_id)
 
 
 def _is_done_already(study: Study, verb: Verb) -> bool:
@@ -241,6 +263,89 @@ def _is_done_already(study: Study, verb: Verb) -> bool:
             "stop": ("stopping", "stopped"),
             "cancel": ("cancelled",),
         }[verb]
+    )
+
+
+def change(session: Session, name: str, change: StudyChange, actor: str) -> Study:
+    """Change budget and priority of a live study; return how it stands then.
+
+    The spec stays what was posted, so that posting it again finds the study. A change that changes
+    nothing is none. Raise StudyOver for a study that adds no more trials, BudgetSpent for a limit
+    below what is used up or promised to open trials, InvalidSpec for what the spec forbids.
+    """
+    study = lock(session, find(session, name).study_id)
+    old = _limits(study)
+    asked = change.given
+    new = {**old, **asked.get("budget", {}), "priority": asked.get("priority", study.priority)}
+    if new == old:
+        return study
+    if study.state not in ("active", "paused"):
+        raise StudyOver(f"the study is {study.state}; a change comes too late")
+    changed(study.spec, {"budget": {key: new[key] for key in _BUDGET}, "priority": new["priority"]})
+    _check_not_spent(session, study, old, new)
+    session.execute(
+        update(tables.studies)
+        .where(tables.studies.c.study_id == study.study_id)
+        .values(priority=new["priority"], **{f"budget_{key}": new[key] for key in _BUDGET})
+    )
+    difference = {key: {"from": old[key], "to": new[key]} for key in old if old[key] != new[key]}
+    _tell(session, study.study_id, "study_changed", actor, difference)
+    return by_id(session, study.study_id)
+
+
+_BUDGET = ("trials", "seconds", "trial_epochs")
+
+
+def _limits(study: Study) -> dict[str, Any]:
+    return {
+        "trials": study.budget_trials,
+        "seconds": study.budget_seconds,
+        "trial_epochs": study.budget_trial_epochs,
+        "priority": study.priority,
+    }
+
+
+def _check_not_spent(
+    session: Session, study: Study, old: Mapping[str, Any], new: Mapping[str, Any]
+) -> None:
+    """Raise BudgetSpent for a limit that is new and below what can be kept."""
+    if new["trials"] < study.appended:
+        raise BudgetSpent(
+            f"budget.trials cannot be {new['trials']}: there are {study.appended} trials already; "
+            "to start no more, stop the study"
+        )
+    if new["seconds"] not in (None, old["seconds"]):
+        spent = seconds_spent(session, study.study_id)
+        if new["seconds"] <= spent:
+            raise BudgetSpent(
+                f"budget.seconds cannot be {new['seconds']:g}: {spent:.1f} seconds have passed "
+                "since the first lease; to start no more trials, stop the study"
+            )
+    if new["trial_epochs"] not in (None, old["trial_epochs"]):
+        promised = _promised_epochs(session, study)
+        if new["trial_epochs"] < promised:
+            raise BudgetSpent(
+                f"budget.trial_epochs cannot be {new['trial_epochs']}: with what open trials may "
+                f"still train, {promised} are used up; to start no more trials, stop the study"
+            )
+
+
+def seconds_spent(session: Session, study_id: int) -> float:
+    """Return the seconds since a study's first lease; 0 before it."""
+    query = text(
+        "SELECT coalesce(extract(epoch FROM now() - min(started_at)), 0)::float"
+        " FROM regtune.trials WHERE study_id = :study_id"
+    )
+    return float(session.execute(query, {"study_id": study_id}).scalar_one())
+
+
+def _promised_epochs(session: Session, study: Study) -> int:
+    """Return the epochs that ended trials have trained, and open ones may come to."""
+    return int(
+        session.execute(
+            text(_PROMISED_EPOCHS),
+            {"study_id": study.study_id, "max_epochs": study.spec.training.max_epochs},
+        ).scalar_one()
     )
 
 
@@ -256,23 +361,34 @@ def end(session: Session, study_id: int, state: str, reason: str, actor: str) ->
     events.notify(session, NEWS, study_id)
 
 
-def withdraw_waiting(session: Session, study_id: int, reason: str) -> int:
+def withdraw_waiting(session: Session, study_id: int, reason: str, actor: str) -> int:
     """Cancel the trials that no worker has leased; return how many."""
-    return _cancel_trials(session, study_id, ("waiting",), reason)
+    return _cancel_trials(session, study_id, ("waiting",), reason, actor)
 
 
-def cancel_open(session: Session, study_id: int, reason: str) -> int:
+def cancel_open(session: Session, study_id: int, reason: str, actor: str) -> int:
     """Cancel the trials that have not ended, running ones too; return how many."""
-    return _cancel_trials(session, study_id, ("waiting", "running"), reason)
+    return _cancel_trials(session, study_id, ("waiting", "running"), reason, actor)
 
 
-def delete(session: Session, name: str) -> None:
-    """Delete a study and all its records; raise StudyActive while it is not over."""
-    study = lock(session, find(session, name).study_id)
+def delete(session: Session, name: str, actor: str) -> None:
+    """Delete a study and its trials; what was done to the study itself stays in its history.
+
+    Deleting it again changes nothing. Raise StudyActive while it is not over, NotFound for a name
+    that no study has ever had.
+    """
+    try:
+        study = lock(session, find(session, name).study_id)
+    except NotFound:
+        if events.was_deleted(session, name):
+            return
+        raise
     if study.live:
         raise StudyActive(f"the study is {study.state}; stop or cancel it before deleting it")
     for statement in _DELETIONS:
         session.execute(text(statement), {"study_id": study.study_id})
+    events.record_deletion(session, study.study_id, name, actor)
+    events.notify(session, NEWS, study.study_id)
 
 
 def _study(row: Row[Any]) -> Study:
@@ -301,20 +417,29 @@ def _has_running(session: Session, study_id: int) -> bool:
     )
 
 
-def _tell(session: Session, study_id: int, kind: str, actor: str) -> None:
-    events.record(session, study_id, kind, actor)
+def _tell(
+    session: Session,
+    study_id: int,
+    kind: str,
+    actor: str,
+    detail: Mapping[str, Any] | None = None,
+) -> None:
+    events.record(session, study_id, kind, actor, detail=detail)
     events.notify(session, NEWS, study_id)
     events.notify(session, WORK, study_id)
 
 
-def _cancel_trials(session: Session, study_id: int, states: tuple[str, ...], reason: str) -> int:
+def _cancel_trials(
+    session: Session, study_id: int, states: tuple[str, ...], reason: str, actor: str
+) -> int:
     """Cancel trials in these states; a running one loses its lease, so its worker drops it.
 
     Optuna has no such state; its closest one is FAIL.
     """
     return len(
         session.execute(
-            text(_CANCEL), {"study_id": study_id, "states": list(states), "reason": reason}
+            text(_CANCEL),
+            {"study_id": study_id, "states": list(states), "reason": reason, "actor": actor},
         ).all()
     )
 
@@ -325,6 +450,11 @@ SELECT s.state = 'active' AND (s.appended < s.budget_trials OR EXISTS (
 FROM regtune.studies s WHERE s.study_id = :study_id
 """
 
+_PROMISED_EPOCHS = """
+SELECT coalesce(sum(CASE WHEN state IN ('waiting', 'running') THEN :max_epochs ELSE epochs END), 0)
+FROM regtune.trials WHERE study_id = :study_id
+"""
+
 _CANCEL = """
 WITH picked AS (
     SELECT trial_id FROM regtune.trials
@@ -333,6 +463,8 @@ WITH picked AS (
 ), cancelled AS (
     UPDATE regtune.trials t
     SET state = 'cancelled', reason = :reason, token = NULL, lease_expires_at = NULL,
+        worker_seconds = t.worker_seconds + CASE t.state WHEN 'running' THEN
+            t.share * greatest(0, extract(epoch FROM now() - t.leased_at)::float) ELSE 0 END,
         finished_at = now()
     FROM picked WHERE t.trial_id = picked.trial_id
     RETURNING t.trial_id, t.number
@@ -347,9 +479,9 @@ WITH picked AS (
     SELECT trial_id, 'reason', to_json(cast(:reason AS text)) FROM cancelled
 ), told AS (
     INSERT INTO regtune.events (study_id, number, kind, actor, detail)
-    SELECT :study_id, number, 'trial_cancelled', 'service',
+    SELECT :study_id, number, 'trial_cancelled', :actor,
            json_build_object('reason', cast(:reason AS text))
-    FROM cancelled
+    FROM cancelled ORDER BY number
 )
 SELECT trial_id FROM cancelled
 """
@@ -359,8 +491,9 @@ _OF_TRIALS = "(SELECT trial_id FROM public.trials WHERE study_id = :study_id)"
 _DELETIONS = (
     f"DELETE FROM regtune.epochs WHERE trial_id IN {_OF_TRIALS}",
     "DELETE FROM regtune.trials WHERE study_id = :study_id",
+    "DELETE FROM regtune.shares WHERE study_id = :study_id",
     "DELETE FROM regtune.studies WHERE study_id = :study_id",
-    "DELETE FROM regtune.events WHERE study_id = :study_id",
+    "DELETE FROM regtune.events WHERE study_id = :study_id AND number IS NOT NULL",
     *(
         f"DELETE FROM public.{table} WHERE trial_id IN {_OF_TRIALS}"
         for table in (

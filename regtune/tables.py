@@ -71,6 +71,7 @@ studies = Table(
     Column("priority", Integer, nullable=False),
     Column("budget_trials", Integer, nullable=False),
     Column("budget_seconds", Double),
+    Column("budget_trial_epochs", BigInteger),
     Column("appended", Integer, nullable=False, server_default="0", comment="next trial's number"),
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=_now),
     Column("finished_at", DateTime(timezone=True)),
@@ -97,9 +98,21 @@ trials = Table(
     Column("state", Text, nullable=False),
     Column("attempt", Integer, nullable=False, server_default="0", comment="leases so far"),
     Column("lost_leases", Integer, nullable=False, server_default="0"),
+    Column(
+        "epochs", Integer, nullable=False, server_default="0", comment="of its furthest attempt"
+    ),
     Column("token", Uuid, comment="of the lease that may write"),
     Column("worker", Text),
     Column("lease_expires_at", DateTime(timezone=True)),
+    Column("leased_at", DateTime(timezone=True), comment="last lease"),
+    Column("share", Double, comment="of its worker, that its last lease holds: one of its slots"),
+    Column(
+        "worker_seconds",
+        Double,
+        nullable=False,
+        server_default="0",
+        comment="of workers' time, by leases that have ended",
+    ),
     Column("stop_request", Text, comment="the scheduler's verdict for the worker"),
     Column("value", Double, comment="validation loss at the best weights"),
     Column("value_spread", Double, comment="standard deviation of the value over the members"),
@@ -127,6 +140,27 @@ trials = Table(
     schema=SCHEMA,
 )
 
+shares = Table(
+    "shares",
+    metadata,
+    Column("study_id", Integer, ForeignKey(studies.c.study_id), primary_key=True),
+    Column(
+        "virtual_seconds",
+        Double,
+        nullable=False,
+        comment="workers' time by priority; the study with the least is next",
+    ),
+    Column(
+        "worker_seconds",
+        Double,
+        nullable=False,
+        server_default="0",
+        comment="of workers' time, up to settled_at",
+    ),
+    Column("settled_at", DateTime(timezone=True), nullable=False, server_default=_now),
+    schema=SCHEMA,
+)
+
 epochs = Table(
     "epochs",
     metadata,
@@ -150,6 +184,8 @@ workers = Table(
     Column("host", Text, nullable=False),
     Column("pid", Integer, nullable=False),
     Column("device", Text, nullable=False),
+    Column("device_kind", Text, nullable=False, server_default="cpu"),
+    Column("memory_bytes", BigInteger, comment="of the device; of the machine for a CPU"),
     Column("lanes", Integer, nullable=False, comment="how many trials it trains at once"),
     Column("wanted_lanes", Integer, nullable=False, comment="lanes that would take a trial now"),
     Column(
@@ -183,5 +219,6 @@ events = Table(
     Column("actor", Text, nullable=False),
     Column("detail", JSONB, nullable=False, server_default=text("'{}'::jsonb")),
     Index("events_of_study", "study_id", "event_id"),
+    Index("events_of_deletions", "study_id", postgresql_where=text("kind = 'study_deleted'")),
     schema=SCHEMA,
 )

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from regtune import events
 from regtune.database import NEWS
+from regtune.shares import SUITS
 from regtune.task import Offer
 
 ANY_STUDY = 0
@@ -29,6 +30,8 @@ class Worker:
     host: str
     pid: int
     device: str
+    device_kind: str
+    memory_bytes: int | None
     lanes: int
     wanted_lanes: int
     occupancy: float | None
@@ -42,9 +45,22 @@ class Worker:
 
 
 def register(
-    session: Session, *, name: str, host: str, pid: int, device: str, lanes: int, offer: Offer
+    session: Session,
+    *,
+    name: str,
+    host: str,
+    pid: int,
+    device: str,
+    device_kind: str = "cpu",
+    memory_bytes: int | None = None,
+    lanes: int,
+    offer: Offer,
 ) -> None:
-    """Write a worker's row; one that starts again under its old name gets no rights from it."""
+    """Write a worker's row; one that starts again under its old name gets no rights from it.
+
+    ``device_kind`` is torch's word for it; ``memory_bytes`` is all that the device has, or the
+    machine where it is a CPU.
+    """
     session.execute(
         text(_REGISTER),
         {
@@ -52,6 +68,8 @@ def register(
             "host": host,
             "pid": pid,
             "device": device,
+            "device_kind": device_kind,
+            "memory_bytes": memory_bytes,
             "lanes": lanes,
             "datasets": sorted(offer.datasets),
             "models": sorted(offer.models),
@@ -118,28 +136,23 @@ def offered(session: Session, alive_seconds: float) -> Offer:
     )
 
 
-def wanted_lanes(session: Session, dataset: str, model: str, alive_seconds: float) -> int:
-    """Return how many lanes the living workers that have this task want filled now."""
+def wanted_lanes(session: Session, study_id: int, alive_seconds: float) -> int:
+    """Return how many lanes the living workers that can train a study want filled now."""
     wanted: int = session.execute(
-        text(_WANTED_LANES), {"dataset": dataset, "model": model, "alive_seconds": alive_seconds}
+        text(_WANTED_LANES), {"study_id": study_id, "alive_seconds": alive_seconds}
     ).scalar_one()
     return wanted
 
 
-def choose_study(session: Session, offer: Offer) -> int | None:
-    """Return the study whose turn it is: the one with the fewest running trials for its weight."""
-    return session.execute(
-        text(_CHOOSE), {"datasets": sorted(offer.datasets), "models": sorted(offer.models)}
-    ).scalar()
-
-
 _REGISTER = """
-INSERT INTO regtune.workers (name, host, pid, device, lanes, wanted_lanes, datasets, models,
-                             started_at, heartbeat_at)
-VALUES (:name, :host, :pid, :device, :lanes, :lanes, to_jsonb(cast(:datasets AS text[])),
-        to_jsonb(cast(:models AS text[])), now(), now())
+INSERT INTO regtune.workers (name, host, pid, device, device_kind, memory_bytes, lanes,
+                             wanted_lanes, datasets, models, started_at, heartbeat_at)
+VALUES (:name, :host, :pid, :device, :device_kind, :memory_bytes, :lanes, :lanes,
+        to_jsonb(cast(:datasets AS text[])), to_jsonb(cast(:models AS text[])), now(), now())
 ON CONFLICT (name) DO UPDATE
-SET host = excluded.host, pid = excluded.pid, device = excluded.device, lanes = excluded.lanes,
+SET host = excluded.host, pid = excluded.pid, device = excluded.device,
+    device_kind = excluded.device_kind, memory_bytes = excluded.memory_bytes,
+    lanes = excluded.lanes,
     wanted_lanes = excluded.wanted_lanes, datasets = excluded.datasets,
     models = excluded.models, started_at = excluded.started_at,
     heartbeat_at = excluded.heartbeat_at, study_id = NULL, stopped_at = NULL,
@@ -166,29 +179,18 @@ WHERE beaten.wanted_lanes > 0
       (before.wanted_lanes, before.study_id)
 """
 
-_WANTED_LANES = """
-SELECT coalesce(sum(wanted_lanes), 0)::int FROM regtune.workers
-WHERE stopped_at IS NULL AND heartbeat_at > now() - make_interval(secs => :alive_seconds)
-  AND jsonb_exists(datasets, :dataset) AND jsonb_exists(models, :model)
-"""
-
 _EVERYONE = """
-SELECT w.name, w.host, w.pid, w.device, w.lanes, w.wanted_lanes, w.occupancy, w.capacity,
-       w.datasets, w.models, s.name AS study, w.started_at, w.heartbeat_at,
-       w.stopped_at IS NULL
+SELECT w.name, w.host, w.pid, w.device, w.device_kind, w.memory_bytes, w.lanes,
+       w.wanted_lanes, w.occupancy, w.capacity, w.datasets, w.models, s.name AS study,
+       w.started_at, w.heartbeat_at, w.stopped_at IS NULL
        AND w.heartbeat_at > now() - make_interval(secs => :alive_seconds) AS alive
 FROM regtune.workers w LEFT JOIN regtune.studies s USING (study_id)
 ORDER BY alive DESC, w.name
 """
 
-_CHOOSE = """
-SELECT s.study_id FROM regtune.studies s
-WHERE s.state = 'active'
-  AND s.spec -> 'task' ->> 'dataset' = ANY(:datasets)
-  AND s.spec -> 'task' ->> 'model' = ANY(:models)
-  AND EXISTS (SELECT FROM regtune.trials t
-              WHERE t.study_id = s.study_id AND t.state = 'waiting')
-ORDER BY (SELECT count(*) FROM regtune.trials t
-          WHERE t.study_id = s.study_id AND t.state = 'running')::float / s.priority, s.study_id
-LIMIT 1
+_WANTED_LANES = f"""
+SELECT coalesce(sum(w.wanted_lanes), 0)::int
+FROM regtune.workers w JOIN regtune.studies s ON s.study_id = :study_id
+WHERE w.stopped_at IS NULL AND w.heartbeat_at > now() - make_interval(secs => :alive_seconds)
+  AND {SUITS}
 """

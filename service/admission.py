@@ -7,7 +7,7 @@ from sqlalchemy.orm import Session
 
 from regtune import studies, workers
 from regtune.errors import FieldError, InvalidSpec, NotFound
-from regtune.spec import StudySpec, TaskSpec
+from regtune.spec import Requires, StudySpec, TaskSpec
 from regtune.task import Offer
 from regtune.workers import Worker
 
@@ -28,13 +28,20 @@ def check(session: Session, spec: StudySpec, installed: Offer, alive_seconds: fl
             raise InvalidSpec(errors) from None
 
 
-def warning(session: Session, task: TaskSpec, alive_seconds: float) -> str | None:
-    """Say why nobody would train this task now; None if somebody would."""
+def warning(session: Session, spec: StudySpec, alive_seconds: float) -> str | None:
+    """Say why nobody would train this study now; None if somebody would."""
     living = [worker for worker in workers.everyone(session, alive_seconds) if worker.alive]
-    if any(_offers(worker, task) for worker in living):
+    offering = [worker for worker in living if _offers(worker, spec.task)]
+    if any(_meets(worker, spec.requires) for worker in offering):
         return None
     if not living:
         return "no worker is alive; the study waits for one (start it with `regtune worker`)"
+    if offering:
+        return (
+            f"none of the {len(offering)} living workers that offer its task has "
+            f"{_in_words(spec.requires)}; the study waits for one that does"
+        )
+    task = spec.task
     return (
         f"none of the {len(living)} living workers offers the data set {task.dataset!r} with the "
         f"model {task.model!r}; the study waits for one that does"
@@ -67,3 +74,16 @@ def _missing(spec: StudySpec) -> Iterator[FieldError]:
 
 def _offers(worker: Worker, task: TaskSpec) -> bool:
     return task.dataset in worker.datasets and task.model in worker.models
+
+
+def _meets(worker: Worker, requires: Requires) -> bool:
+    """Say the same as ``regtune.shares.SUITS`` does of a worker's device."""
+    return requires.device in (None, worker.device_kind) and requires.min_memory_gb * 1e9 <= (
+        worker.memory_bytes or 0
+    )
+
+
+def _in_words(requires: Requires) -> str:
+    device = f"a {requires.device} device" if requires.device else "a device"
+    memory = f" with at least {requires.min_memory_gb:g} GB" if requires.min_memory_gb else ""
+    return device + memory

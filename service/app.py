@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from regtune import database, task
 from regtune.errors import AddressTaken, DatabaseUnavailable
 from regtune.settings import Settings
-from service import events, health, problems, studies, trials, workers
+from service import events, health, history, problems, studies, trials, workers
 from service.dashboard import Dashboard
 from service.edge import Context
 from service.newsroom import Newsroom
@@ -58,7 +58,7 @@ def create_app(settings: Settings, *, schedule: bool = True) -> FastAPI:
     )
     app.state.context = Context(settings, engine, newsroom, task.installed())
     problems.install(app)
-    for part in (studies, trials, events, workers, health):
+    for part in (studies, trials, history, events, workers, health):
         app.include_router(part.router)
     app.router.default = Dashboard(
         url, settings.pool_size, settings.max_body_bytes, proxied=proxied

@@ -10,9 +10,11 @@ from fastapi import Request
 from starlette.exceptions import HTTPException
 
 from regtune.errors import FieldError, InvalidSpec
-from regtune.spec import StudySpec, load_yaml, parse_spec
+from regtune.spec import StudyChange, StudySpec, load_yaml, parse_change, parse_spec
 
 JSON_TYPES = ("application/json",)
+MERGE_PATCH = "application/merge-patch+json"
+"""RFC 7396: what is left out stays, null takes away."""
 YAML_TYPES = ("application/yaml", "application/x-yaml", "text/yaml", "text/x-yaml")
 
 MAX_DEPTH = 20
@@ -47,11 +49,26 @@ async def read_within(request: Request, limit: int) -> bytes:
 
 def parse_study(body: bytes, content_type: str) -> StudySpec:
     """Check a study that came as JSON or YAML; raise InvalidSpec with every field at fault."""
-    data = _decode(body, content_type.partition(";")[0].strip().lower())
+    return parse_spec(_storable(_decode(body, _media_type(content_type))))
+
+
+def parse_change_of_study(body: bytes, content_type: str) -> StudyChange:
+    """Check what is to change of a study; raise InvalidSpec with every field at fault."""
+    media_type = _media_type(content_type)
+    if media_type == MERGE_PATCH:
+        media_type = JSON_TYPES[0]
+    return parse_change(_storable(_decode(body, media_type)))
+
+
+def _media_type(content_type: str) -> str:
+    return content_type.partition(";")[0].strip().lower()
+
+
+def _storable(data: Any) -> Any:
     errors = tuple(_unstorable(data, (), 0))
     if errors:
         raise InvalidSpec(errors)
-    return parse_spec(data)
+    return data
 
 
 def _decode(body: bytes, media_type: str) -> Any:

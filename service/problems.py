@@ -22,6 +22,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from regtune.errors import (
+    BudgetSpent,
     DatabaseUnavailable,
     InvalidSpec,
     NotFound,
@@ -48,6 +49,7 @@ _STATUS: Mapping[type[RegtuneError], HTTPStatus] = {
     StudyDiffers: HTTPStatus.CONFLICT,
     StudyActive: HTTPStatus.CONFLICT,
     StudyOver: HTTPStatus.CONFLICT,
+    BudgetSpent: HTTPStatus.CONFLICT,
     StaleView: HTTPStatus.SERVICE_UNAVAILABLE,
     UnknownSchema: HTTPStatus.SERVICE_UNAVAILABLE,
     DatabaseUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
@@ -190,7 +192,7 @@ def _allowed(request: Request) -> list[str]:
     """Return the methods that some route has for a path; Starlette tells those of one route."""
     return [
         method
-        for method in ("GET", "HEAD", "POST", "DELETE")
+        for method in ("GET", "HEAD", "POST", "PATCH", "DELETE")
         if any(
             route.matches({**request.scope, "method": method})[0] is Match.FULL
             for route in request.app.routes

@@ -27,6 +27,7 @@ class Standing:
     pruned: int
     failed: int
     cancelled: int
+    trial_epochs: int
     best_value: float | None
     seconds_spent: float | None
     """Since the first lease; None before it."""
@@ -37,10 +38,12 @@ class Standing:
         return self.complete + self.pruned + self.failed + self.cancelled
 
     def progress(self, study: Study) -> float:
-        """Return the share of the budget that is used up, of trials or seconds, whichever more."""
+        """Return the share of the budget that is used up, by the limit that is nearest."""
         if study.state == "completed":
             return 1.0
         shares = [self.ended / study.budget_trials]
+        if study.budget_trial_epochs:
+            shares.append(self.trial_epochs / study.budget_trial_epochs)
         if study.live and study.budget_seconds and self.seconds_spent:
             shares.append(self.seconds_spent / study.budget_seconds)
         return min(1.0, max(shares))
@@ -133,6 +136,9 @@ def eta_seconds(session: Session, study: Study, stands: Standing) -> float | Non
         left.append((study.budget_trials - stands.ended) / pace)
     if study.budget_seconds and stands.seconds_spent is not None:
         left.append(max(0.0, study.budget_seconds - stands.seconds_spent))
+    if study.budget_trial_epochs and stands.trial_epochs and stands.seconds_spent:
+        epochs_left = max(0, study.budget_trial_epochs - stands.trial_epochs)
+        left.append(epochs_left * stands.seconds_spent / stands.trial_epochs)
     return min(left, default=None)
 
 
@@ -284,6 +290,7 @@ SELECT s.study_id,
        count(*) FILTER (WHERE t.state = 'pruned') AS pruned,
        count(*) FILTER (WHERE t.state = 'failed') AS failed,
        count(*) FILTER (WHERE t.state = 'cancelled') AS cancelled,
+       coalesce(sum(t.epochs), 0) AS trial_epochs,
        min(t.value) FILTER (WHERE t.state = 'complete' AND t.value < 'Infinity') AS best_value,
        extract(epoch FROM now() - min(t.started_at))::float AS seconds_spent
 FROM regtune.studies s LEFT JOIN regtune.trials t USING (study_id)

@@ -1,4 +1,4 @@
-"""Studies over REST: post, list, look at, pause, resume, stop, cancel, delete."""
+"""Studies over REST: post, list, look at, pause, resume, stop, cancel, change, delete."""
 
 from datetime import datetime
 from typing import Annotated, Any
@@ -9,10 +9,16 @@ from sqlalchemy.orm import Session
 
 from regtune import studies
 from regtune.errors import NoBestYet
-from regtune.spec import StudySpec
+from regtune.spec import StudyChange, StudySpec
 from regtune.studies import Study, Verb
 from service import admission, cursors, records
-from service.bodies import JSON_TYPES, YAML_TYPES, parse_study
+from service.bodies import (
+    JSON_TYPES,
+    MERGE_PATCH,
+    YAML_TYPES,
+    parse_change_of_study,
+    parse_study,
+)
 from service.documents import Document, Measure, StudyState, TrialResult
 from service.edge import Actor, Body, Context, InContext, InTransaction, StudyName
 from service.records import Standing
@@ -26,6 +32,26 @@ _SPEC_BODY = {
         "content": {
             media_type: {"schema": {"$ref": "#/components/schemas/StudySpec"}}
             for media_type in JSON_TYPES + YAML_TYPES
+        },
+    }
+}
+
+
+def _schema_of_change() -> dict[str, Any]:
+    """Return the schema of a change in one piece: nothing else of the API refers to its parts."""
+    schema = StudyChange.model_json_schema()
+    schema["properties"]["budget"] |= schema.pop("$defs")["BudgetChange"]
+    del schema["properties"]["budget"]["$ref"]
+    return schema
+
+
+_CHANGE_BODY = {
+    "requestBody": {
+        "required": True,
+        "description": "What is to change, as JSON, YAML or a JSON merge patch (RFC 7396).",
+        "content": {
+            media_type: {"schema": _schema_of_change()}
+            for media_type in (*JSON_TYPES, MERGE_PATCH, *YAML_TYPES)
         },
     }
 }
@@ -84,11 +110,28 @@ class StudySummary(Document):
     finished_at: datetime | None = Field(
         description="When it ended.", examples=["2026-03-01T12:00:41.250000Z"]
     )
-    budget_trials: int = Field(description="Most trials that it may have.", examples=[40])
+    priority: int = Field(description="Its weight among the studies, as it is now.", examples=[1])
+    budget_trials: int = Field(
+        description="Most trials that it may have, as it is now.", examples=[40]
+    )
+    budget_seconds: float | None = Field(
+        description="Seconds that it may take, as it is now; null for no such limit.",
+        examples=[None],
+    )
+    budget_trial_epochs: int | None = Field(
+        description="Epochs that its trials may train together, as it is now; null for no such "
+        "limit.",
+        examples=[None],
+    )
+    trial_epochs: int = Field(
+        description="Epochs that its trials have trained together; one that was trained again "
+        "after a lost lease counts once.",
+        examples=[412],
+    )
     counts: Counts = Field(description="Its trials by state.")
     progress: float = Field(
-        description="Share of the budget that is used up, of trials or of seconds, whichever is "
-        "more; from 0 to 1.",
+        description="Share of the budget that is used up, of trials, seconds or trial-epochs, "
+        "whichever is most; from 0 to 1.",
         examples=[0.375],
     )
     best_validation_loss: Measure = Field(
@@ -110,7 +153,8 @@ class StudyDetail(StudySummary):
     """A study and how it stands."""
 
     spec: StudySpec = Field(
-        description="What was posted, every default filled in.",
+        description="What was posted, every default filled in. Budget and priority may have been "
+        "changed since; how they are now stands beside it.",
         examples=[
             {
                 "name": "digits",
@@ -135,7 +179,8 @@ class StudyDetail(StudySummary):
         description="The trial with everything off; null until it is complete."
     )
     warning: str | None = Field(
-        description="Why nothing happens, if no living worker offers the study's task.",
+        description="Why nothing happens, if no living worker offers the study's task on a device "
+        "as it requires.",
         examples=["no worker is alive; the study waits for one (start it with `regtune worker`)"],
     )
 
@@ -225,10 +270,24 @@ def cancel_study(
     return _act(name, "cancel", session, context, actor)
 
 
+@router.patch("/{name}", openapi_extra=_CHANGE_BODY)
+def change_study(
+    request: Request,
+    name: StudyName,
+    body: Body,
+    session: InTransaction,
+    context: InContext,
+    actor: Actor,
+) -> StudyDetail:
+    """Change budget and priority of a live study; what is left out stays."""
+    change = parse_change_of_study(body, request.headers.get("content-type", ""))
+    return _detail(session, studies.change(session, name, change, actor), context)
+
+
 @router.delete("/{name}", status_code=204)
-def delete_study(name: StudyName, session: InTransaction) -> None:
-    """Delete a study that is over, with all its trials."""
-    studies.delete(session, name)
+def delete_study(name: StudyName, session: InTransaction, actor: Actor) -> None:
+    """Delete a study that is over, with all its trials; its history stays."""
+    studies.delete(session, name, actor)
 
 
 def _act(name: str, verb: Verb, session: Session, context: Context, actor: str) -> StudyDetail:
@@ -250,7 +309,7 @@ def _detail(session: Session, study: Study, context: Context) -> StudyDetail:
         eta_seconds=records.eta_seconds(session, study, standing),
         best=best,
         baseline=TrialResult.of(baseline) if baseline else None,
-        warning=admission.warning(session, study.spec.task, alive_seconds) if study.live else None,
+        warning=admission.warning(session, study.spec, alive_seconds) if study.live else None,
     )
 
 
@@ -261,7 +320,11 @@ def _summary(study: Study, standing: Standing) -> dict[str, Any]:
         "reason": study.reason,
         "created_at": study.created_at,
         "finished_at": study.finished_at,
+        "priority": study.priority,
         "budget_trials": study.budget_trials,
+        "budget_seconds": study.budget_seconds,
+        "budget_trial_epochs": study.budget_trial_epochs,
+        "trial_epochs": standing.trial_epochs,
         "counts": Counts.model_validate(standing),
         "progress": standing.progress(study),
         "best_validation_loss": standing.best_value,

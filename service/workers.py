@@ -43,6 +43,14 @@ class WorkerDetail(Document):
     host: str = Field(description="The machine that it runs on.", examples=["gpu-7"])
     pid: int = Field(description="Its process there.", examples=[3141])
     device: str = Field(description="What it trains on.", examples=["cuda:0"])
+    device_kind: str = Field(
+        description="What kind of device that is, in PyTorch's words.", examples=["cuda"]
+    )
+    memory_bytes: int | None = Field(
+        description="All the memory of the device, of the machine where it is a CPU; null if that "
+        "is not known.",
+        examples=[85_520_809_984],
+    )
     lanes: int = Field(description="How many trials it trains at once.", examples=[64])
     wanted_lanes: int = Field(description="Lanes that would take a trial now.", examples=[3])
     occupancy: Measure = Field(

@@ -6,6 +6,13 @@ _FINDINGS = {
     "more trials than the budget": """
         SELECT s.name, count(*) FROM regtune.studies s JOIN regtune.trials t USING (study_id)
         GROUP BY s.study_id HAVING count(*) > s.budget_trials""",
+    "more epochs than the budget": """
+        SELECT s.name, sum(t.epochs) FROM regtune.studies s JOIN regtune.trials t USING (study_id)
+        GROUP BY s.study_id HAVING sum(t.epochs) > s.budget_trial_epochs""",
+    "epochs are not counted right": """
+        SELECT t.number, t.epochs, max(e.epoch) FROM regtune.trials t
+        LEFT JOIN regtune.epochs e USING (trial_id)
+        GROUP BY t.trial_id HAVING t.epochs <> coalesce(max(e.epoch), 0)""",
     "numbers are not 0 … n - 1": """
         SELECT s.name, count(*), min(number), max(number), s.appended
         FROM regtune.studies s JOIN regtune.trials t USING (study_id) GROUP BY s.study_id

@@ -60,7 +60,11 @@ def lease(engine: Engine, study: Study, count: int = 1, worker: str = "w") -> Se
 
 
 def register(
-    engine: Engine, name: str = "w", lanes: int = 1, datasets: Sequence[str] = ("digits",)
+    engine: Engine,
+    name: str = "w",
+    lanes: int = 1,
+    datasets: Sequence[str] = ("digits",),
+    **device: Any,
 ) -> None:
     """A worker in the database that has just said that it lives."""
     with transaction(engine) as session:
@@ -72,6 +76,7 @@ def register(
             device="none",
             lanes=lanes,
             offer=Offer(frozenset(datasets), frozenset({"mlp"})),
+            **device,
         )
 
 

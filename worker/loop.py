@@ -10,7 +10,7 @@ import torch
 from sqlalchemy import Engine as Database
 from sqlalchemy.exc import DBAPIError
 
-from regtune import database, leasing, reporting, studies, task, workers
+from regtune import database, leasing, reporting, shares, studies, task, workers
 from regtune.database import transaction
 from regtune.errors import DatabaseUnavailable, NotFound
 from regtune.reporting import Failed
@@ -75,6 +75,8 @@ class Worker:
                 host=socket.gethostname(),
                 pid=os.getpid(),
                 device=describe(self._device),
+                device_kind=self._device.type,
+                memory_bytes=capacity.total_bytes(self._device),
                 lanes=self._lanes,
                 offer=self._offer,
             )
@@ -117,7 +119,7 @@ class Worker:
         Once a poll at most: of many workers that a few new trials wake, most find none left.
         """
         with transaction(self._database) as session:
-            study_id = workers.choose_study(session, self._offer)
+            study_id = shares.choose(session, self.name, stay_seconds=self._settings.stay_seconds)
             if study_id is None and time.monotonic() >= self._idle_beat:
                 workers.beat(session, self.name, wanted_lanes=self._lanes, study_id=None)
                 self._idle_beat = time.monotonic() + self._settings.poll_seconds
@@ -137,7 +139,6 @@ class Worker:
                 self._settings,
                 study,
                 self.name,
-                self._offer,
                 self._device,
                 self._listener,
                 self._make_engine,

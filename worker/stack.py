@@ -19,14 +19,13 @@ from sqlalchemy import Engine as Database
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from regtune import leasing, reporting, studies, workers
+from regtune import leasing, reporting, shares, studies, workers
 from regtune.database import Listener, transaction
 from regtune.leasing import Lease
 from regtune.reporting import Completed, Epoch, Failed, Outcome, Pruned, Verdicts
 from regtune.settings import Settings
 from regtune.spec import StudySpec
 from regtune.studies import ModelFacts, Study
-from regtune.task import Offer
 from worker.shutdown import Interrupted
 from worker.training import capacity
 from worker.training.capacity import Capacity
@@ -71,7 +70,6 @@ class Stack:
         settings: Settings,
         study: Study,
         worker: str,
-        offer: Offer,
         device: torch.device,
         listener: Listener,
         make_engine: Callable[..., Engine] = Engine,
@@ -84,7 +82,6 @@ class Stack:
         self._database = database
         self._settings = settings
         self._worker = worker
-        self._offer = offer
         self._device = device
         self._listener = listener
         self._engine = self._build_engine(make_engine)
@@ -314,9 +311,14 @@ class Stack:
         staying = verdicts.held - outcomes.keys() - self._given_back
         free = max(0, self._engine.slots - len(staying))
         joining: Sequence[Lease] = []
-        if free and workers.choose_study(session, self._offer) == study_id:
+        if free and self._is_its_turn(session):
             joining = leasing.lease(
-                session, study_id, self._worker, free, self._settings.lease_seconds
+                session,
+                study_id,
+                self._worker,
+                free,
+                self._settings.lease_seconds,
+                slots=self._engine.slots,
             )
         if free > len(joining):
             self._more_to_come = studies.has_more(session, study_id)
@@ -330,6 +332,16 @@ class Stack:
             capacity=asdict(self._capacity),
         )
         return joining
+
+    def _is_its_turn(self, session: Session) -> bool:
+        study_id = self.study.study_id
+        chosen = shares.choose(
+            session,
+            self._worker,
+            current=study_id,
+            stay_seconds=self._settings.stay_seconds,
+        )
+        return chosen == study_id
 
     def _ending_soon(self, staying: frozenset[int]) -> int:
         """Return how many trials may end within the time that a suggestion takes to arrive.

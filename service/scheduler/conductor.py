@@ -64,6 +64,8 @@ class News:
     overdue: int
     """Running trials whose leases have run out."""
     wanted_lanes: int
+    room: int
+    """How many more trials the budget allows."""
     seconds_spent: float
     ended: Sequence[Ended]
     epochs: Mapping[int, Sequence[tuple[int, float]]]
@@ -74,8 +76,7 @@ class News:
     @property
     def out_of_time(self) -> bool:
         """Whether the budget's seconds are used up."""
-        budget = self.study.budget_seconds
-        return budget is not None and self.seconds_spent >= budget
+        return _is_out_of_time(self.study, self.seconds_spent)
 
 
 class Conductor:
@@ -131,11 +132,9 @@ class Conductor:
             running=counts.running,
             overdue=counts.overdue,
             wanted_lanes=workers.wanted_lanes(
-                session,
-                study.spec.task.dataset,
-                study.spec.task.model,
-                self._settings.lease_seconds,
+                session, self._study_id, self._settings.lease_seconds
             ),
+            room=studies.room(session, study),
             seconds_spent=self._seconds_spent(session, study),
             ended=ended,
             epochs=by_number,
@@ -219,14 +218,16 @@ class Conductor:
             study = studies.lock(session, self._study_id)
             if not study.live:
                 return True
-            if study.state == "stopping" or news.out_of_time:
-                studies.withdraw_waiting(session, self._study_id, "the budget was cut short")
+            if study.state == "stopping":
+                studies.withdraw_waiting(session, self._study_id, "the study was stopped", ACTOR)
+            elif _is_out_of_time(study, news.seconds_spent):
+                studies.withdraw_waiting(session, self._study_id, _time_is_up(study), ACTOR)
             ending = self._ending(session, study, news)
             if ending is None:
                 return False
             state, reason = ending
             if state == "failed":
-                studies.cancel_open(session, self._study_id, reason)
+                studies.cancel_open(session, self._study_id, reason, ACTOR)
             studies.end(session, self._study_id, state, reason, ACTOR)
             log.info("study_ended", study=study.name, state=state, reason=reason)
             return True
@@ -253,21 +254,27 @@ class Conductor:
             return None
         if study.state == "stopping":
             return "stopped", study.reason or "stopped by request"
-        if study.appended == study.budget_trials or news.out_of_time:
-            if session.execute(text(_ALL_FAILED), {"study_id": self._study_id}).scalar():
-                return "failed", "every trial failed"
-            used_up = (
-                f"all {study.budget_trials} trials have ended"
-                if study.appended == study.budget_trials
-                else f"the budget of {study.budget_seconds:g} seconds is used up"
+        used_up = self._used_up(session, study, news)
+        if used_up and session.execute(text(_ALL_FAILED), {"study_id": self._study_id}).scalar():
+            return "failed", "every trial failed"
+        return ("completed", used_up) if used_up else None
+
+    def _used_up(self, session: Session, study: Study, news: News) -> str | None:
+        """Say which limit of the budget a study with no open trial has reached, if any."""
+        if study.appended == study.budget_trials:
+            return f"all {study.budget_trials} trials have ended"
+        if _is_out_of_time(study, news.seconds_spent):
+            return _time_is_up(study)
+        if studies.room(session, study) <= 0:
+            return (
+                f"of the budget of {study.budget_trial_epochs} trial-epochs less is left than the "
+                f"{study.spec.training.max_epochs} that a trial may take"
             )
-            return "completed", used_up
         return None
 
     def _suggest(self, news: News) -> bool:
         """Append what living workers want; return whether some of that is left to suggest."""
-        room = news.study.budget_trials - self._mirror.next_number
-        count = min(room, news.wanted_lanes - news.waiting)
+        count = min(news.room, news.wanted_lanes - news.waiting)
         if news.study.state != "active" or news.out_of_time or count <= 0:
             return False
         expected = self._mirror.next_number
@@ -277,8 +284,16 @@ class Conductor:
                 session, self._study_id, suggestions, expected=expected, actor=ACTOR
             )
         if len(appended) != len(suggestions):
-            raise StaleView("the study was paused or stopped while its next trials were chosen")
+            raise StaleView("the study was changed or halted while its next trials were chosen")
         return len(appended) < count
+
+
+def _is_out_of_time(study: Study, seconds_spent: float) -> bool:
+    return study.budget_seconds is not None and seconds_spent >= study.budget_seconds
+
+
+def _time_is_up(study: Study) -> str:
+    return f"the budget of {study.budget_seconds:g} seconds is used up"
 
 
 # Of the open trials alone: those that have ended may be a hundred thousand.

@@ -7,7 +7,7 @@ import structlog
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError, TimeoutError
 
-from regtune import database, studies
+from regtune import database, shares, studies
 from regtune.errors import NotFound, StaleView
 from regtune.settings import Settings
 from regtune.workers import ANY_STUDY
@@ -75,6 +75,9 @@ class Scheduler:
         """Conduct the studies of which there is news, all of them if None."""
         self._unfinished.clear()
         try:
+            if news is None:
+                with database.transaction(self._engine) as session:
+                    shares.settle(session)
             with database.transaction(self._engine) as session:
                 live = studies.live_ids(session)
             led = self._leadership.claim(live)
@@ -110,7 +113,7 @@ class Scheduler:
         reason = f"the scheduler failed {count} times: {type(error).__name__}: {error}"
         with database.transaction(self._engine) as session:
             if studies.lock(session, study_id).live:
-                studies.cancel_open(session, study_id, reason)
+                studies.cancel_open(session, study_id, reason, "scheduler")
                 studies.end(session, study_id, "failed", reason, "scheduler")
 
     def _lose_touch(self, error: Exception) -> None:

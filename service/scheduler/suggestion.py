@@ -6,10 +6,12 @@ suggestion never depends on which replica was asked, or for how long that one ha
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import optuna
+from numpy.typing import NDArray
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
@@ -30,6 +32,9 @@ COMMON_DECOUPLED_DECAY = 0.01
 """The default of ``torch.optim.AdamW``."""
 COMMON_COUPLED_DECAY = 1e-4
 """He et al. 2016, arXiv 1512.03385, and most recipes for SGD since."""
+
+MOST_SHUFFLED = 2**18
+"""Points of a grid that are put in order; distinct ones among them exceed the largest budget."""
 
 STARTUP_TRIALS = 10
 """Random trials before a model-based sampler has anything to go by; fewer in a small study."""
@@ -164,15 +169,27 @@ def _grid_point(spec: StudySpec, index: int) -> dict[str, float]:
     """
     axes = {name: grid_values(parameter) for name, parameter in spec.search.searched().items()}
     size = math.prod(len(axis) for axis in axes.values())
-    order = np.random.default_rng(spec.sampler.seed).choice(
-        size, size=min(size, spec.budget.trials), replace=False
-    )
-    position = int(order[index])
+    position = int(_shuffled(size, spec.sampler.seed)[index])
     point = {}
     for name, axis in axes.items():
         position, step = divmod(position, len(axis))
         point[name] = axis[step]
     return point
+
+
+@lru_cache(maxsize=8)
+def _shuffled(size: int, seed: int) -> NDArray[np.int64]:
+    """Return distinct numbers below ``size`` in random order: all, or more than any budget has.
+
+    Not as many as the budget asks for: it may be changed, and then the order must not.
+    """
+    generator = np.random.default_rng(seed)
+    if size <= MOST_SHUFFLED:
+        return generator.permutation(size)
+    # With replacement, of which at least 1 - 1/e are distinct, that is, 165 000.
+    drawn = generator.integers(size, size=MOST_SHUFFLED)
+    _, first = np.unique(drawn, return_index=True)
+    return drawn[np.sort(first)]
 
 
 def _sobol_point(spec: StudySpec, index: int) -> dict[str, float]:

@@ -329,3 +329,28 @@ def test_a_database_is_checked_and_upgraded(
     assert run("db", "upgrade")[0] == 0
     assert run("db", "upgrade")[0] == 0
     assert run("db", "check")[0] == 0
+
+
+def test_a_study_is_changed_and_its_history_shown_on_the_command_line(
+    run: Run, api: Client
+) -> None:
+    api.submit(YAML)
+    code, out, _ = run("change", "digits", "--trials", "9", "--priority", "3", "--seconds", "60")
+    assert (code, out) == (0, "study digits may have 9 trials, priority 3\n")
+    assert run("change", "digits", "--seconds", "none")[0] == 0
+    study = api.study("digits")
+    assert (study["budget_trials"], study["budget_seconds"], study["priority"]) == (9, None, 3)
+    assert study["spec"]["budget"] == {"trials": 5, "seconds": None, "trial_epochs": None}
+    assert run("change", "digits")[0] == cli.USAGE
+    assert run("change", "digits", "--seconds", "soon")[0] == cli.USAGE
+    code, _, err = run("change", "digits", "--trials", "0")
+    assert code == cli.FAILED
+    assert "budget.trials" in err
+    code, out, _ = run("history", "digits")
+    assert code == 0
+    assert [line.split()[-1] for line in out.splitlines()[:2]] == ["detail", "study_created"]
+    assert "trials: 5 → 9" in out
+    code, out, _ = run("history", "digits", "--json")
+    kinds = [entry["kind"] for entry in json.loads(out)]
+    assert kinds == ["study_created", "study_changed", "study_changed"]
+    assert run("history", "nothing")[0] == cli.NOT_FOUND

@@ -8,11 +8,10 @@ import pytest
 from sqlalchemy import Connection, Engine, event, text
 from sqlalchemy.orm import Session
 
-from regtune import leasing, reporting, studies, workers
+from regtune import leasing, reporting, shares, studies, workers
 from regtune.database import transaction
 from regtune.leasing import Lease
 from regtune.studies import Study
-from regtune.task import Offer
 from service import records
 from service.scheduler import conductor
 from tests import builders
@@ -28,7 +27,6 @@ BIG = {
     "trial_user_attributes",
     "trial_values",
 }
-OFFER = Offer(frozenset({"digits"}), frozenset({"mlp"}))
 
 Statement = tuple[str, Mapping[str, Any]]
 
@@ -97,7 +95,7 @@ def test_what_is_asked_all_the_time_reads_no_big_table_from_end_to_end(
         lease,
         flush,
         finish,
-        lambda session: workers.choose_study(session, OFFER),
+        lambda session: shares.choose(session, "w", current=id_),
         lambda session: studies.has_more(session, id_),
         lambda session: workers.beat(session, "w", wanted_lanes=1, study_id=id_),
         lambda session: session.execute(text(conductor._COUNTS), {"study_id": id_}),

@@ -251,7 +251,7 @@ def test_a_wrong_method_is_a_problem_document_that_names_the_right_ones(
         ("PUT", "/v1/studies", "GET, POST"),
         ("POST", "/v1/workers", "GET"),
         ("DELETE", "/healthz", "GET"),
-        ("PATCH", "/v1/studies/study", "GET, DELETE"),
+        ("PUT", "/v1/studies/study", "GET, PATCH, DELETE"),
         ("GET", "/v1/studies/study/pause", "POST"),
     ):
         response = client.request(method, path)

@@ -97,13 +97,13 @@ def test_a_study_that_is_over_tells_its_whole_story_and_the_stream_ends(
         "trial_appended",
         "trial_started",
         "trial_complete",
+        "study_cancel",
         "trial_cancelled",
         "study_ended",
-        "study_cancel",
     ]
     assert seen[4]["number"] == 0
     assert seen[4]["detail"]["value"] == 0.5
-    assert seen[6]["detail"]["state"] == "cancelled"
+    assert seen[7]["detail"]["state"] == "cancelled"
 
 
 def test_a_reader_who_comes_back_misses_nothing_and_sees_nothing_twice(
@@ -133,7 +133,7 @@ def test_what_happens_is_told_as_it_happens(
     assert kinds([next(told), next(told)]) == ["trial_started", "trial_complete"]
     lull.comes()
     act(engine, "stop")
-    assert kinds(list(told)) == ["study_ended", "study_stop"]
+    assert kinds(list(told)) == ["study_stop", "study_ended"]
 
 
 def test_an_event_that_an_older_transaction_holds_back_is_told_by_the_poll(
@@ -150,7 +150,7 @@ def test_an_event_that_an_older_transaction_holds_back_is_told_by_the_poll(
             # The second look from here on is one that began after the end.
             lull.comes()
             lull.comes()
-        assert kinds(list(told)) == ["study_ended", "study_cancel"]
+        assert kinds(list(told)) == ["study_cancel", "study_ended"]
 
 
 def test_all_streams_of_a_process_share_one_listening_connection(
@@ -218,8 +218,8 @@ def test_the_stream_of_a_study_that_is_deleted_ends(client: httpx.Client, engine
     with older_transaction(engine):
         act(engine, "cancel")
         with transaction(engine) as session:
-            studies.delete(session, study.name)
-        assert list(told) == []
+            studies.delete(session, study.name, "test")
+    assert kinds(list(told)) == ["study_cancel", "study_ended", "study_deleted"]
 
 
 def test_a_stream_that_loses_the_database_ends_and_can_be_taken_up_again(
@@ -234,7 +234,7 @@ def test_a_stream_that_loses_the_database_ends_and_can_be_taken_up_again(
             assert list(told) == []
         act(engine, "cancel")
         rest = read(client, headers={"Last-Event-ID": last["id"]})
-    assert kinds(rest) == ["study_ended", "study_cancel"]
+    assert kinds(rest) == ["study_cancel", "study_ended"]
     assert [entry["event"] for entry in logs] == ["stream_lost_database"]
 
 

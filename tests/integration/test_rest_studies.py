@@ -305,7 +305,7 @@ def test_only_a_study_that_is_over_can_be_deleted(client: httpx.Client) -> None:
     client.post("/v1/studies/study/cancel")
     deleted = client.delete("/v1/studies/study")
     assert (deleted.status_code, deleted.content) == (204, b"")
-    assert client.delete("/v1/studies/study").status_code == 404
+    assert client.delete("/v1/studies/study").status_code == 204
     assert post(client).status_code == 201
 
 
@@ -315,6 +315,7 @@ CALLS: list[Callable[[httpx.Client, str], httpx.Response]] = [
     lambda client, name: client.get(f"/v1/studies/{name}/trials/0"),
     lambda client, name: client.get(f"/v1/studies/{name}/best"),
     lambda client, name: client.get(f"/v1/studies/{name}/events"),
+    lambda client, name: client.get(f"/v1/studies/{name}/history"),
     lambda client, name: client.post(f"/v1/studies/{name}/pause"),
     lambda client, name: client.delete(f"/v1/studies/{name}"),
 ]
@@ -427,3 +428,23 @@ def test_every_answer_is_json_that_a_strict_reader_takes(
 
     for path in ("", "/study", "/study/trials", "/study/trials/0"):
         json.loads(client.get(f"/v1/studies{path}").text, parse_constant=refuse)
+
+
+def test_a_study_waits_for_the_device_that_it_requires(
+    client: httpx.Client, engine: Engine
+) -> None:
+    register(engine)
+    wants = {"device": "cuda", "min_memory_gb": 16}
+    study = post(client, requires=wants).json()
+    assert study["spec"]["requires"] == wants
+    assert study["warning"] == (
+        "none of the 1 living workers that offer its task has a cuda device with at least 16 GB; "
+        "the study waits for one that does"
+    )
+    builders.register(engine, "gpu", device_kind="cuda", memory_bytes=16 * 10**9)
+    assert client.get("/v1/studies/study").json()["warning"] is None
+    shown = {w["name"]: w for w in client.get("/v1/workers").json()["items"]}
+    assert (shown["gpu"]["device_kind"], shown["gpu"]["memory_bytes"]) == ("cuda", 16 * 10**9)
+    response = post(client, name="other", requires={"device": "gpu"})
+    assert response.status_code == 422
+    assert "'cuda'" in response.json()["errors"][0]["message"]

@@ -9,15 +9,14 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, text
 
-from regtune import database, leasing, reporting, studies, workers
+from regtune import database, leasing, reporting, shares, studies, workers
 from regtune.database import transaction
-from regtune.errors import StaleView
+from regtune.errors import BudgetSpent, StaleView
 from regtune.leasing import Lease
 from regtune.reporting import Epoch, Failed, Outcome, Pruned
 from regtune.settings import Settings
-from regtune.spec import Search
+from regtune.spec import Search, parse_change
 from regtune.studies import Study
-from regtune.task import Offer
 from service.scheduler.conductor import Conductor
 from service.scheduler.loop import Scheduler
 from tests import builders
@@ -71,8 +70,7 @@ class HandWorker:
     def _run(self) -> None:
         while not self.stopping.is_set():
             with transaction(self.engine) as session:
-                offer = Offer(frozenset({"digits"}), frozenset({"mlp"}))
-                study_id = workers.choose_study(session, offer)
+                study_id = shares.choose(session, self.name)
                 leases = (
                     leasing.lease(session, study_id, self.name, self.lanes, 30) if study_id else []
                 )
@@ -432,3 +430,54 @@ def test_two_conductors_of_one_study_never_append_the_same_number(
             assert sum(pool.map(conduct, range(2))) > 0
     assert builders.states(engine, study) == ["complete"] * 30
     assert audit(engine) == {}
+
+
+def test_the_budget_of_trial_epochs_is_never_exceeded_and_used_up(
+    engine: Engine, database_url: str
+) -> None:
+    """Trials that stop early make room for more; one that might not fit is not begun."""
+    study = builders.create(
+        engine, training={"max_epochs": 10}, budget={"trial_epochs": 200}, search={"patience": 2}
+    )
+
+    def stops_early(lease: Lease) -> tuple[list[float], None]:
+        return [1 / epoch for epoch in range(1, 3 + 3 * lease.number % 8)], None
+
+    with (
+        scheduler(engine, database_url),
+        HandWorker(engine, "a", 5, stops_early),
+        HandWorker(engine, "b", 3, stops_early),
+    ):
+        wait_until(over(engine, study), DEADLINE_SECONDS)
+    assert builders.study_state(engine, study) == "completed"
+    ((epochs, trials),) = rows(engine, "SELECT sum(epochs), count(*) FROM regtune.trials")
+    assert 190 < epochs <= 200
+    assert trials > 20
+    ((reason,),) = rows(engine, "SELECT reason FROM regtune.studies")
+    assert reason.startswith("of the budget of 200 trial-epochs less is left than the 10")
+    assert audit(engine) == {}
+
+
+def test_a_live_study_gets_more_trials_and_fewer(engine: Engine, database_url: str) -> None:
+    more = builders.create(engine, "more", budget={"trials": 5})
+    fewer = builders.create(engine, "fewer", budget={"trials": 100_000})
+    change_budget(engine, "more", trials=30)
+    with scheduler(engine, database_url), HandWorker(engine, "a", 5):
+        wait_until(lambda: len(builders.states(engine, fewer)) > 20, DEADLINE_SECONDS)
+        while True:
+            try:
+                change_budget(engine, "fewer", trials=len(builders.states(engine, fewer)))
+                break
+            except BudgetSpent:  # another one was appended meanwhile
+                continue
+        wait_until(over(engine, fewer), DEADLINE_SECONDS)
+        wait_until(over(engine, more), DEADLINE_SECONDS)
+    assert builders.states(engine, more) == ["complete"] * 30
+    assert 20 < len(builders.states(engine, fewer)) < 100_000
+    assert {builders.study_state(engine, study) for study in (more, fewer)} == {"completed"}
+    assert audit(engine) == {}
+
+
+def change_budget(engine: Engine, name: str, **budget: Any) -> None:
+    with transaction(engine) as session:
+        studies.change(session, name, parse_change({"budget": budget}), "test")

@@ -48,10 +48,10 @@ def test_a_worker_wakes_the_scheduler_only_when_it_wants_something_else(
 
 
 def test_lanes_are_wanted_by_the_living_who_have_the_task(engine: Engine) -> None:
+    study = builders.create(engine)
     builders.register(engine, "w", lanes=2)
     builders.register(engine, "other", lanes=4, datasets=("mnist",))
     with transaction(engine) as session:
-        assert workers.wanted_lanes(session, "digits", "mlp", 30) == 2
-        assert workers.wanted_lanes(session, "digits", "cnn", 30) == 0
+        assert workers.wanted_lanes(session, study.study_id, 30) == 2
     with transaction(engine) as session:
-        assert workers.wanted_lanes(session, "digits", "mlp", 0) == 0
+        assert workers.wanted_lanes(session, study.study_id, 0) == 0

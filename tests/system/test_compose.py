@@ -29,6 +29,7 @@ STUDY = {
     "name": "composed",
     "task": {"dataset": "digits", "model": "mlp", "hidden": [16]},
     "training": {"max_epochs": 20},
+    "pruner": "none",
     "budget": {"trials": 24},
 }
 

@@ -66,7 +66,9 @@ def test_forty_trials_on_three_workers_are_forty_and_none_is_trained_twice(
 def test_trials_of_a_killed_worker_are_trained_again_under_the_same_numbers(
     engine: Engine, database_url: str
 ) -> None:
-    study = builders.create(engine, budget={"trials": 12}, training={"max_epochs": 30})
+    study = builders.create(
+        engine, budget={"trials": 12}, training={"max_epochs": 30}, pruner="none"
+    )
     leases = str(LEASE_SECONDS)
     with worker_process(database_url, "doomed", lanes=4, REGTUNE_LEASE_SECONDS=leases) as doomed:
         wait_until(lambda: column(engine, "SELECT 1 FROM regtune.epochs LIMIT 1"), SECONDS)
@@ -104,7 +106,9 @@ def test_a_polite_stop_gives_the_trials_back_at_once(
 def test_a_zombie_is_refused_lane_by_lane_and_goes_on_with_other_trials(
     engine: Engine, database_url: str
 ) -> None:
-    study = builders.create(engine, budget={"trials": 8}, training={"max_epochs": 100})
+    study = builders.create(
+        engine, budget={"trials": 8}, training={"max_epochs": 100}, pruner="none"
+    )
     leases = str(LEASE_SECONDS)
     with worker_process(database_url, "zombie", lanes=4, REGTUNE_LEASE_SECONDS=leases) as zombie:
         wait_until(lambda: column(engine, "SELECT 1 FROM regtune.epochs LIMIT 1"), SECONDS)

@@ -33,7 +33,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
 COMMANDS = (
     *("up", "submit", "watch", "best", "list", "pause", "resume", "stop", "cancel", "delete"),
-    *("workers", "service", "worker", "db"),
+    *("history", "change", "workers", "service", "worker", "db"),
 )
 
 

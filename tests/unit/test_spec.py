@@ -234,7 +234,7 @@ def test_the_learning_rate_defaults_by_optimizer() -> None:
         ({"budget": {"trials": 10**7}}, "budget.trials", "less than or equal to 100000"),
         ({"budget": {"seconds": 0}}, "budget.seconds", "greater than 0"),
         ({"budget": {"seconds": 1e12}}, "budget.seconds", "less than or equal to"),
-        ({"budget": {}}, "budget", "name trials, seconds, or both"),
+        ({"budget": {}}, "budget", "name trials, seconds, trial_epochs, or several"),
         ({"budget": {"trials": "4"}}, "budget.trials", "valid integer"),
         ({"validation": {"fraction": 1.0}}, "validation.fraction", "less than 1"),
         ({"validation": {"folds": 1}}, "validation.folds", "greater than or equal to 2"),
@@ -251,6 +251,11 @@ def test_the_learning_rate_defaults_by_optimizer() -> None:
             "folds × repeats must be at most 256, but 100 × 3 is given",
         ),
         ({"priority": 0}, "priority", "greater than or equal to 1"),
+        (
+            {"budget": {"trial_epochs": 99}},
+            "",
+            "budget.trial_epochs must be at least 100, so that the reference points",
+        ),
         ({"sampler": "grid"}, "", "search.weight_decay is a range"),
     ],
 )

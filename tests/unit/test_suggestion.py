@@ -162,3 +162,18 @@ def test_a_grid_of_a_million_million_points_costs_no_memory() -> None:
     )
     points = {str(predetermined(study, number)) for number in range(2, 50)}
     assert len(points) == 48
+
+
+@pytest.mark.parametrize("points", [8, 1000])
+def test_a_grid_keeps_its_order_when_the_budget_is_changed(points: int) -> None:
+    """And never repeats a point, whether the grid is shuffled whole or too large for that."""
+    choices = list(range(1, points + 1))
+    axes = {"patience": choices, "dropout": [0.1, 0.2], "weight_decay": [0.0, 1.0], "l1_lambda": 0}
+    if points > 8:
+        axes["l1_lambda"] = [n / 1000 for n in range(1000)]
+    small = spec(sampler="grid", search=axes, budget={"trials": 10})
+    large = spec(sampler="grid", search=axes, budget={"trials": 34})
+    points_of = [[predetermined(of, n) for n in range(34)] for of in (small, large)]
+    assert points_of[0] == points_of[1]
+    suggested = [tuple(sorted(point.items())) for point in points_of[0][2:] if point]
+    assert len(set(suggested)) == 32

@@ -159,6 +159,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def total_bytes(device: torch.device) -> int | None:
+    """Return all the memory of a device, of the machine for a CPU; None where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
+
+
 def free_bytes(device: torch.device) -> float:
     """Return how much memory a device has left, whatever torch holds in reserve included.
 

@@ -1,0 +1,135 @@
+"""How studies share the workers: by weight, measured in the workers' time.
+
+A trial holds a part of its worker, one slot of so many, from its lease to its end. What that makes
+of the worker's time is charged to its study, divided by the study's priority: its virtual time, as
+in fair queueing (Demers, Keshav & Shenker 1989). The next free lanes go to the study whose virtual
+time is least, so in the long run studies that want lanes get them in proportion to their
+priorities, however long their trials are.
+
+Ended leases are charged when the shares are settled, which a scheduler does at every poll; running
+ones are counted up to the moment of the choice. A study that wanted nothing for a while has saved
+nothing up: it joins where the others stand.
+"""
+
+from datetime import datetime
+
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from regtune import tables
+
+
+def enter(session: Session, study_id: int) -> None:
+    """Let a study that is new, or goes on after a pause, join where the others stand."""
+    session.execute(text(_ENTER), {"study_id": study_id})
+
+
+def settle(session: Session, *, now: datetime | None = None) -> None:
+    """Charge all live studies for what they have had; doing it again charges nothing twice."""
+    session.execute(text(_SETTLE), {"live": list(tables.LIVE_STUDY_STATES), "now": now})
+
+
+def choose(
+    session: Session,
+    worker: str,
+    *,
+    current: int | None = None,
+    patient: bool = False,
+    stay_seconds: float = 0.0,
+    now: datetime | None = None,
+) -> int | None:
+    """Return the study that a worker's free lanes should go to; None if none has a trial for it.
+
+    It stays with its ``current`` study until that has had ``stay_seconds`` of this worker more than
+    its due, and goes where few others are: what the others hold is counted as if they kept it for
+    ``stay_seconds`` more. ``patient`` says that it can wait for the current study's next
+    suggestion.
+    """
+    return session.execute(
+        text(_CHOOSE),
+        {
+            "worker": worker,
+            "current": current,
+            "patient": patient,
+            "stay": stay_seconds,
+            "now": now,
+        },
+    ).scalar()
+
+
+SUITS = """
+jsonb_exists(w.datasets, s.spec -> 'task' ->> 'dataset')
+AND jsonb_exists(w.models, s.spec -> 'task' ->> 'model')
+AND coalesce(s.spec -> 'requires' ->> 'device', w.device_kind) = w.device_kind
+AND coalesce(cast(s.spec -> 'requires' ->> 'min_memory_gb' AS float), 0) * 1e9
+    <= coalesce(w.memory_bytes, 0)
+"""
+"""Whether the worker ``w`` can train the study ``s``."""
+
+# Studies that run nothing have no part in where the others stand, unless none runs anything.
+_ENTER = """
+INSERT INTO regtune.shares (study_id, virtual_seconds)
+SELECT :study_id, coalesce(min(sh.virtual_seconds) FILTER (WHERE EXISTS (
+           SELECT FROM regtune.trials t
+           WHERE t.study_id = sh.study_id AND t.state = 'running')),
+       max(sh.virtual_seconds), 0)
+FROM regtune.shares sh JOIN regtune.studies s USING (study_id)
+WHERE s.state = 'active' AND s.study_id <> :study_id
+ON CONFLICT (study_id) DO UPDATE
+SET virtual_seconds = greatest(regtune.shares.virtual_seconds, excluded.virtual_seconds)
+"""
+
+_SETTLE = """
+WITH clock AS (
+    SELECT coalesce(cast(:now AS timestamptz), now()) AS now
+), locked AS MATERIALIZED (
+    SELECT sh.*, s.priority FROM regtune.shares sh JOIN regtune.studies s USING (study_id)
+    WHERE s.state = ANY(:live) ORDER BY sh.study_id FOR UPDATE OF sh
+), spent AS (
+    SELECT t.study_id, bool_or(t.state = 'running') AS runs,
+           bool_or(t.state IN ('waiting', 'running')) AS is_open,
+           sum(t.worker_seconds + CASE t.state WHEN 'running' THEN
+               greatest(0, extract(epoch FROM clock.now - t.leased_at)::float) * t.share
+               ELSE 0 END) AS seconds
+    FROM regtune.trials t JOIN locked USING (study_id), clock GROUP BY t.study_id
+), charged AS (
+    SELECT locked.study_id, coalesce(spent.seconds, 0) AS seconds,
+           coalesce(spent.runs, false) AS runs, coalesce(spent.is_open, false) AS is_open,
+           locked.virtual_seconds
+           + (coalesce(spent.seconds, 0) - locked.worker_seconds) / locked.priority AS virtual
+    FROM locked LEFT JOIN spent USING (study_id)
+)
+UPDATE regtune.shares sh
+SET worker_seconds = charged.seconds, settled_at = clock.now,
+    virtual_seconds = CASE WHEN charged.is_open THEN charged.virtual ELSE greatest(
+        charged.virtual, (SELECT min(virtual) FROM charged WHERE runs)) END
+FROM charged, clock WHERE sh.study_id = charged.study_id
+"""
+
+_CHOOSE = f"""
+WITH clock AS (
+    SELECT coalesce(cast(:now AS timestamptz), now()) AS now
+), candidate AS (
+    SELECT s.study_id, s.priority, sh.virtual_seconds, sh.settled_at
+    FROM regtune.studies s JOIN regtune.shares sh USING (study_id)
+    JOIN regtune.workers w ON w.name = :worker
+    WHERE s.state = 'active' AND {SUITS}
+      AND (EXISTS (SELECT FROM regtune.trials t
+                   WHERE t.study_id = s.study_id AND t.state = 'waiting')
+           OR :patient AND s.study_id = :current AND s.appended < s.budget_trials)
+), counted AS (
+    SELECT candidate.*, coalesce(held.elsewhere, 0) AS elsewhere, coalesce(held.unsettled, 0)
+           AS unsettled
+    FROM candidate, clock, LATERAL (
+        SELECT sum(t.share) FILTER (WHERE t.worker <> :worker) AS elsewhere,
+               sum(t.share * greatest(0, extract(
+                   epoch FROM clock.now - greatest(t.leased_at, candidate.settled_at))::float))
+               AS unsettled
+        FROM regtune.trials t
+        WHERE t.study_id = candidate.study_id AND t.state = 'running') held
+)
+SELECT study_id FROM counted
+ORDER BY virtual_seconds + (unsettled + :stay * (
+    elsewhere - CASE study_id WHEN :current THEN 1 ELSE 0 END)) / priority, study_id
+LIMIT 1
+"""
