@@ -356,7 +356,8 @@ def worker(
 @db.command()
 def upgrade() -> None:
     """Bring the schema up to date; safe at any time, and from several places at once."""
-    database.upgrade(_database_url(_settings()))
+    settings = _settings()
+    database.upgrade(settings.direct_database_url or _database_url(settings))
     _out.out("the database's schema is up to date")
 
 

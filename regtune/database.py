@@ -1,5 +1,6 @@
 """The database: engine, transactions, the embedded server, notifications, the schema's version."""
 
+import hashlib
 import json
 import logging
 import shutil
@@ -8,6 +9,8 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,16 +19,21 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import URL, Connection, Engine, create_engine, make_url, text
-from sqlalchemy.exc import ArgumentError, DBAPIError, TimeoutError
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError, TimeoutError
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from regtune import optuna_tables
 from regtune.errors import DatabaseUnavailable, UnknownSchema
 from regtune.tables import SCHEMA
 
 WORK = "regtune_work"
-"""Notification to workers: there may be trials to lease. The payload is a study's id."""
+"""Notification to workers: there may be trials to lease.
+
+The payload is a study's id; after it, if not all are meant, the tags of those who are.
+"""
 
 NEWS = "regtune_news"
 """Notification to schedulers and watchers: something happened. The payload is a study's id."""
@@ -39,21 +47,69 @@ _PATIENCE = {
 }
 """Of libpq: seconds, and milliseconds for the last. Else a server that has gone without a word, as
 when its machine or the network between is lost, would be waited for for hours."""
+EPOCHS = "regtune_epochs"
+"""Notification to schedulers: there are epochs to judge. The payload is a study's id."""
 
 _MIGRATIONS = Path(__file__).resolve().parent.parent / "migrations"
+_PREPARE_AFTER = 5
+"""Uses of a statement on a connection after which it is prepared there; the driver's default."""
+
+TRUST_SECONDS = 1.0
+"""For who works all the time, and tries again what has failed."""
+
 _UPGRADE_LOCK = 0x7265_6774
 
 
-def connect(url: str, *, pool_size: int = 5) -> Engine:
-    """Return an engine for a PostgreSQL address; nothing is opened until it is used."""
-    return create_engine(
+def connect(
+    url: str,
+    *,
+    pool_size: int = 5,
+    program: str = "service",
+    proxied: bool = False,
+    trust_seconds: float = 0.0,
+) -> Engine:
+    """Return an engine for a PostgreSQL address; nothing is opened until it is used.
+
+    ``program`` is who asks, as ``pg_stat_activity`` and the server's log then say it. ``proxied``
+    says that a proxy may give each transaction another session, so that nothing is prepared.
+    A connection is tried before it is used, unless it was used less than ``trust_seconds`` ago.
+    """
+    engine = create_engine(
         normalized(url),
         pool_size=pool_size,
         max_overflow=0,
-        pool_pre_ping=True,
         json_serializer=lambda value: json.dumps(value, allow_nan=False),
-        connect_args=_options(normalized(url), "regtune"),
+        connect_args=connect_args(normalized(url), program, proxied),
     )
+    event.listen(engine, "checkin", _note_use)
+    event.listen(engine, "checkout", partial(_try_if_rested, engine, trust_seconds))
+    return engine
+
+
+def _note_use(_: object, record: ConnectionPoolEntry) -> None:
+    record.info["used_at"] = time.monotonic()
+
+
+def _try_if_rested(
+    engine: Engine,
+    trust_seconds: float,
+    connection: DBAPIConnection,
+    record: ConnectionPoolEntry,
+    _: object,
+) -> None:
+    """Try a connection that has rested; the pool replaces one that is dead."""
+    if time.monotonic() - record.info.get("used_at", inf) < trust_seconds:
+        return
+    try:
+        engine.dialect.do_ping(connection)
+    except psycopg.Error as error:
+        raise DisconnectionError from error
+
+
+def connect_args(url: URL, program: str, proxied: bool) -> dict[str, Any]:
+    """Return what the driver needs to know beside the address; as in ``connect``."""
+    threshold = None if proxied else _PREPARE_AFTER
+    return {**_options(url, f"regtune-{program}"), "prepare_threshold": threshold}
 
 
 def _options(url: URL, name: str) -> dict[str, Any]:
@@ -95,27 +151,36 @@ class Listener:
     A notification that falls into a reconnection is lost, so whoever waits here polls as well.
     """
 
-    def __init__(self, url: str, channel: str) -> None:
+    def __init__(self, url: str, channel: str, *, program: str = "service", name: str = "") -> None:
+        """Listen as ``name``: what is for others alone goes unheard."""
         parsed = normalized(url).set(drivername="postgresql")
-        options = _options(parsed, "regtune-listen")
+        options = _options(parsed, f"regtune-{program}-listen")
         self._url = parsed.update_query_dict(
             {key: str(value) for key, value in options.items()}
         ).render_as_string(hide_password=False)
         self._channel = channel
+        self._tag = hashlib.md5(name.encode(), usedforsecurity=False).hexdigest()[:8]
         self._connection: psycopg.Connection[Any] | None = None
 
     def wait(self, seconds: float) -> set[int]:
         """Wait for notifications; return the ids of the studies they name, empty on time-out."""
         try:
-            return {
-                int(notify.payload)
-                for notify in self._connected().notifies(timeout=seconds, stop_after=1)
-                if notify.payload.isdecimal()  # anybody may notify
-            }
+            connection = self._connected()
+            heard = list(connection.notifies(timeout=seconds, stop_after=1))
+            if heard:  # and whatever else has come by now: a storm is one awakening
+                heard += connection.notifies(timeout=0)
+            return {study_id for notify in heard for study_id in self._meant(notify.payload)}
         except (psycopg.Error, OSError):
             self.close()
             time.sleep(min(seconds, 1.0))
             return set()
+
+    def _meant(self, payload: str) -> list[int]:
+        """Return the study that a notification is about; none if it is for others, or is none."""
+        study_id, *tags = payload.split() or [""]
+        if not study_id.isdecimal() or (tags and self._tag not in tags):
+            return []
+        return [int(study_id)]
 
     def close(self) -> None:
         """Close the connection, if there is one."""

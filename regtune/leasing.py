@@ -73,11 +73,10 @@ def append(
         return []
     rows = [_row(expected + i, suggestion) for i, suggestion in enumerate(suggestions[:room])]
     trial_ids = session.execute(
-        text(_APPEND), {"study_id": study_id, "rows": json.dumps(rows), "actor": actor}
+        text(_APPEND),
+        {"study_id": study_id, "rows": json.dumps(rows), "actor": actor, "work": WORK},
     ).scalars()
-    in_order = sorted(trial_ids)
-    events.notify(session, WORK, study_id)
-    return in_order
+    return sorted(trial_ids)
 
 
 def _row(number: int, suggestion: Suggestion) -> dict[str, Any]:
@@ -247,8 +246,17 @@ WITH row AS (
 ), told AS (
     INSERT INTO regtune.events (study_id, number, kind, actor)
     SELECT :study_id, number, 'trial_appended', :actor FROM row ORDER BY number
+), called AS (
+    -- Those who may have room, twice as many as needed: not a whole fleet for a few trials.
+    SELECT coalesce(string_agg(' ' || left(md5(name), 8), ''), '') AS tags
+    FROM (SELECT name, sum(wanted_lanes) OVER (ORDER BY heartbeat_at DESC, name)
+                       - wanted_lanes AS before
+          FROM regtune.workers WHERE wanted_lanes > 0 AND stopped_at IS NULL) wanting
+    WHERE before < 4 + 2 * (SELECT count(*) FROM row)
 )
-SELECT trial_id FROM trial
+SELECT trial_id, pg_notify(:work, cast(:study_id AS text)
+                                  || CASE WHEN length(tags) < 7000 THEN tags ELSE '' END)
+FROM trial, called
 """
 
 # The study's row is locked first and shared, so that whoever pauses or cancels it waits for this

@@ -15,7 +15,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from regtune import events
-from regtune.database import NEWS, WORK
+from regtune.database import EPOCHS, NEWS, WORK
 from regtune.leasing import Lease
 
 
@@ -117,10 +117,9 @@ def flush(
             ),
             "seconds": seconds,
             "now": now,
+            "channel": EPOCHS if judged else None,
         },
     ).all()
-    if judged and any(epochs.values()):
-        events.notify(session, NEWS, leases[0].study_id)
     return Verdicts(
         held=frozenset(row.trial_id for row in rows),
         stop={row.trial_id: row.stop_request for row in rows if row.stop_request},
@@ -143,10 +142,9 @@ def finish(
             "outcomes": _as_json(_ending(lease, outcome) for lease, outcome in outcomes),
             "worker": worker,
             "now": now,
+            "news": NEWS,
         },
     ).scalars()
-    study_id = outcomes[0][0].study_id
-    events.notify(session, NEWS, study_id)
     return frozenset(ended)
 
 
@@ -262,7 +260,7 @@ WITH lease AS (
         epochs = greatest(t.epochs, (
             SELECT max(e.epoch) FROM reported e WHERE e.trial_id = t.trial_id))
     FROM locked WHERE t.trial_id = locked.trial_id
-    RETURNING t.trial_id, t.attempt, t.stop_request
+    RETURNING t.trial_id, t.study_id, t.attempt, t.stop_request
 ), recorded AS (
     INSERT INTO regtune.epochs (trial_id, attempt, epoch, train_loss, validation_loss,
                                 validation_score, penalty, sparsity, seconds)
@@ -273,7 +271,10 @@ WITH lease AS (
     ON CONFLICT DO NOTHING
     RETURNING trial_id, epoch, validation_loss
 ), public_values AS ({_SHOW.format(epochs="recorded")})
-SELECT trial_id, stop_request FROM held
+SELECT trial_id, stop_request, CASE
+           WHEN cast(:channel AS text) IS NOT NULL AND EXISTS (SELECT FROM recorded)
+           THEN pg_notify(:channel, cast(study_id AS text))::text END AS told
+FROM held
 """
 
 # An epoch is the same one if it took as long to the last digit.
@@ -375,7 +376,7 @@ WITH outcome AS (
         'value', CASE WHEN abs(value) < 'Infinity' THEN value END, 'reason', reason))
     FROM ended ORDER BY number
 )
-SELECT trial_id FROM ended
+SELECT trial_id, pg_notify(:news, cast(study_id AS text)) FROM ended
 """
 
 _REQUEST_STOP = """

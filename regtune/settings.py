@@ -17,6 +17,10 @@ class Settings(BaseSettings):
     database_url: str | None = Field(
         None, description="PostgreSQL, as postgresql://user:password@host:port/database."
     )
+    direct_database_url: str | None = Field(
+        None,
+        description="Address around a proxy that pools transactions, where `database_url` is one.",
+    )
     url: str = Field("http://127.0.0.1:8700", description="Where the client finds the service.")
     host: str = Field("127.0.0.1", description="Address that the service listens on.")
     port: int = Field(8700, ge=0, le=65_535, description="Port that the service listens on.")

@@ -187,14 +187,13 @@ def describe_model(session: Session, study_id: int, facts: ModelFacts) -> None:
     )
 
 
-def live(session: Session) -> Sequence[Study]:
-    """Return the studies that may still change by themselves, oldest first."""
-    rows = session.execute(
-        select(tables.studies)
+def live_ids(session: Session) -> Sequence[int]:
+    """Return the ids of the studies that may still change by themselves, oldest first."""
+    return session.scalars(
+        select(tables.studies.c.study_id)
         .where(tables.studies.c.state.in_(tables.LIVE_STUDY_STATES))
         .order_by(tables.studies.c.study_id)
-    )
-    return [_study(row) for row in rows]
+    ).all()
 
 
 def page(session: Session, *, state: str | None, before: int | None, limit: int) -> Sequence[Study]:
@@ -464,6 +463,7 @@ WITH picked AS (
 ), cancelled AS (
     UPDATE regtune.trials t
     SET state = 'cancelled', reason = :reason, token = NULL, lease_expires_at = NULL,
+        stop_request = NULL,
         worker_seconds = t.worker_seconds + CASE t.state WHEN 'running' THEN
             t.share * greatest(0, extract(epoch FROM now() - t.leased_at)::float) ELSE 0 END,
         finished_at = now()

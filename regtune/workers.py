@@ -90,6 +90,8 @@ def beat(
 ) -> None:
     """Say that a worker lives, how many lanes it wants filled and which study it trains.
 
+    The schedulers are woken when it wants something else than it has said before.
+
     ``lanes``, ``occupancy`` and ``capacity`` stay as they are where they are None. The fields of
     ``capacity`` are ``lanes``, ``reason`` and, where they are known, ``bytes_per_lane`` and
     ``trial_epochs_per_second``.
@@ -103,10 +105,9 @@ def beat(
             "lanes": lanes,
             "occupancy": occupancy,
             "capacity": json.dumps(capacity) if capacity else None,
+            "channel": NEWS,
         },
     )
-    if wanted_lanes:
-        events.notify(session, NEWS, study_id or ANY_STUDY)
 
 
 def leave(session: Session, name: str) -> None:
@@ -158,13 +159,24 @@ SET host = excluded.host, pid = excluded.pid, device = excluded.device,
     occupancy = NULL, capacity = NULL
 """
 
+# The row's lock sees to it that what was said before is what this beat replaces.
 _BEAT = """
-UPDATE regtune.workers
-SET heartbeat_at = now(), wanted_lanes = :wanted_lanes, study_id = :study_id,
-    lanes = coalesce(cast(:lanes AS int), lanes),
-    occupancy = coalesce(cast(:occupancy AS double precision), occupancy),
-    capacity = coalesce(cast(:capacity AS jsonb), capacity)
-WHERE name = :name
+WITH before AS (
+    SELECT name, wanted_lanes, study_id FROM regtune.workers WHERE name = :name FOR UPDATE
+), beaten AS (
+    UPDATE regtune.workers w
+    SET heartbeat_at = now(), wanted_lanes = :wanted_lanes, study_id = :study_id,
+        lanes = coalesce(cast(:lanes AS int), w.lanes),
+        occupancy = coalesce(cast(:occupancy AS double precision), w.occupancy),
+        capacity = coalesce(cast(:capacity AS jsonb), w.capacity)
+    FROM before WHERE w.name = before.name
+    RETURNING w.wanted_lanes, w.study_id
+)
+SELECT pg_notify(:channel, coalesce(beaten.study_id, 0)::text)
+FROM beaten, before
+WHERE beaten.wanted_lanes > 0
+  AND (beaten.wanted_lanes, beaten.study_id) IS DISTINCT FROM
+      (before.wanted_lanes, before.study_id)
 """
 
 _EVERYONE = """

@@ -27,9 +27,6 @@ DESCRIPTION = (
     "Finds how strongly to regularize a neural network: post a study, watch it, take the answer."
 )
 
-_SCHEDULER_CONNECTIONS = 2
-"""One holds the locks of the studies that it leads, the other does the rest."""
-
 _GRACE_SECONDS = 5
 """What a request in progress has left to end when the service stops."""
 
@@ -40,8 +37,9 @@ def create_app(settings: Settings, *, schedule: bool = True) -> FastAPI:
     Nothing is connected before it starts. Raise DatabaseUnavailable without a database's address.
     """
     url = _database_url(settings)
-    engine = database.connect(url, pool_size=settings.pool_size)
-    newsroom = Newsroom(url)
+    proxied = settings.direct_database_url is not None
+    engine = database.connect(url, pool_size=settings.pool_size, proxied=proxied)
+    newsroom = Newsroom(settings.direct_database_url or url)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -62,7 +60,9 @@ def create_app(settings: Settings, *, schedule: bool = True) -> FastAPI:
     problems.install(app)
     for part in (studies, trials, history, events, workers, health):
         app.include_router(part.router)
-    app.router.default = Dashboard(url, settings.pool_size, settings.max_body_bytes)
+    app.router.default = Dashboard(
+        url, settings.pool_size, settings.max_body_bytes, proxied=proxied
+    )
     describe(app)
     return app
 
@@ -91,8 +91,15 @@ def serve(settings: Settings) -> None:
 @contextmanager
 def _scheduling(url: str, settings: Settings) -> Iterator[None]:
     """Run the scheduler, on connections of its own: a crowd of clients must not starve it."""
-    engine = database.connect(url, pool_size=_SCHEDULER_CONNECTIONS)
-    scheduler = Scheduler(engine, url, settings)
+    direct = settings.direct_database_url
+    engine = database.connect(
+        url,
+        pool_size=1,
+        program="scheduler",
+        proxied=direct is not None,
+        trust_seconds=database.TRUST_SECONDS,
+    )
+    scheduler = Scheduler(engine, direct or url, settings)
     scheduler.start()
     yield
     scheduler.stop()
@@ -116,9 +123,13 @@ def _check_database(settings: Settings) -> None:
 def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family)
+        listener = socket.create_server((host, port), family=family)
     except OSError as error:
         raise AddressTaken(f"cannot listen on {host}:{port}: {_reason(error)}") from None
+    # Connections inherit it. asyncio sets it on sockets of its own making alone, and without it an
+    # answer's body waits 40 ms for the client to acknowledge its head.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def _reason(error: OSError) -> str:

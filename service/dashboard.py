@@ -44,8 +44,11 @@ _INSTEAD = (
 class Dashboard:
     """An ASGI app that lets through what only reads, and notes."""
 
-    def __init__(self, url: str, connections: int, max_body_bytes: int) -> None:
+    def __init__(
+        self, url: str, connections: int, max_body_bytes: int, *, proxied: bool = False
+    ) -> None:
         self._url = url
+        self._proxied = proxied
         self._connections = connections
         self._max_body_bytes = max_body_bytes
         self._made: ASGIApp | None = None
@@ -71,11 +74,13 @@ class Dashboard:
         """Return the dashboard, made when it is first asked for: it connects as it is made."""
         async with self._making:
             if self._made is None:
-                self._made = await run_in_threadpool(_dashboard, self._url, self._connections)
+                self._made = await run_in_threadpool(
+                    _dashboard, self._url, self._connections, self._proxied
+                )
         return self._made
 
 
-def _dashboard(url: str, connections: int) -> ASGIApp:
+def _dashboard(url: str, connections: int, proxied: bool) -> ASGIApp:
     # Imported late: it brings scikit-learn along, which takes as long as all the rest together.
     from optuna_dashboard import wsgi
 
@@ -88,7 +93,9 @@ def _dashboard(url: str, connections: int) -> ASGIApp:
                     "pool_size": connections,
                     "max_overflow": 0,
                     "pool_pre_ping": True,
-                    "connect_args": {"application_name": "regtune-dashboard"},
+                    "connect_args": database.connect_args(
+                        database.normalized(url), "dashboard", proxied
+                    ),
                 },
                 skip_table_creation=True,
             )

@@ -3,6 +3,7 @@
 import os
 import socket
 import time
+from collections.abc import Callable
 
 import structlog
 import torch
@@ -20,6 +21,7 @@ from worker.heartbeat import Heartbeat
 from worker.shutdown import Interrupted, Shutdown
 from worker.stack import Stack, describe
 from worker.training import capacity
+from worker.training.engine import Engine
 
 log = structlog.get_logger()
 
@@ -27,7 +29,10 @@ _SLICE_SECONDS = 0.5
 
 
 class Worker:
-    """One process that trains on one device; any number may share a database."""
+    """One process that trains on one device; any number may share a database.
+
+    ``make_engine`` builds what trains a study; a benchmark of everything else passes its own.
+    """
 
     def __init__(
         self,
@@ -36,6 +41,7 @@ class Worker:
         device: torch.device,
         name: str | None = None,
         shutdown: Shutdown | None = None,
+        make_engine: Callable[..., Engine] = Engine,
     ) -> None:
         self.name = name or f"{socket.gethostname()}-{os.getpid()}"
         self._url = url
@@ -44,12 +50,21 @@ class Worker:
         self._lanes = settings.lanes or capacity.provisional(device)
         self._offer = task.installed()
         self._shutdown = shutdown or Shutdown()
-        self._database: Database = database.connect(url, pool_size=min(2, settings.pool_size))
-        self._listener = database.Listener(url, database.WORK)
+        self._make_engine = make_engine
+        self._database: Database = database.connect(
+            url,
+            pool_size=min(2, settings.pool_size),
+            program="worker",
+            proxied=settings.direct_database_url is not None,
+            trust_seconds=database.TRUST_SECONDS,
+        )
+        direct = settings.direct_database_url or url
+        self._listener = database.Listener(direct, database.WORK, program="worker", name=self.name)
         self._checkpoints = CheckpointStore(
             settings.checkpoints or str(settings.data_dir / "checkpoints")
         )
         self._stack: Stack | None = None
+        self._idle_beat = 0.0
 
     def run(self) -> None:
         """Train until told to stop; then give back what is not finished.
@@ -86,12 +101,12 @@ class Worker:
     def _train_next(self) -> bool:
         """Train the study whose turn it is for as long as it has trials; say if there was one."""
         try:
-            study = self._choose()
-            if study is None:
+            study_id = self._choose()
+            if study_id is None:
                 return False
-            if self._stack is None or self._stack.study.study_id != study.study_id:
+            if self._stack is None or self._stack.study.study_id != study_id:
                 self._drop_stack()
-                self._stack = self._build_stack(study)
+                self._stack = self._build_stack(self._read_study(study_id))
             return self._stack is not None and self._train(self._stack)
         except (DBAPIError, DatabaseUnavailable, NotFound) as error:
             log.warning("database_lost", worker=self.name, error=str(error).splitlines()[0])
@@ -102,12 +117,22 @@ class Worker:
             self._stack.close()
         self._stack = None
 
-    def _choose(self) -> Study | None:
+    def _choose(self) -> int | None:
+        """Return the study whose turn it is; where there is none, say that all lanes are free.
+
+        Once a poll at most: of many workers that a few new trials wake, most find none left.
+        """
         with transaction(self._database) as session:
             study_id = shares.choose(session, self.name, stay_seconds=self._settings.stay_seconds)
-            if study_id is None:
+            if study_id is None and time.monotonic() >= self._idle_beat:
                 workers.beat(session, self.name, wanted_lanes=self._lanes, study_id=None)
-                return None
+                self._idle_beat = time.monotonic() + self._settings.poll_seconds
+            elif study_id is not None:
+                self._idle_beat = 0.0
+            return study_id
+
+    def _read_study(self, study_id: int) -> Study:
+        with transaction(self._database) as session:
             return studies.by_id(session, study_id)
 
     def _build_stack(self, study: Study) -> Stack | None:
@@ -121,6 +146,7 @@ class Worker:
                 self._device,
                 self._listener,
                 self._checkpoints,
+                self._make_engine,
             )
         except Exception as error:  # noqa: BLE001 - a user's crash is data
             log.error("task_failed", study=study.name, error=str(error))

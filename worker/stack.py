@@ -76,6 +76,7 @@ class Stack:
         device: torch.device,
         listener: Listener,
         store: CheckpointStore,
+        make_engine: Callable[..., Engine] = Engine,
     ) -> None:
         """Load the data, build the model and see how many lanes the device takes.
 
@@ -85,7 +86,7 @@ class Stack:
         self._settings = settings
         self._device = device
         self._listener = listener
-        self._engine = self._build_engine()
+        self._engine = self._build_engine(make_engine)
         self._capacity = self._settle_capacity()
         self._occupancy = Occupancy()
         self._writer = CheckpointWriter(store)
@@ -183,9 +184,9 @@ class Stack:
             log.info("released", study=self.study.name, trials=released)
         self._leases.clear()
 
-    def _build_engine(self) -> Engine:
+    def _build_engine(self, make_engine: Callable[..., Engine]) -> Engine:
         spec = self.study.spec
-        return Engine(
+        return make_engine(
             task=spec.task,
             training=spec.training,
             validation=spec.validation,

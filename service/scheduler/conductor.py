@@ -22,8 +22,8 @@ from service.scheduler.mirror import Mirror, read_trials
 log = structlog.get_logger()
 
 ACTOR = "scheduler"
-MAX_SUGGESTIONS = 256
-"""Most suggestions a round, so that a large fleet gets its first trials before the last is made."""
+SUGGESTION_SECONDS = 0.1
+"""How long a round may think of suggestions, so that the first ones train while the others come."""
 
 _OPTUNA_STATES = {
     "complete": TrialState.COMPLETE,
@@ -61,6 +61,8 @@ class News:
     study: Study
     waiting: int
     running: int
+    overdue: int
+    """Running trials whose leases have run out."""
     wanted_lanes: int
     room: int
     """How many more trials the budget allows."""
@@ -80,31 +82,43 @@ class News:
 class Conductor:
     """Leads one study; made when its lock is won, thrown away when that is lost."""
 
-    def __init__(self, engine: Engine, url: str, settings: Settings, study: Study) -> None:
+    def __init__(self, engine: Engine, settings: Settings, study_id: int) -> None:
+        """Read all that has happened so far; raise NotFound if the study has been deleted."""
         self._engine = engine
         self._settings = settings
-        self._study_id = study.study_id
+        self._study_id = study_id
+        with database.transaction(engine) as session:
+            study = studies.by_id(session, study_id)
+            trials = read_trials(session, study_id, study.spec)
         self._prunes = study.spec.pruner.name != "none"
         self._mirror = Mirror(study.spec)
-        self._mirror.restore(read_trials(url, study.name))
+        self._mirror.restore(trials)
 
-    def round(self) -> None:
-        """Bring the study one step further; raise StaleView if the mirror has missed something."""
+    def round(self) -> bool:
+        """Bring the study one step further; return whether there is more to do at once.
+
+        Raise StaleView if the mirror has missed something.
+        """
         news = self._take_stock()
         self._tell(news)
         self._judge(news)
-        if not self._conclude(news):
-            self._suggest(news)
+        return not self._conclude(news) and self._suggest(news)
 
     def _take_stock(self) -> News:
+        news = self._read()
+        if not news.overdue:
+            return news
         with database.transaction(self._engine) as session:
             lost = leasing.expire(session, self._study_id, self._settings.max_attempts)
         if lost:
             log.warning("leases_lost", study_id=self._study_id, trials=len(lost))
-        with database.transaction(self._engine) as session:
-            return self._read(session)
+        return self._read()
 
-    def _read(self, session: Session) -> News:
+    def _read(self) -> News:
+        with database.transaction(self._engine) as session:
+            return self._news(session)
+
+    def _news(self, session: Session) -> News:
         study = studies.by_id(session, self._study_id)
         counts = session.execute(text(_COUNTS), {"study_id": self._study_id}).one()
         ended = self._read_ended(session)
@@ -116,15 +130,25 @@ class Conductor:
             study=study,
             waiting=counts.waiting,
             running=counts.running,
+            overdue=counts.overdue,
             wanted_lanes=workers.wanted_lanes(
                 session, self._study_id, self._settings.lease_seconds
             ),
             room=studies.room(session, study),
-            seconds_spent=counts.seconds_spent,
+            seconds_spent=self._seconds_spent(session, study),
             ended=ended,
             epochs=by_number,
             attempts={row.number: (row.trial_id, row.attempt) for row in epochs},
         )
+
+    def _seconds_spent(self, session: Session, study: Study) -> float:
+        """Return the seconds since the first lease, where the budget asks for them; else 0."""
+        if study.budget_seconds is None:
+            return 0.0
+        spent: float = session.execute(
+            text(_SECONDS_SPENT), {"study_id": self._study_id}
+        ).scalar_one()
+        return spent
 
     def _read_ended(self, session: Session) -> Sequence[Ended]:
         rows = session.execute(
@@ -157,16 +181,16 @@ class Conductor:
         """Tell the mirror what has ended, and keep what its pruner has noted on those trials."""
         notes = {}
         for trial in news.ended:
-            self._mirror.report(trial.number, news.epochs.get(trial.number, ()))
+            self._mirror.report(trial.number, news.epochs.get(trial.number, ()), over=True)
             notes[trial.trial_id] = self._mirror.tell(
                 trial.number, _OPTUNA_STATES[trial.state], trial.value
             )
-        if self._prunes and notes:
-            rows = [
-                {"trial_id": trial_id, "key": key, "value": json.dumps(value)}
-                for trial_id, attrs in notes.items()
-                for key, value in attrs.items()
-            ]
+        rows = [
+            {"trial_id": trial_id, "key": key, "value": json.dumps(value)}
+            for trial_id, attrs in notes.items()
+            for key, value in attrs.items()
+        ]
+        if self._prunes and rows:
             with database.transaction(self._engine) as session:
                 session.execute(text(_KEEP_NOTES), {"rows": json.dumps(rows)})
 
@@ -187,6 +211,8 @@ class Conductor:
 
     def _conclude(self, news: News) -> bool:
         """End the study if it is done, as far as that can be seen now; return whether it is."""
+        if not self._may_be_done(news):
+            return False
         with database.transaction(self._engine) as session:
             # Looked at again under the study's lock: a client may stop or cancel it meanwhile.
             study = studies.lock(session, self._study_id)
@@ -206,6 +232,15 @@ class Conductor:
             log.info("study_ended", study=study.name, state=state, reason=reason)
             return True
 
+    def _may_be_done(self, news: News) -> bool:
+        """Say whether it is worth a look under the study's lock."""
+        return (
+            news.study.state not in ("active", "paused")
+            or news.out_of_time
+            or not (news.waiting or news.running)
+            or any(trial.state == "failed" for trial in news.ended)
+        )
+
     def _ending(self, session: Session, study: Study, news: News) -> tuple[str, str] | None:
         counts = session.execute(text(_COUNTS), {"study_id": self._study_id}).one()
         limit = self._settings.max_consecutive_failures
@@ -220,7 +255,7 @@ class Conductor:
         if study.state == "stopping":
             return "stopped", study.reason or "stopped by request"
         used_up = self._used_up(session, study, news)
-        if used_up and counts.failed and counts.failed == counts.ended:
+        if used_up and session.execute(text(_ALL_FAILED), {"study_id": self._study_id}).scalar():
             return "failed", "every trial failed"
         return ("completed", used_up) if used_up else None
 
@@ -237,18 +272,20 @@ class Conductor:
             )
         return None
 
-    def _suggest(self, news: News) -> None:
-        count = min(news.room, news.wanted_lanes - news.waiting, MAX_SUGGESTIONS)
+    def _suggest(self, news: News) -> bool:
+        """Append what living workers want; return whether some of that is left to suggest."""
+        count = min(news.room, news.wanted_lanes - news.waiting)
         if news.study.state != "active" or news.out_of_time or count <= 0:
-            return
+            return False
         expected = self._mirror.next_number
-        suggestions = self._mirror.suggest(count)
+        suggestions = self._mirror.suggest(count, SUGGESTION_SECONDS)
         with database.transaction(self._engine) as session:
             appended = leasing.append(
                 session, self._study_id, suggestions, expected=expected, actor=ACTOR
             )
-        if len(appended) != count:
+        if len(appended) != len(suggestions):
             raise StaleView("the study was changed or halted while its next trials were chosen")
+        return len(appended) < count
 
 
 def _is_out_of_time(study: Study, seconds_spent: float) -> bool:
@@ -259,13 +296,21 @@ def _time_is_up(study: Study) -> str:
     return f"the budget of {study.budget_seconds:g} seconds is used up"
 
 
+# Of the open trials alone: those that have ended may be a hundred thousand.
 _COUNTS = """
 SELECT count(*) FILTER (WHERE state = 'waiting') AS waiting,
        count(*) FILTER (WHERE state = 'running') AS running,
-       count(*) FILTER (WHERE state = 'failed') AS failed,
-       count(*) FILTER (WHERE state NOT IN ('waiting', 'running')) AS ended,
-       coalesce(extract(epoch FROM now() - min(started_at)), 0)::float AS seconds_spent
+       count(*) FILTER (WHERE state = 'running' AND lease_expires_at < now()) AS overdue
+FROM regtune.trials WHERE study_id = :study_id AND state IN ('waiting', 'running')
+"""
+
+_SECONDS_SPENT = """
+SELECT coalesce(extract(epoch FROM now() - min(started_at)), 0)::float
 FROM regtune.trials WHERE study_id = :study_id
+"""
+
+_ALL_FAILED = """
+SELECT coalesce(bool_and(state = 'failed'), false) FROM regtune.trials WHERE study_id = :study_id
 """
 
 _ENDED = """

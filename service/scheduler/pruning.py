@@ -7,6 +7,14 @@ from regtune.spec import StudySpec
 from service.scheduler.extrapolation import ExtrapolationPruner
 
 
+def keeps_notes(spec: StudySpec) -> bool:
+    """Say whether a pruner compares trials by what it has noted on them at each epoch.
+
+    Such a one must be asked about every epoch, also when it is too late to stop the trial.
+    """
+    return spec.pruner.name not in ("none", "median")
+
+
 def make_pruner(spec: StudySpec) -> BasePruner:
     """Return the pruner of a study; none acts before ``spec.first_prunable_epoch``."""
     first = spec.first_prunable_epoch

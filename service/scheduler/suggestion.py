@@ -7,6 +7,7 @@ suggestion never depends on which replica was asked, or for how long that one ha
 import math
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import optuna
@@ -18,6 +19,8 @@ from optuna.distributions import (
     IntDistribution,
 )
 from optuna.samplers import BaseSampler
+from optuna.study import Study as OptunaStudy
+from optuna.trial import FrozenTrial
 
 from regtune.leasing import Suggestion
 from regtune.space import Fixed, Searched
@@ -70,8 +73,12 @@ def make_sampler(spec: StudySpec, number: int) -> BaseSampler:
     startup = min(STARTUP_TRIALS, max(REFERENCE_TRIALS, spec.budget.trials // 4))
     match spec.sampler.name:
         case "tpe":
-            return optuna.samplers.TPESampler(
-                seed=seed, n_startup_trials=startup, multivariate=True, constant_liar=True
+            return _Tpe(
+                distributions(spec),
+                seed=seed,
+                n_startup_trials=startup,
+                multivariate=True,
+                constant_liar=True,
             )
         case "gp":
             return optuna.samplers.GPSampler(
@@ -85,6 +92,20 @@ def make_sampler(spec: StudySpec, number: int) -> BaseSampler:
                 warn_independent_sampling=False,
             )
     return optuna.samplers.RandomSampler(seed=seed)
+
+
+class _Tpe(optuna.samplers.TPESampler):
+    """Optuna's, told the search space, which it would else look up in every trial of the study."""
+
+    def __init__(self, space: Mapping[str, BaseDistribution], **options: Any) -> None:
+        super().__init__(**options)
+        self._space = {name: kind for name, kind in sorted(space.items()) if not kind.single()}
+
+    def infer_relative_search_space(
+        self, study: OptunaStudy, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """Return the parameters that are sampled together: all of them, as Optuna orders them."""
+        return self._space
 
 
 def as_suggestion(

@@ -154,15 +154,15 @@ def test_a_study_that_is_changed_while_trials_are_appended_stays_within_its_budg
 def test_an_epoch_that_is_trained_again_counts_once(engine: Engine) -> None:
     study = builders.create(engine, budget={"trial_epochs": 101})
     builders.append(engine, study, 1)
-    for _ in range(2):
-        record_and_release(engine, builders.lease(engine, study))
+    for loss in (3.0, 2.0):
+        record_and_release(engine, builders.lease(engine, study), loss)
     builders.complete(engine, builders.lease(engine, study))
     with transaction(engine) as session:
         assert studies.room(session, studies.by_id(session, study.study_id)) == 2
     assert audit(engine) == {}
 
 
-def record_and_release(engine: Engine, leases: Any) -> None:
+def record_and_release(engine: Engine, leases: Any, loss: float = 1.0) -> None:
     with transaction(engine) as session:
-        reporting.flush(session, leases, {leases[0].trial_id: [builders.epoch(1)]}, 30)
+        reporting.flush(session, leases, {leases[0].trial_id: [builders.epoch(1, loss)]}, 30)
         leasing.release(session, leases, "w")

@@ -81,6 +81,9 @@ VALUES (1, 1, 0, 'baseline', cast(:params AS jsonb), 'complete', 1, 0.5, 0.9, 1,
        (2, 1, 1, 'default', cast(:params AS jsonb), 'waiting', 0, NULL, NULL, NULL, NULL, NULL,
         NULL, NULL);
 INSERT INTO regtune.epochs VALUES (1, 1, 1, 1.0, 0.5, 0.9, 0.0, 0.0, 0.1);
+INSERT INTO public.trial_intermediate_values
+       (trial_id, step, intermediate_value, intermediate_value_type)
+VALUES (1, 1, 0.5, 'FINITE');
 INSERT INTO regtune.events (study_id, number, kind, actor) VALUES (1, 0, 'trial_started', 'w');
 INSERT INTO regtune.workers
        (name, host, pid, device, lanes, wanted_lanes, datasets, models, started_at, heartbeat_at)

@@ -174,7 +174,8 @@ def listeners(engine: Engine) -> int:
     with engine.connect() as connection:
         count: int = connection.execute(
             text(
-                "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'regtune-listen'"
+                "SELECT count(*) FROM pg_stat_activity"
+                " WHERE application_name = 'regtune-service-listen'"
                 " AND datname = current_database()"
             )
         ).scalar_one()

@@ -163,7 +163,7 @@ def test_no_more_trials_wait_than_workers_want_lanes(engine: Engine, database_ur
     study = builders.create(engine, budget={"trials": 50})
     builders.register(engine, "idle", 6)
     builders.register(engine, "without the task", 60, datasets=["mnist"])
-    conductor = Conductor(engine, database_url, SETTINGS, study)
+    conductor = Conductor(engine, SETTINGS, study.study_id)
     for _ in range(3):
         conductor.round()
     assert builders.states(engine, study) == ["waiting"] * 6
@@ -172,10 +172,10 @@ def test_no_more_trials_wait_than_workers_want_lanes(engine: Engine, database_ur
 def run_one_by_one(engine: Engine, url: str, study: Study, rebuild: bool) -> list[Any]:
     """Conduct a study by hand, one trial at a time; return the parameters in order."""
     builders.register(engine, "one", 1)
-    conductor = Conductor(engine, url, SETTINGS, study)
+    conductor = Conductor(engine, SETTINGS, study.study_id)
     for _ in range(study.budget_trials):
         if rebuild:
-            conductor = Conductor(engine, url, SETTINGS, study)
+            conductor = Conductor(engine, SETTINGS, study.study_id)
         conductor.round()
         (lease,) = builders.lease(engine, study)
         losses, _ = bowl(lease)
@@ -396,7 +396,10 @@ def test_a_study_that_the_sampler_cannot_handle_fails_alone(
     bad = builders.create(engine, "bad", budget={"trials": 5})
     with engine.begin() as connection:
         connection.execute(
-            text("UPDATE public.studies SET study_name = 'renamed' WHERE study_id = :id"),
+            text(
+                "INSERT INTO public.trials (number, study_id, state)"
+                " VALUES (0, :id, 'COMPLETE')"  # and yet without a value
+            ),
             {"id": bad.study_id},
         )
     with scheduler(engine, database_url), HandWorker(engine, "a", 2):
@@ -411,7 +414,7 @@ def test_two_conductors_of_one_study_never_append_the_same_number(
 ) -> None:
     study = builders.create(engine, budget={"trials": 30})
     with HandWorker(engine, "a", 3):
-        rivals = [Conductor(engine, database_url, SETTINGS, study) for _ in range(2)]
+        rivals = [Conductor(engine, SETTINGS, study.study_id) for _ in range(2)]
 
         def conduct(index: int) -> int:
             stale = 0
@@ -420,7 +423,7 @@ def test_two_conductors_of_one_study_never_append_the_same_number(
                     rivals[index].round()
                 except StaleView:
                     stale += 1
-                    rivals[index] = Conductor(engine, database_url, SETTINGS, study)
+                    rivals[index] = Conductor(engine, SETTINGS, study.study_id)
             return stale
 
         with ThreadPoolExecutor(2) as pool:

@@ -21,7 +21,19 @@ from worker.checkpoints import CheckpointStore, CheckpointWriter, Saved
 from worker.training.checkpoint import Checkpoint
 
 STUDY = Study(
-    7, "study", builders.spec(), None, "active", None, 1, 5, None, 0, datetime.now(UTC), None
+    study_id=7,
+    name="study",
+    spec=builders.spec(),
+    model=None,
+    state="active",
+    reason=None,
+    priority=1,
+    budget_trials=5,
+    budget_seconds=None,
+    budget_trial_epochs=None,
+    appended=0,
+    created_at=datetime.now(UTC),
+    finished_at=None,
 )
 LEASE = Lease(3, 7, 2, 1, uuid.uuid4(), {"dropout": 0.25, "patience": 4})
 NEXT = replace(LEASE, attempt=2, token=uuid.uuid4())

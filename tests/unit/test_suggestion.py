@@ -1,11 +1,14 @@
 from typing import Any
 
+import numpy as np
+import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from optuna.trial import create_trial
+from optuna.trial import TrialState, create_trial
 
 from regtune.spec import Search
+from service.scheduler.mirror import Mirror
 from service.scheduler.suggestion import as_suggestion, distributions, predetermined
 from tests.builders import spec
 
@@ -122,6 +125,27 @@ def test_sobol_points_cover_the_space_evenly() -> None:
     for lower in range(8):
         inside = [p for p in dropouts if lower * 0.0875 <= p < (lower + 1) * 0.0875]
         assert len(inside) == 8
+
+
+def test_tpe_suggests_what_optuna_would_have() -> None:
+    study = spec(budget={"trials": 60})
+    mirror, plain = Mirror(study), optuna.create_study()
+    for number in range(40):
+        suggestion = mirror.suggest(1)[0]
+        seed = int(np.random.SeedSequence([0, number]).generate_state(1)[0])
+        plain.sampler = optuna.samplers.TPESampler(
+            seed=seed, n_startup_trials=10, multivariate=True, constant_liar=True
+        )
+        if number < 2:
+            plain.enqueue_trial(dict(suggestion.suggested))
+        trial = plain.ask(distributions(study))
+        assert trial.params == suggestion.suggested
+        mirror.tell(number, TrialState.COMPLETE, trial.params["dropout"])
+        plain.tell(trial, trial.params["dropout"])
+
+
+def test_suggestions_stop_when_their_time_is_over() -> None:
+    assert len(Mirror(spec(budget={"trials": 60})).suggest(5, seconds=0)) == 1
 
 
 def test_a_grid_of_a_million_million_points_costs_no_memory() -> None:

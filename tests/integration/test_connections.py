@@ -1,0 +1,57 @@
+"""Connections of a pool, and whom a notification is meant for."""
+
+import hashlib
+
+from sqlalchemy import Engine, text
+
+from regtune import database
+from tests import builders
+
+
+def test_a_connection_that_was_cut_is_replaced_unseen(database_url: str, engine: Engine) -> None:
+    tried = database.connect(database_url, program="tried")
+    with tried.connect() as connection:
+        connection.execute(text("SELECT 1"))
+    with engine.connect() as connection:
+        connection.execute(
+            text(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE application_name = 'regtune-tried' AND datname = current_database()"
+            )
+        )
+    with tried.connect() as connection:
+        assert connection.execute(text("SELECT 1")).scalar() == 1
+    tried.dispose()
+
+
+def test_new_trials_wake_those_who_want_some_and_no_others(
+    database_url: str, engine: Engine
+) -> None:
+    study = builders.create(engine, budget={"trials": 50})
+    for i in range(20):
+        builders.register(engine, f"w{i}")
+    heard = 0
+    for i in range(20):
+        with database.Listener(database_url, database.WORK, name=f"w{i}") as listener:
+            listener.wait(0)
+            builders.append(engine, study, 1)
+            with engine.begin() as connection:
+                connection.execute(text(f"NOTIFY {database.WORK}, '77'"))
+            known: set[int] = set()
+            while 77 not in known:
+                known |= listener.wait(30)
+            heard += study.study_id in known
+    assert heard == 6  # one that is needed, as many again, and four
+
+
+def test_a_notification_for_others_goes_unheard(database_url: str, engine: Engine) -> None:
+    tags = {name: hashlib.md5(name.encode()).hexdigest()[:8] for name in ("me", "you")}
+    with database.Listener(database_url, database.WORK, name="me") as listener:
+        listener.wait(0)
+        for payload in (f"1 {tags['you']}", f"2 {tags['you']} {tags['me']}", "3"):
+            with engine.begin() as connection:
+                connection.execute(text(f"NOTIFY {database.WORK}, '{payload}'"))
+        known: set[int] = set()
+        while 3 not in known:
+            known |= listener.wait(30)
+    assert known == {2, 3}
