@@ -62,9 +62,6 @@ TRIES = 3
 TOLERANCE = 1e-3
 """Largest difference in one call between two forms of a program, relative to the norm."""
 
-_RECORDING = threading.Lock()
-"""``make_fx`` changes modules of torch while it runs, so one thread at a time may record."""
-
 Function = Callable[..., Tensor]
 
 
@@ -240,6 +237,7 @@ class Programs:
         self._queue: queue.Queue[Program | None] = queue.Queue()
         self._compiled: queue.SimpleQueue[tuple[Program, Form]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._closed = False
 
     def find(self, name: str, lanes: int, threads: int, *shapes: Hashable) -> Program:
         """Return the program of this name for so many lanes, intra-op threads and shapes."""
@@ -304,6 +302,7 @@ class Programs:
 
     def close(self) -> None:
         """Compile nothing more; what is being compiled right now is left to end by itself."""
+        self._closed = True
         self._queue.put(None)
 
     def _take_compiled(self) -> bool:
@@ -321,7 +320,7 @@ class Programs:
             self._thread.start()
 
     def _compile_all(self) -> None:
-        while (program := self._queue.get()) is not None:
+        while (program := self._queue.get()) is not None and not self._closed:
             started = perf_counter()
             try:
                 assert program.recording is not None  # else it would not have been queued
@@ -349,8 +348,7 @@ def record(
         fixed = pytree.tree_unflatten(leaves[: spec.num_leaves], spec)
         return (function(*fixed, *leaves[spec.num_leaves :]),)
 
-    with _RECORDING:
-        return make_fx(flat)(*examples), examples
+    return make_fx(flat)(*examples), examples
 
 
 def compile_recording(recording: GraphModule, examples: Leaves, threads: int) -> Form:

@@ -20,6 +20,7 @@ from worker.training.regularizers import (
     perturbed,
     smoothed_cross_entropy,
 )
+from worker.training.tracing import TURNS
 
 log = structlog.get_logger()
 
@@ -136,10 +137,12 @@ class LaneModel:
         Running statistics in ``buffers`` are updated in place. ``strengths`` are ``(K,)`` each.
         """
         shared = 0 if batch.per_lane else None
-        self._model.train()
-        gradients, loss_K = self._map(
+        mapped = self._map(
             grad_and_value(self._loss), (0, 0, 0, shared, shared, shared), lanes_of(parameters)
-        )(parameters, buffers, strengths, batch.keys, batch.x, batch.y)
+        )
+        with TURNS.calling():
+            self._model.train()
+            gradients, loss_K = mapped(parameters, buffers, strengths, batch.keys, batch.x, batch.y)
         return gradients, loss_K
 
     @torch.no_grad()
@@ -158,10 +161,10 @@ class LaneModel:
         1 for a row that counts and 0 for one that does not; ``per_lane`` as in a batch.
         """
         shared = 0 if per_lane else None
-        self._model.eval()
-        total_K2: Tensor = self._map(
-            self._measure, (0, 0, shared, shared, shared), lanes_of(parameters)
-        )(parameters, buffers, x, y, weight)
+        mapped = self._map(self._measure, (0, 0, shared, shared, shared), lanes_of(parameters))
+        with TURNS.calling():
+            self._model.eval()
+            total_K2: Tensor = mapped(parameters, buffers, x, y, weight)
         return total_K2.T
 
     def _map(
