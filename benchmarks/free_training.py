@@ -27,6 +27,7 @@ from regtune import logs
 from regtune.settings import Settings
 from worker.loop import Worker
 from worker.shutdown import Shutdown
+from worker.training.checkpoint import Checkpoint
 from worker.training.lanes import LaneEpoch, LaneResult, LaneTrial
 
 EPOCHS = 20
@@ -79,10 +80,25 @@ class FreeEngine:
         """Return how many epochs each trial has left, by key."""
         return {key: EPOCHS - epoch for key, epoch in self._epochs.items()}
 
-    def join(self, trials: Sequence[LaneTrial], *_: object) -> None:
-        """Let trials start with the next epoch."""
-        self._trials |= {trial.key: trial for trial in trials}
-        self._epochs |= {trial.key: 0 for trial in trials}
+    def join(
+        self, trials: Sequence[LaneTrial], checkpoints: Mapping[int, Checkpoint] | None = None
+    ) -> None:
+        """Let trials start with the next epoch, at their first one or where they were left."""
+        states = {key: one.state for key, one in (checkpoints or {}).items()}
+        for trial in trials:
+            self._trials[trial.key] = trial
+            self._epochs[trial.key] = states[trial.key]["epoch"] if trial.key in states else 0
+
+    def checkpoint(self, keys: Sequence[int]) -> list[Checkpoint]:
+        """Return how far trials have come, which is all that there is of them."""
+        return [
+            Checkpoint({"epoch": torch.tensor(self._epochs[key])}, {"epoch": self._epochs[key]})
+            for key in keys
+        ]
+
+    def fits(self, checkpoint: Checkpoint) -> bool:
+        """Say whether a checkpoint is of such a trial."""
+        return checkpoint.tensors.keys() == {"epoch"}
 
     def leave(self, keys: Sequence[int]) -> None:
         """Take trials out."""
