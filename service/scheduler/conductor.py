@@ -319,12 +319,16 @@ WHERE study_id = :study_id AND number = ANY(:open) AND state NOT IN ('waiting', 
 ORDER BY finished_at, number
 """
 
+# A trial's row says how far it is, so that only those with something new have their epochs looked
+# up, each by a range of its key; OFFSET keeps the planner from reading them all for a hash.
 _EPOCHS = """
 SELECT t.number, t.trial_id, t.attempt, e.epoch, e.validation_loss
 FROM json_to_recordset(cast(:seen AS json)) AS seen(number int, epoch int)
 JOIN regtune.trials t ON t.study_id = :study_id AND t.number = seen.number
-JOIN regtune.epochs e ON e.trial_id = t.trial_id AND e.attempt = t.attempt
-WHERE e.epoch > seen.epoch
+                     AND t.epochs > seen.epoch
+CROSS JOIN LATERAL (
+    SELECT epoch, validation_loss FROM regtune.epochs
+    WHERE trial_id = t.trial_id AND attempt = t.attempt AND epoch > seen.epoch OFFSET 0) e
 ORDER BY e.epoch, t.number
 """
 
