@@ -27,6 +27,7 @@ from regtune import logs
 from regtune.settings import Settings
 from worker.loop import Worker
 from worker.shutdown import Shutdown
+from worker.training.checkpoint import Checkpoint
 from worker.training.lanes import LaneEpoch, LaneResult, LaneTrial
 
 EPOCHS = 20
@@ -79,10 +80,27 @@ class FreeEngine:
         """Return how many epochs each trial has left, by key."""
         return {key: EPOCHS - epoch for key, epoch in self._epochs.items()}
 
-    def join(self, trials: Sequence[LaneTrial], *_: object) -> None:
-        """Let trials start with the next epoch."""
+    def most_epochs_left(self) -> dict[int, int]:
+        """Return the same: no trial ends earlier."""
+        return self.epochs_left()
+
+    def join(
+        self, trials: Sequence[LaneTrial], checkpoints: Mapping[int, Checkpoint] | None = None
+    ) -> None:
+        """Let trials start with the next epoch, or go on where they were left."""
+        found = checkpoints or {}
         self._trials |= {trial.key: trial for trial in trials}
-        self._epochs |= {trial.key: 0 for trial in trials}
+        for trial in trials:
+            state = found[trial.key].state if trial.key in found else {"epoch": 0}
+            self._epochs[trial.key] = int(state["epoch"])
+
+    def checkpoint(self, keys: Sequence[int]) -> list[Checkpoint]:
+        """Return where trials stand; there are no weights."""
+        return [Checkpoint({}, {"epoch": self._epochs[key]}) for key in keys]
+
+    def fits(self, checkpoint: Checkpoint) -> bool:
+        """Say whether a trial can go on from a checkpoint: always."""
+        return True
 
     def leave(self, keys: Sequence[int]) -> None:
         """Take trials out."""
