@@ -66,7 +66,8 @@ async def stream_events(
     """Watch a study: what has happened, then what happens, until it has ended.
 
     Each event has its kind as `event`, its cursor as `id`, and as `data` a JSON object of `at`,
-    `kind`, `number` (the trial's, or null), `actor` and `detail`.
+    `kind`, `number` (the trial's, or null), `actor` and `detail`. The kinds are those of the
+    study's history.
     """
     after = _checked(query.after if last_event_id is None else last_event_id)
     study_id = await run_in_threadpool(_find, context, name)
