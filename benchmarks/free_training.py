@@ -80,19 +80,14 @@ class FreeEngine:
         """Return how many epochs each trial has left, by key."""
         return {key: EPOCHS - epoch for key, epoch in self._epochs.items()}
 
-    def most_epochs_left(self) -> dict[int, int]:
-        """Return the same: no trial ends earlier."""
-        return self.epochs_left()
-
     def join(
         self, trials: Sequence[LaneTrial], checkpoints: Mapping[int, Checkpoint] | None = None
     ) -> None:
-        """Let trials start with the next epoch, or go on where they were left."""
-        found = checkpoints or {}
-        self._trials |= {trial.key: trial for trial in trials}
+        """Let trials start with the next epoch, at their first one or where they were left."""
+        states = {key: one.state for key, one in (checkpoints or {}).items()}
         for trial in trials:
-            state = found[trial.key].state if trial.key in found else {"epoch": 0}
-            self._epochs[trial.key] = int(state["epoch"])
+            self._trials[trial.key] = trial
+            self._epochs[trial.key] = states[trial.key]["epoch"] if trial.key in states else 0
 
     def checkpoint(self, keys: Sequence[int]) -> list[Checkpoint]:
         """Return how far trials have come, which is all that there is of them."""

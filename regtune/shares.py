@@ -34,6 +34,7 @@ def choose(
     worker: str,
     *,
     current: int | None = None,
+    patient: bool = False,
     stay_seconds: float = 0.0,
     now: datetime | None = None,
 ) -> int | None:
@@ -41,39 +42,19 @@ def choose(
 
     It stays with its ``current`` study until that has had ``stay_seconds`` of this worker more than
     its due, and goes where few others are: what the others hold is counted as if they kept it for
-    ``stay_seconds`` more. While it trains trials of its current study, it can wait for that study's
-    next suggestion.
+    ``stay_seconds`` more. ``patient`` says that it can wait for the current study's next
+    suggestion.
     """
     return session.execute(
         text(_CHOOSE),
         {
             "worker": worker,
             "current": current,
+            "patient": patient,
             "stay": stay_seconds,
             "now": now,
         },
     ).scalar()
-
-
-def may_pass(
-    session: Session, worker: str, study_id: int, alive_seconds: float, *, shared: bool
-) -> bool:
-    """Say whether a worker may give a study's trials back half-trained, for another study.
-
-    Not of a study that is paused or stopping, whose running trials are to finish; and not while
-    workers on other machines could lease them, unless they reach the same checkpoints: ``shared``.
-    """
-    return bool(
-        session.execute(
-            text(_MAY_PASS),
-            {
-                "worker": worker,
-                "study_id": study_id,
-                "alive_seconds": alive_seconds,
-                "shared": shared,
-            },
-        ).scalar_one()
-    )
 
 
 SUITS = """
@@ -135,10 +116,7 @@ WITH clock AS (
     WHERE s.state = 'active' AND {SUITS}
       AND (EXISTS (SELECT FROM regtune.trials t
                    WHERE t.study_id = s.study_id AND t.state = 'waiting')
-           OR s.study_id = :current
-              AND EXISTS (SELECT FROM regtune.trials t
-                          WHERE t.study_id = s.study_id AND t.state = 'running'
-                            AND t.worker = :worker))
+           OR :patient AND s.study_id = :current AND s.appended < s.budget_trials)
 ), counted AS (
     SELECT candidate.*, coalesce(held.elsewhere, 0) AS elsewhere, coalesce(held.unsettled, 0)
            AS unsettled
@@ -154,12 +132,4 @@ SELECT study_id FROM counted
 ORDER BY virtual_seconds + (unsettled + :stay * (
     elsewhere - CASE study_id WHEN :current THEN 1 ELSE 0 END)) / priority, study_id
 LIMIT 1
-"""
-
-_MAY_PASS = """
-SELECT s.state = 'active' AND (:shared OR NOT EXISTS (
-    SELECT FROM regtune.workers w JOIN regtune.workers us ON us.name = :worker
-    WHERE w.host <> us.host AND w.stopped_at IS NULL
-      AND w.heartbeat_at > now() - make_interval(secs => :alive_seconds)))
-FROM regtune.studies s WHERE s.study_id = :study_id
 """

@@ -149,7 +149,7 @@ class CheckpointWriter:
     def __init__(self, store: CheckpointStore) -> None:
         self._store = store
         self._pool = ThreadPoolExecutor(1, "checkpoints")
-        self._latest: Future[bool] | None = None
+        self._latest: Future[None] | None = None
 
     @property
     def busy(self) -> bool:
@@ -171,24 +171,21 @@ class CheckpointWriter:
             lambda: self._store.remove(study, trial_ids), "checkpoint_removal_failed", study
         )
 
-    def wait(self, seconds: float) -> bool:
-        """Wait for so long at most; say whether all is done, and what came last succeeded."""
-        if self._latest is None:
-            return True
-        return bool(wait([self._latest], seconds).done) and self._latest.result()
+    def wait(self, seconds: float) -> None:
+        """Wait until everything is done, but not for longer than so many seconds."""
+        if self._latest is not None:
+            wait([self._latest], seconds)
 
     def close(self) -> None:
         """Let go of the thread."""
         self._pool.shutdown(wait=False)
 
     def _submit(self, work: Any, failure: str, study: Study) -> None:
-        def attempt() -> bool:
+        def attempt() -> None:
             try:
                 work()
-                return True
             except Exception as error:  # noqa: BLE001 - a file system may raise anything
                 log.warning(failure, study=study.name, error=str(error) or type(error).__name__)
-                return False
 
         self._latest = self._pool.submit(attempt)
 

@@ -7,7 +7,6 @@ meeting whose answer was lost does no harm.
 """
 
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -63,18 +62,13 @@ class Report:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a stack takes home; ``resumed`` are those of ``joining`` that need not start anew.
-
-    ``turn_passed`` says that another study's turn has come, and that others, or this worker later,
-    can go on with what is checkpointed.
-    """
+    """What a stack takes home; ``resumed`` are those of ``joining`` that need not start anew."""
 
     held: frozenset[int]
     ended: frozenset[int]
     joining: Sequence[Lease]
     resumed: Mapping[int, Saved]
     more_to_come: bool
-    turn_passed: bool = False
 
     @property
     def staying(self) -> frozenset[int]:
@@ -105,7 +99,6 @@ class Meetings:
         self._writer = writer
         self._fits = fits
         self._facts = facts if study.model is None else None
-        self._chosen_at = 0.0
         self._pool = ThreadPoolExecutor(2, "meetings")
         self._closing = threading.Event()
         self._report: Report | None = None
@@ -230,12 +223,8 @@ class Meetings:
         if any(self._is_suspect(lease) for lease in staying):
             free = 0
         joining: Sequence[Lease] = []
-        turn_passed = False
-        if free or self._is_time_to_choose():
-            chosen = self._choose(session)
-            if free and chosen == study_id:
-                joining = self._lease_some(session, free, report.slots, alone=not staying)
-            turn_passed = chosen not in (None, study_id) and self._may_pass(session)
+        if free and self._is_its_turn(session):
+            joining = self._lease_some(session, free, report.slots, alone=not staying)
         more_to_come = True
         if free > len(joining):
             more_to_come = studies.has_more(session, study_id)
@@ -248,29 +237,17 @@ class Meetings:
             occupancy=report.occupancy,
             capacity=report.capacity,
         )
-        return Answer(held, ended, joining, {}, more_to_come, turn_passed)
+        return Answer(held, ended, joining, {}, more_to_come)
 
-    def _is_time_to_choose(self) -> bool:
-        """Say whether to ask whose turn it is although no lane is free."""
-        return time.monotonic() - self._chosen_at >= self._settings.poll_seconds
-
-    def _choose(self, session: Session) -> int | None:
-        self._chosen_at = time.monotonic()
-        return shares.choose(
+    def _is_its_turn(self, session: Session) -> bool:
+        study_id = self._study.study_id
+        chosen = shares.choose(
             session,
             self._worker,
-            current=self._study.study_id,
+            current=study_id,
             stay_seconds=self._settings.stay_seconds,
         )
-
-    def _may_pass(self, session: Session) -> bool:
-        return shares.may_pass(
-            session,
-            self._worker,
-            self._study.study_id,
-            self._settings.lease_seconds,
-            shared=self._settings.checkpoints is not None,
-        )
+        return chosen == study_id
 
     def _lease_some(
         self, session: Session, count: int, slots: int, *, alone: bool

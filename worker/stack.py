@@ -40,12 +40,6 @@ ANSWER_SECONDS = 0.5
 CHECKPOINT_SECONDS, PARTING_SECONDS = 5.0, 3.0
 """What writing the last checkpoints and giving the trials back may take, once told to stop."""
 
-HANDOVER_SECONDS = 2.0
-"""What checkpoints may take to be written when another study's turn has come."""
-
-FINISH_SECONDS = 1.0
-"""Trials that end within that are finished first; the lanes beside them stay empty meanwhile."""
-
 
 class Occupancy:
     """Which share of its slots a worker kept in training while there were trials to be had."""
@@ -112,7 +106,6 @@ class Stack:
         self._outcomes: dict[int, Outcome] = {}
         self._given_back: frozenset[int] = frozenset()
         self._more_to_come = True
-        self._hands_over = True
         self._met_at = self._checkpointed_at = time.monotonic()
 
     @property
@@ -252,7 +245,7 @@ class Stack:
 
     def _is_time_to_meet(self) -> bool:
         """Say whether there is something to end or to begin, or enough to record."""
-        if self._outcomes or self._given_back or not self._engine.lanes:
+        if self._outcomes or not self._engine.lanes:
             return True
         if self._engine.free_slots and self._listener.wait(0):
             return True
@@ -293,23 +286,6 @@ class Stack:
         self._checkpoint(keys)
         self._engine.leave(keys)
         self._given_back |= set(keys)
-
-    def _hand_over(self) -> None:
-        """Give back what will take a while yet, once its checkpoints are written.
-
-        If they cannot be, or not in time, the trials of this stack go on to their ends here.
-        """
-        seconds = self._occupancy.epoch_seconds or 0.0
-        left = self._engine.most_epochs_left()
-        keys = [key for key in self._engine.lanes if left[key] * seconds > FINISH_SECONDS]
-        if not keys or not self._hands_over:
-            return
-        self._checkpoint(keys)
-        self._hands_over = self._writer.wait(HANDOVER_SECONDS)
-        if self._hands_over:
-            self._engine.leave(keys)
-            self._given_back |= set(keys)
-            log.info("handed_over", study=self.study.name, trials=len(keys))
 
     def _train_apart(self, error: Exception, progress: Callable[[], None]) -> list[LaneEpoch]:
         """Train all lanes for an epoch, in ever smaller parts, until whoever raises is alone.
@@ -419,8 +395,6 @@ class Stack:
                 raise
             self._given_back |= set(joining)
             self._take_fewer_lanes()
-        if answer.turn_passed:
-            self._hand_over()
 
 
 def _halves(keys: Sequence[int]) -> list[Sequence[int]]:

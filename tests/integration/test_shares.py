@@ -25,10 +25,7 @@ SETTLE_SECONDS = 2.0
 
 @dataclass
 class Machine:
-    """A worker whose trials end after so many seconds, as their study says; it trains nothing.
-
-    When the turn passes it gives back what it holds.
-    """
+    """A worker whose trials end after so many seconds, as their study says; it trains nothing."""
 
     name: str
     lanes: int
@@ -47,8 +44,6 @@ class Fleet:
     def __init__(self, engine: Engine, machines: Sequence[Machine], stay: float = 10) -> None:
         self.engine, self.machines, self.stay = engine, machines, stay
         self.seconds: dict[int, Callable[[int], float]] = {}
-        self.left: dict[int, float] = {}
-        """The seconds that a trial still takes which was given back, by its id."""
         self.had: dict[int, float] = {}
         """Lane-seconds, by study."""
         self.at = 0.0
@@ -93,25 +88,19 @@ class Fleet:
         ended = machine.leave_ended(self.at)
         outcomes = [(lease, reporting.Pruned("enough")) for lease in ended]
         reporting.finish(session, outcomes, machine.name, now=now)
+        free = machine.lanes - len(machine.held)
+        if not free:
+            return
         chosen = shares.choose(
             session, machine.name, current=machine.current, stay_seconds=self.stay, now=now
         )
         if chosen is None:
             return
-        if chosen != machine.current:
-            self._give_back(session, machine, now)
         machine.current = chosen
-        free = machine.lanes - len(machine.held)
         for lease in leasing.lease(
             session, chosen, machine.name, free, 1e6, slots=machine.lanes, now=now
         ):
-            seconds = self.left.pop(lease.trial_id, self.seconds[chosen](lease.number))
-            machine.held.append((lease, self.at + seconds))
-
-    def _give_back(self, session: Session, machine: Machine, now: datetime) -> None:
-        leasing.release(session, [lease for lease, _ in machine.held], machine.name, now=now)
-        self.left |= {lease.trial_id: until - self.at for lease, until in machine.held}
-        machine.held = []
+            machine.held.append((lease, self.at + self.seconds[chosen](lease.number)))
 
 
 def fleet(engine: Engine, lanes: Sequence[int], **offers: Sequence[str]) -> Fleet:
@@ -142,7 +131,6 @@ def portions(had: Mapping[int, float]) -> list[float]:
     [
         ([1], (5.0, 5.0)),  # one lane: turns alone
         ([8], (2.0, 20.0)),  # trials ten times as long
-        ([4], (300.0, 300.0)),  # trials far longer than a turn
         ([3, 3, 3, 3], (5.0, 5.0)),  # a worker for one, three for the other
         ([2, 8], (8.0, 3.0)),  # half a worker and one and a half
     ],

@@ -155,10 +155,6 @@ class Engine:
             for lane in self._lanes
         }
 
-    def most_epochs_left(self) -> dict[int, int]:
-        """Return after how many epochs each trial ends at the latest, by key."""
-        return {lane.key: self._training.max_epochs - lane.epoch for lane in self._lanes}
-
     def join(
         self, trials: Sequence[LaneTrial], checkpoints: Mapping[int, Checkpoint] | None = None
     ) -> None:
