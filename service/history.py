@@ -26,7 +26,8 @@ class HistoryEntry(Document):
     )
     kind: str = Field(
         description="What: study_created, study_pause, study_resume, study_stop, study_cancel, "
-        "study_changed, study_ended or study_deleted; of a trial, trial_….",
+        "study_changed, study_refused (by a worker whose data differ), study_ended or "
+        "study_deleted; of a trial, trial_….",
         examples=["study_changed"],
     )
     number: int | None = Field(description="The trial, if it is about one.", examples=[None])
