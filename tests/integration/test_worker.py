@@ -202,6 +202,7 @@ def test_a_table_is_trained_on_and_scored_as_the_study_asks(engine, run, tmp_pat
         },
         training={"max_epochs": 8, "batch_size": 16, "learning_rate": 0.01},
         validation={"folds": 2},
+        pruner="none",
         budget={"trials": 4},
     )
     run(study, lanes=8)
@@ -219,6 +220,7 @@ def test_a_regression_is_trained_to_explain_its_target(engine, run):
         engine,
         task={"dataset": "diabetes", "model": "mlp", "hidden": [16], "norm": "none"},
         training={"max_epochs": 20, "batch_size": 16, "learning_rate": 0.003},
+        pruner="none",
         budget={"trials": 3},
     )
     run(study, lanes=4)
