@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from benchmarks.peers import shortened
 from regtune.spec import REFERENCE_TRIALS, StudySpec, parse_spec
-from regtune.task import Data
+from regtune.task import Data, Storage
 from service.scheduler.suggestion import as_suggestion, predetermined
 from worker.tasks.images import digits, fashion_mnist, mnist
 from worker.training import engine as engine_module
@@ -46,9 +46,9 @@ SIGNIFICANT_BITS = 14
 """Of a stored loss: it is right to three parts in a hundred thousand, and compresses to half."""
 
 
-def phoneme(data_dir: Path) -> Data:
+def phoneme(storage: Storage) -> Data:
     """Return the 5 404 rows of OpenML 1489: five harmonics of a vowel, nasal or oral."""
-    table = np.loadtxt(data_dir / "tabular" / "phoneme.csv", delimiter=",")
+    table = np.loadtxt(storage.data_dir / "tabular" / "phoneme.csv", delimiter=",")
     table = np.random.default_rng(0).permutation(table)
     x, y = table[:, :-1].astype(np.float32), table[:, -1].astype(np.int64)
     return Data(x[:4400], y[:4400], x[4400:], y[4400:], classes=2)
@@ -232,13 +232,13 @@ def train(landscape: Landscape, seed: int, data_dir: Path, threads: int) -> Curv
 def build_engine(landscape: Landscape, seed: int, data_dir: Path, threads: int) -> Engine:
     """Build the engine that a worker would, over the landscape's rows."""
     spec = landscape.spec
-    data = shortened(landscape.load(data_dir), landscape.rows, landscape.rows)
-    with patch.object(engine_module, "find_dataset", lambda name: lambda data_dir: data):
+    data = shortened(landscape.load(Storage(data_dir)), landscape.rows, landscape.rows)
+    with patch.object(engine_module, "find_dataset", lambda name: lambda storage: data):
         return Engine(
             task=spec.task,
             training=spec.training.model_copy(update={"seed": seed}),
             validation=spec.validation,
-            data_dir=data_dir,
+            storage=Storage(data_dir),
             device=torch.device("cpu"),
             max_lanes=LANES,
             knobs=KNOBS & spec.search.searched().keys(),

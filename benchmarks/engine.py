@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.contest import EVENTS, Contender, Contest, Deadline, tried
 from benchmarks.peers import shortened
 from benchmarks.problems import PROBLEMS, STRENGTHS, Problem, Setting, sample_batch
-from regtune.task import Data
+from regtune.task import Data, Storage
 from worker.tasks.images import mnist
 from worker.training import compiling
 
@@ -64,7 +64,7 @@ def main() -> None:
     compiling.CALLS_BEFORE_RECORDING, compiling.SECONDS_BEFORE_COMPILING = 0, 0.0
     torch.set_flush_denormal(True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    data = mnist(arguments.data_dir)
+    data = mnist(Storage(arguments.data_dir))
     device = torch.device(arguments.device)
     figures: dict[str, Any] = {
         "device": describe(device),

@@ -55,6 +55,7 @@ class FreeEngine:
 
     def __init__(self, *, max_lanes: int, epoch_seconds: float = 0.0, **_: object) -> None:
         self.max_lanes = max_lanes
+        self.score, self.data_hash = "accuracy", None
         self.members = self.steps_per_epoch = self.training_rows = self.parameters = 1
         self.model = SimpleNamespace(penalized=[], spared=[], sites=[], vectorized=True)
         self._epoch_seconds = epoch_seconds

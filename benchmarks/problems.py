@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.peers import BATCH_ROWS, CLASSES, LEARNING_RATE, Held, Network, Strengths, cnn, mlp
 from regtune.spec import TaskSpec, Training, Validation
-from regtune.task import Data
+from regtune.task import Data, Storage
 from worker.tasks.preparation import prepare
 from worker.training import engine as engine_module
 from worker.training.engine import Engine
@@ -76,7 +76,7 @@ class Setting:
 def build_engine(setting: Setting, lanes: int, *, compiles: bool) -> Engine:
     """Build an engine over the benchmark's own network and rows."""
     with (
-        patch.object(engine_module, "find_dataset", lambda name: lambda data_dir: setting.data),
+        patch.object(engine_module, "find_dataset", lambda name: lambda storage: setting.data),
         patch.object(engine_module, "find_model", lambda name: setting.problem.build),
     ):
         return Engine(
@@ -85,7 +85,7 @@ def build_engine(setting: Setting, lanes: int, *, compiles: bool) -> Engine:
                 batch_size=BATCH_ROWS, learning_rate=LEARNING_RATE, max_epochs=FOREVER, seed=SEED
             ),
             validation=VALIDATION,
-            data_dir=setting.data_dir,
+            storage=Storage(setting.data_dir),
             device=setting.device,
             max_lanes=lanes,
             knobs={"weight_decay", "dropout", "l1_lambda"},

@@ -51,7 +51,7 @@ from regtune.settings import Settings
 from regtune.space import Fixed
 from regtune.spec import StudySpec, parse_spec
 from regtune.supervisor import Signals, Site
-from regtune.task import Data
+from regtune.task import Data, Storage
 from worker.tasks.images import mnist
 from worker.tasks.preparation import prepare
 
@@ -112,7 +112,7 @@ def main() -> None:
     arguments = parse_arguments()
     # Its own programs set what suits them; Optuna's shall have what they would have anywhere.
     os.environ.pop("OMP_WAIT_POLICY", None)
-    data = shortened(mnist(arguments.data_dir), arguments.rows, TEST_ROWS)
+    data = shortened(mnist(Storage(arguments.data_dir)), arguments.rows, TEST_ROWS)
     with tempfile.TemporaryDirectory(prefix="regtune-benchmark-") as folder:
         data_dir = Path(folder) / "data"
         write_mnist(data, data_dir)
@@ -266,7 +266,7 @@ def optimize(task: Task, ready: Barrier, end: Any) -> None:
     torch.set_flush_denormal(True)
     ready.wait(READY_SECONDS)
     training, validation = task.spec.training, task.spec.validation
-    data = mnist(task.data_dir)
+    data = mnist(Storage(task.data_dir))
     rows = Held.of(
         prepare(data, validation, training.seed, torch.device(task.device), torch.float32)
     )

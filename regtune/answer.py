@@ -7,6 +7,8 @@ from regtune.client import Document
 from regtune.spec import Search
 
 _NOTHING = "–"
+_SHARES = ("accuracy", "balanced_accuracy")
+"""Scores that are shares of rows, and shown in per cent."""
 
 
 def show(best: Document, console: Console) -> None:
@@ -22,7 +24,7 @@ def show(best: Document, console: Console) -> None:
         table.add_row(name.replace("_", " "), _number(best["params"][name]), unregularized)
     table.add_section()
     table.add_row("validation loss", *_losses(best, baseline))
-    table.add_row("test accuracy", *_scores(best, baseline))
+    table.add_row(f"test {best['score'].replace('_', ' ')}", *_scores(best, baseline))
     console.print()
     console.print(table)
 
@@ -50,12 +52,20 @@ def _losses(best: Document, baseline: Document | None) -> list[str]:
 
 
 def _scores(best: Document, baseline: Document | None) -> list[str]:
-    """Return the best trial's accuracy, the baseline's, and the points between them."""
+    """Return the best trial's score, the baseline's, and what is between them."""
     score = best["test_score"]
-    if baseline is None:
+    before = baseline["test_score"] if baseline else None
+    if best["score"] not in _SHARES:
+        return _in_numbers(score, before)
+    if before is None:
         return [f"{score:.2%}", _NOTHING, _NOTHING]
-    before = baseline["test_score"]
     return [f"{score:.2%}", f"{before:.2%}", f"{100 * (score - before):+.2f} points"]
+
+
+def _in_numbers(score: float, before: float | None) -> list[str]:
+    if before is None:
+        return [_number(score), _NOTHING, _NOTHING]
+    return [_number(score), _number(before), f"{score - before:+.4g}"]
 
 
 def _number(value: float) -> str:

@@ -68,5 +68,13 @@ class DatabaseUnavailable(RegtuneError):
     """The database cannot be reached."""
 
 
+class InvalidData(RegtuneError):
+    """The study's data set cannot be trained on as it is."""
+
+
+class DataDiffer(RegtuneError):
+    """The rows of the data set are not those that the study began with."""
+
+
 class AddressTaken(RegtuneError):
     """The service cannot listen on its address."""

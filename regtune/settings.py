@@ -1,10 +1,10 @@
 """Every setting, read once from ``REGTUNE_*`` environment variables and passed in from there."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from regtune.spec import MAX_BODY_BYTES
 
@@ -27,6 +27,11 @@ class Settings(BaseSettings):
     home: Path = Field(Path(".regtune"), description="Folder of the embedded database and logs.")
     data_dir: Path = Field(
         Path.home() / ".cache" / "regtune", description="Where data sets are kept and downloaded."
+    )
+    data_roots: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Folders and addresses, with commas between, under which a study may name "
+        "files for a worker to read; the data folder is always one.",
     )
     pool_size: int = Field(5, ge=1, le=1000, description="Most database connections of a process.")
     lease_seconds: float = Field(30.0, gt=0, description="How long a lease lasts unrenewed.")
@@ -55,3 +60,10 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(MAX_BODY_BYTES, ge=1024, description="Largest request body.")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["console", "json"] = "console"
+
+    @field_validator("data_roots", mode="before")
+    @classmethod
+    def _split_at_commas(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        return tuple(root.strip() for root in value.split(",") if root.strip())

@@ -11,6 +11,7 @@ ones are counted up to the moment of the choice. A study that wanted nothing for
 nothing up: it joins where the others stand.
 """
 
+from collections.abc import Collection
 from datetime import datetime
 
 from sqlalchemy import text
@@ -36,6 +37,7 @@ def choose(
     current: int | None = None,
     patient: bool = False,
     stay_seconds: float = 0.0,
+    refused: Collection[int] = (),
     now: datetime | None = None,
 ) -> int | None:
     """Return the study that a worker's free lanes should go to; None if none has a trial for it.
@@ -43,7 +45,7 @@ def choose(
     It stays with its ``current`` study until that has had ``stay_seconds`` of this worker more than
     its due, and goes where few others are: what the others hold is counted as if they kept it for
     ``stay_seconds`` more. ``patient`` says that it can wait for the current study's next
-    suggestion.
+    suggestion. ``refused`` are studies that it cannot train.
     """
     return session.execute(
         text(_CHOOSE),
@@ -52,6 +54,7 @@ def choose(
             "current": current,
             "patient": patient,
             "stay": stay_seconds,
+            "refused": list(refused),
             "now": now,
         },
     ).scalar()
@@ -113,7 +116,7 @@ WITH clock AS (
     SELECT s.study_id, s.priority, sh.virtual_seconds, sh.settled_at
     FROM regtune.studies s JOIN regtune.shares sh USING (study_id)
     JOIN regtune.workers w ON w.name = :worker
-    WHERE s.state = 'active' AND {SUITS}
+    WHERE s.state = 'active' AND s.study_id <> ALL(cast(:refused AS int[])) AND {SUITS}
       AND (EXISTS (SELECT FROM regtune.trials t
                    WHERE t.study_id = s.study_id AND t.state = 'waiting')
            OR :patient AND s.study_id = :current AND s.appended < s.budget_trials)

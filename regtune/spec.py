@@ -51,6 +51,9 @@ MAX_GRID_POINTS = 2**63 - 1
 Optimizer = Literal["adam", "adamw", "sgd", "rmsprop"]
 SamplerName = Literal["tpe", "random", "grid", "qmc", "cmaes", "gp"]
 PrunerName = Literal["none", "extrapolation", "median", "asha", "hyperband"]
+ScoreName = Literal["accuracy", "balanced_accuracy", "log_loss", "r2", "rmse"]
+CLASSIFICATION_SCORES: tuple[ScoreName, ...] = ("accuracy", "balanced_accuracy", "log_loss")
+REGRESSION_SCORES: tuple[ScoreName, ...] = ("r2", "rmse")
 
 _P = TypeVar("_P", bound=Parameter | IntegerParameter)
 
@@ -102,6 +105,80 @@ MODEL_SETTINGS: Mapping[str, type[BaseModel]] = {"mlp": MlpSettings}
 """The settings of models that can be checked without importing the model."""
 
 
+class NoSettings(_SpecModel):
+    """Settings of a data set that has none."""
+
+
+ColumnNames = Annotated[tuple[str, ...], Strict(False), Field(max_length=10_000)]
+
+
+class TableSettings(_SpecModel):
+    """Settings of the data set ``table``: a CSV or Parquet file with a column to predict."""
+
+    path: str = Field(
+        max_length=2000,
+        description="File of the training rows: a path, or an address that fsspec knows, under a "
+        "root that the worker's own REGTUNE_DATA_ROOTS names, or relative to its data folder. "
+        "Parquet if it ends in .parquet or .pq, CSV otherwise.",
+        examples=["adult.csv", "s3://bucket/adult.parquet"],
+    )
+    target: str = Field(description="The column to predict.", examples=["income"], max_length=1000)
+    test_path: str | None = Field(
+        None,
+        max_length=2000,
+        description="File of the test rows. Default: test_fraction of the rows in path.",
+        examples=["adult-test.csv"],
+    )
+    test_fraction: float = Field(
+        0.2,
+        gt=0,
+        lt=1,
+        description="Share of the rows in path that are the test rows: stratified, the same for "
+        "every study.",
+        examples=[0.2],
+    )
+    kind: Literal["classification", "regression"] | None = Field(
+        None,
+        description="What is predicted. Default: a number where the target is one with more than "
+        "20 values or with fractions, otherwise a class.",
+        examples=["regression"],
+    )
+    columns: ColumnNames | None = Field(
+        None,
+        description="Names of a CSV file's columns, if its first line is not their names.",
+        examples=[["age", "workclass", "income"]],
+    )
+    numeric: ColumnNames = Field(
+        (), description="Columns that are numbers, whatever they look like.", examples=[["age"]]
+    )
+    categorical: ColumnNames = Field(
+        (),
+        description="Columns that are categories, whatever they look like.",
+        examples=[["postcode"]],
+    )
+    ignore: ColumnNames = Field((), description="Columns to leave out.", examples=[["id"]])
+    missing: ColumnNames = Field(
+        ("", "NA", "N/A", "NaN", "nan", "null", "None", "?"),
+        description="What stands in a text column where a value is missing.",
+        examples=[["", "?"]],
+    )
+    delimiter: str = Field(
+        ",", min_length=1, max_length=1, description="Between the columns of a CSV file."
+    )
+
+
+DATASET_SETTINGS: Mapping[str, type[BaseModel]] = {
+    "digits": NoSettings,
+    "mnist": NoSettings,
+    "fashion_mnist": NoSettings,
+    "breast_cancer": NoSettings,
+    "wine": NoSettings,
+    "diabetes": NoSettings,
+    "table": TableSettings,
+}
+"""The settings of data sets that can be checked without importing the data set."""
+
+
 class TaskSpec(BaseModel):
     """What is trained: a data set and a model; every further field is a setting of the model."""
 
@@ -109,8 +186,27 @@ class TaskSpec(BaseModel):
 
     dataset: str = Field(
         description="Name of the data set, as a worker has it installed.",
-        examples=["digits", "mnist", "fashion_mnist"],
+        examples=["digits", "mnist", "fashion_mnist", "table"],
         max_length=100,
+    )
+    data: dict[str, Any] = Field(
+        default_factory=dict,
+        validate_default=True,
+        description="The data set's own settings.",
+        examples=[{"path": "adult.csv", "target": "income"}],
+    )
+    score: ScoreName | None = Field(
+        None,
+        description="The score beside the loss: accuracy, balanced_accuracy or log_loss of a "
+        "classification, r2 or rmse of a regression. It chooses nothing. Default: accuracy or r2, "
+        "or the task's own.",
+        examples=["balanced_accuracy"],
+    )
+    class_weights: Literal["none", "balanced"] = Field(
+        "none",
+        description="balanced: each row's cross-entropy counts rows / (classes × rows of its "
+        "class) times, in training and in the validation and test loss.",
+        examples=["balanced"],
     )
     model: str = Field(
         description="Name of the model, as a worker has it installed.",
@@ -122,6 +218,13 @@ class TaskSpec(BaseModel):
     def settings(self) -> dict[str, Any]:
         """The model's own settings."""
         return dict(self.model_extra or {})
+
+    @validate_field("data")
+    @classmethod
+    def _fill_in_data_settings(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        """Check the data set's settings where its schema is known, and fill in their defaults."""
+        schema = DATASET_SETTINGS.get(info.data.get("dataset", ""))
+        return value if schema is None else schema.model_validate(value).model_dump(mode="json")
 
     @validate_model(mode="before")
     @classmethod
@@ -906,11 +1009,12 @@ def _known_fields(
 ) -> str:
     if parent[:1] == ("search",) and len(parent) > 1:
         model: type[BaseModel] = Range[float]
+    elif parent == ("task", "data"):
+        return "known for the data set table: " + ", ".join(TableSettings.model_fields)
     elif parent == ("task",):
         return "known for this model: " + ", ".join(
             [
-                "dataset",
-                "model",
+                *TaskSpec.model_fields,
                 *(name for s in MODEL_SETTINGS.values() for name in s.model_fields),
             ]
         )

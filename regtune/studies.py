@@ -28,7 +28,8 @@ class ModelFacts:
     ``parameters`` counts its numbers. ``penalized`` names the parameters that weight decay and L1
     act on, ``spared`` the others. ``vectorized`` says that its lanes train as one batched model,
     not one after the other. ``training_rows`` are those of one member, and ``steps_per_epoch`` its
-    steps through them.
+    steps through them. ``score`` names what is shown beside the loss, and ``data_hash`` is the
+    content hash of the data set.
     """
 
     parameters: int
@@ -38,6 +39,8 @@ class ModelFacts:
     vectorized: bool
     steps_per_epoch: int
     training_rows: int
+    score: str = "accuracy"
+    data_hash: str | None = None
 
 
 @dataclass(frozen=True)
@@ -359,6 +362,13 @@ def end(session: Session, study_id: int, state: str, reason: str, actor: str) ->
     )
     events.record(session, study_id, "study_ended", actor, detail={"state": state, "why": reason})
     events.notify(session, NEWS, study_id)
+
+
+def fail(session: Session, study_id: int, reason: str, actor: str) -> None:
+    """Let a live study end as failed, open trials and all; one that is over stays as it is."""
+    if lock(session, study_id).live:
+        cancel_open(session, study_id, reason, actor)
+        end(session, study_id, "failed", reason, actor)
 
 
 def withdraw_waiting(session: Session, study_id: int, reason: str, actor: str) -> int:

@@ -69,7 +69,8 @@ class TrialResult(Document):
     )
     validation_loss_spread: Measure = Field(description=SPREAD, examples=[0.0042])
     validation_score: Measure = Field(
-        description="Accuracy on the validation rows.", examples=[0.981]
+        description="Score on the validation rows; `model.score` of the study says which.",
+        examples=[0.981],
     )
     test_loss: Measure = Field(
         description="Loss on the test rows, computed once and never used for choosing; null if it "
@@ -77,7 +78,7 @@ class TrialResult(Document):
         examples=[0.0912],
     )
     test_score: Measure = Field(
-        description="Accuracy on the test rows, computed once and never used for choosing.",
+        description="Score on the test rows, computed once and never used for choosing.",
         examples=[0.9787],
     )
     epoch: int = Field(description="Epoch of the best weights, from 1.", examples=[31])

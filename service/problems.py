@@ -24,6 +24,8 @@ from starlette.routing import Match
 from regtune.errors import (
     BudgetSpent,
     DatabaseUnavailable,
+    DataDiffer,
+    InvalidData,
     InvalidSpec,
     NotFound,
     RegtuneError,
@@ -50,6 +52,8 @@ _STATUS: Mapping[type[RegtuneError], HTTPStatus] = {
     StudyActive: HTTPStatus.CONFLICT,
     StudyOver: HTTPStatus.CONFLICT,
     BudgetSpent: HTTPStatus.CONFLICT,
+    InvalidData: HTTPStatus.CONFLICT,
+    DataDiffer: HTTPStatus.CONFLICT,
     StaleView: HTTPStatus.SERVICE_UNAVAILABLE,
     UnknownSchema: HTTPStatus.SERVICE_UNAVAILABLE,
     DatabaseUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,

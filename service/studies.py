@@ -92,6 +92,16 @@ class ModelDetail(Document):
         description="Rows that a trial is trained on; of one member, where it has several.",
         examples=[1_149],
     )
+    score: str = Field(
+        description="What validation and test score are; of all but log_loss and rmse, more is "
+        "better.",
+        examples=["accuracy"],
+    )
+    data_hash: str | None = Field(
+        description="Hash of the data set's rows. A worker whose rows differ trains no trial of "
+        "the study. Null for a study from before it was kept.",
+        examples=["sha256:9f2c41d7"],
+    )
 
 
 class StudySummary(Document):

@@ -146,6 +146,7 @@ class Best(TrialResult):
         description="The parameters that the study searches; the others are fixed.",
         examples=[["weight_decay", "dropout", "l1_lambda", "patience"]],
     )
+    score: str = Field(description="What validation and test score are.", examples=["accuracy"])
     baseline: TrialResult | None = Field(
         description="The trial with everything off; null until it is complete."
     )
@@ -231,6 +232,7 @@ def get_best(name: StudyName, session: InTransaction) -> Best:
         study=name,
         **result.model_dump(),
         searched=list(study.spec.search.searched()),
+        score=study.model.score if study.model else "accuracy",
         baseline=TrialResult.of(baseline) if baseline else None,
     )
 

@@ -10,9 +10,9 @@ import torch
 from sqlalchemy import Engine as Database
 from sqlalchemy.exc import DBAPIError
 
-from regtune import database, leasing, reporting, shares, studies, task, workers
+from regtune import database, events, leasing, reporting, shares, studies, task, workers
 from regtune.database import transaction
-from regtune.errors import DatabaseUnavailable, NotFound
+from regtune.errors import DatabaseUnavailable, DataDiffer, InvalidData, NotFound
 from regtune.reporting import Failed
 from regtune.settings import Settings
 from regtune.studies import Study
@@ -65,6 +65,7 @@ class Worker:
         )
         self._stack: Stack | None = None
         self._idle_beat = 0.0
+        self._refused: set[int] = set()
 
     def run(self) -> None:
         """Train until told to stop; then give back what is not finished.
@@ -123,7 +124,12 @@ class Worker:
         Once a poll at most: of many workers that a few new trials wake, most find none left.
         """
         with transaction(self._database) as session:
-            study_id = shares.choose(session, self.name, stay_seconds=self._settings.stay_seconds)
+            study_id = shares.choose(
+                session,
+                self.name,
+                stay_seconds=self._settings.stay_seconds,
+                refused=self._refused,
+            )
             if study_id is None and time.monotonic() >= self._idle_beat:
                 workers.beat(session, self.name, wanted_lanes=self._lanes, study_id=None)
                 self._idle_beat = time.monotonic() + self._settings.poll_seconds
@@ -147,20 +153,46 @@ class Worker:
                 self._listener,
                 self._checkpoints,
                 self._make_engine,
+                self._refused,
             )
+        except DataDiffer as difference:
+            self._refuse(study, difference)
+            return None
+        except (DBAPIError, NotFound):  # the database
+            raise
         except Exception as error:  # noqa: BLE001 - a user's crash is data
             log.error("task_failed", study=study.name, error=str(error))
             self._fail_one(study, error)
             return None
 
+    def _refuse(self, study: Study, difference: DataDiffer) -> None:
+        """Leave a study to workers that have its data, and say so in its history."""
+        log.error("study_refused", study=study.name, reason=str(difference))
+        self._refused.add(study.study_id)
+        with transaction(self._database) as session:
+            events.record(
+                session,
+                study.study_id,
+                "study_refused",
+                self.name,
+                detail={"reason": str(difference)},
+            )
+            events.notify(session, database.NEWS, study.study_id)
+
     def _fail_one(self, study: Study, error: Exception) -> None:
-        """Fail one trial alone: other workers may well have what this one lacks."""
+        """Fail one trial alone: other workers may well have what this one lacks.
+
+        Data that cannot be trained on are the same for all of them, and end the study.
+        """
         failed = Failed.by(error)
         with transaction(self._database) as session:
+            studies.lock(session, study.study_id)
             leases = leasing.lease(
                 session, study.study_id, self.name, 1, self._settings.lease_seconds
             )
             reporting.finish(session, [(lease, failed) for lease in leases], self.name)
+            if isinstance(error, InvalidData):
+                studies.fail(session, study.study_id, str(error), self.name)
 
     def _train(self, stack: Stack) -> bool:
         """Train until the study has no trial left for this worker; say if there was any."""

@@ -7,7 +7,7 @@ meeting whose answer was lost does no harm.
 """
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -28,7 +28,7 @@ from regtune import database, leasing, reporting, shares, studies, workers
 from regtune.leasing import Lease
 from regtune.reporting import Epoch, Outcome, Pruned, Verdicts
 from regtune.settings import Settings
-from regtune.studies import ModelFacts, Study
+from regtune.studies import Study
 from worker.checkpoints import CheckpointStore, CheckpointWriter, Saved
 from worker.training.checkpoint import Checkpoint
 
@@ -88,9 +88,12 @@ class Meetings:
         store: CheckpointStore,
         writer: CheckpointWriter,
         fits: Callable[[Checkpoint], bool],
-        facts: ModelFacts,
+        refused: Collection[int] = (),
     ) -> None:
-        """``fits`` says whether a trial can go on from a checkpoint; ``facts`` are the model's."""
+        """``fits`` says whether a trial can go on from a checkpoint.
+
+        ``refused`` are studies that the worker cannot train.
+        """
         self._database = engine
         self._settings = settings
         self._study = study
@@ -98,7 +101,7 @@ class Meetings:
         self._store = store
         self._writer = writer
         self._fits = fits
-        self._facts = facts if study.model is None else None
+        self._refused = refused
         self._pool = ThreadPoolExecutor(2, "meetings")
         self._closing = threading.Event()
         self._report: Report | None = None
@@ -180,8 +183,6 @@ class Meetings:
         log.warning("meeting_failed", study=self._study.name, error=said)
 
     def _meet(self, session: Session, report: Report) -> Answer:
-        if self._facts is not None:
-            studies.describe_model(session, self._study.study_id, self._facts)
         verdicts = self._flush(session, report)
         ended = self._finish(session, report, verdicts)
         given_back = [lease for lease in report.leases if lease.trial_id in report.given_back]
@@ -246,6 +247,7 @@ class Meetings:
             self._worker,
             current=study_id,
             stay_seconds=self._settings.stay_seconds,
+            refused=self._refused,
         )
         return chosen == study_id
 

@@ -5,21 +5,23 @@ answer. While that does not come, it trains on, and brings everything along the 
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from math import ceil
-from pathlib import Path
 
 import structlog
 import torch
 from sqlalchemy import Engine as Database
 
-from regtune.database import Listener
+from regtune import studies
+from regtune.database import Listener, transaction
+from regtune.errors import DataDiffer
 from regtune.leasing import Lease
 from regtune.reporting import Completed, Epoch, Failed, Outcome, Pruned
 from regtune.settings import Settings
 from regtune.spec import StudySpec
 from regtune.studies import ModelFacts, Study
+from regtune.task import Storage
 from worker.checkpoints import CheckpointStore, CheckpointWriter, Saved
 from worker.meeting import Answer, Meetings, Report
 from worker.shutdown import Interrupted
@@ -77,17 +79,25 @@ class Stack:
         listener: Listener,
         store: CheckpointStore,
         make_engine: Callable[..., Engine] = Engine,
+        refused: Collection[int] = (),
     ) -> None:
         """Load the data, build the model and see how many lanes the device takes.
 
-        Raises whatever the task's own code raises.
+        ``refused`` are studies that this worker cannot train.
+        Raises InvalidData for data that cannot be trained on, DataDiffer for other data than the
+        study began with, and whatever the task's own code raises.
         """
         self.study = study
         self._settings = settings
         self._device = device
         self._listener = listener
         self._engine = self._build_engine(make_engine)
-        self._capacity = self._settle_capacity()
+        try:
+            self._agree_on_data(database)
+            self._capacity = self._settle_capacity()
+        except BaseException:
+            self._engine.close()
+            raise
         self._occupancy = Occupancy()
         self._writer = CheckpointWriter(store)
         self._meetings = Meetings(
@@ -98,7 +108,7 @@ class Stack:
             store,
             self._writer,
             self._engine.fits,
-            _facts(self._engine),
+            refused,
         )
         self._leases: dict[int, Lease] = {}
         self._curves: dict[int, list[Epoch]] = {}
@@ -190,11 +200,22 @@ class Stack:
             task=spec.task,
             training=spec.training,
             validation=spec.validation,
-            data_dir=Path(self._settings.data_dir),
+            storage=Storage(self._settings.data_dir, self._settings.data_roots),
             device=self._device,
             max_lanes=self._settings.lanes or capacity.MOST_LANES,
             knobs=_knobs(spec),
         )
+
+    def _agree_on_data(self, database: Database) -> None:
+        """Let the first worker that builds the model say which data the study is about."""
+        with transaction(database) as session:
+            studies.describe_model(session, self.study.study_id, _facts(self._engine))
+            facts = studies.by_id(session, self.study.study_id).model
+        if facts and facts.data_hash not in (None, self._engine.data_hash):
+            raise DataDiffer(
+                f"the study began with the data {facts.data_hash}, but those of "
+                f"{self.study.spec.task.dataset!r} are {self._engine.data_hash} here"
+            )
 
     def _settle_capacity(self) -> Capacity:
         """Return how many lanes to train: as set, as remembered, or as measured now."""
@@ -419,6 +440,8 @@ def _facts(engine: Engine) -> ModelFacts:
         vectorized=engine.model.vectorized,
         steps_per_epoch=engine.steps_per_epoch,
         training_rows=engine.training_rows,
+        score=engine.score,
+        data_hash=engine.data_hash,
     )
 
 

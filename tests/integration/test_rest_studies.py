@@ -102,7 +102,7 @@ def test_what_is_wrong_is_refused_by_the_name_of_its_field(client: httpx.Client)
         ({"name": "no/slash"}, "name", "must match"),
         ({"bugdet": {}}, "bugdet", "known: name, task"),
         ({"sampler": "magic"}, "sampler.name", "'tpe'"),
-        ({"task": {"dataset": "no", "model": "mlp"}}, "task.dataset", "known: digits"),
+        ({"task": {"dataset": "no", "model": "mlp"}}, "task.dataset", "known: breast_cancer"),
         ({"task": {"dataset": "digits", "model": "no"}}, "task.model", "known: mlp"),
     ]
     for changes, field, message in wrong:
@@ -125,7 +125,8 @@ def test_a_task_that_only_a_worker_knows_is_accepted(client: httpx.Client, engin
     register(engine, datasets="mine", models="mymodel")
     response = post(client, task=task)
     assert response.status_code == 201
-    assert response.json()["spec"]["task"] == task
+    defaults = {"data": {}, "score": None, "class_weights": "none"}
+    assert response.json()["spec"]["task"] == {**task, **defaults}
     assert response.json()["warning"] is None
 
 
@@ -223,6 +224,8 @@ def test_a_study_tells_of_its_model_once_a_worker_has_built_it(
         "vectorized": False,
         "steps_per_epoch": 12,
         "training_rows": 1_149,
+        "score": "accuracy",
+        "data_hash": None,
     }
 
 

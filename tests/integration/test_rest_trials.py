@@ -299,7 +299,9 @@ def test_the_best_trial_is_found_by_validation_loss_alone(
     assert (baseline["number"], baseline["kind"], baseline["test_score"]) == (0, "baseline", 0.99)
     shown = client.get("/v1/studies/study").json()
     assert shown["best"] == {
-        key: value for key, value in best.items() if key not in ("study", "searched", "baseline")
+        key: value
+        for key, value in best.items()
+        if key not in ("study", "searched", "score", "baseline")
     }
     assert shown["baseline"] == baseline
 

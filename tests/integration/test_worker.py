@@ -9,10 +9,10 @@ import pytest
 import torch
 from sqlalchemy import Engine, text
 
-from regtune import workers
+from regtune import studies, workers
 from regtune.database import transaction
 from regtune.settings import Settings
-from regtune.studies import Study
+from regtune.studies import ModelFacts, Study
 from service.scheduler.loop import Scheduler
 from tests import builders
 from tests.audit import audit
@@ -148,3 +148,122 @@ def test_folds_and_repeats_reach_the_answer_with_their_spread(engine, run):
     assert all(0 < row.value_spread < row.value for row in rows)
     assert the_worker(engine).lanes == 2  # trials, of four lanes each
     assert audit(engine) == {}
+
+
+def describe(engine: Engine, study: Study) -> dict[str, Any]:
+    with engine.connect() as connection:
+        query = "SELECT reason, model FROM regtune.studies WHERE study_id = :id"
+        return dict(connection.execute(text(query), {"id": study.study_id}).one()._mapping)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "there is no file 't.csv'"),
+        ("", "cannot be read: Empty CSV file"),
+        ("a,y\n1,2,3\n", "Expected 2 columns, got 3"),
+        ("a,y\n1,u\n2,u\n", "has one class alone"),
+        ("a,y\n1,0.5\n2,\n", "is missing in 1 of 2 rows"),
+    ],
+)
+def test_data_that_cannot_be_trained_on_end_the_study_at_its_first_trial(
+    engine, run, tmp_path, content, says
+):
+    if content is not None:
+        (tmp_path / "t.csv").write_text(content)
+    study = builders.create(
+        engine,
+        task={"dataset": "table", "data": {"path": "t.csv", "target": "y"}, "model": "mlp"},
+        budget={"trials": 50},
+    )
+    run(study, lanes=2)
+    assert builders.study_state(engine, study) == "failed"
+    assert says in describe(engine, study)["reason"]
+    rows = trials(engine, study)
+    assert [row.state for row in rows].count("failed") == 1
+    assert {row.state for row in rows} <= {"failed", "cancelled"}
+    (failed,) = [row for row in rows if row.state == "failed"]
+    assert failed.reason.startswith("InvalidData: ")
+    assert says in failed.reason
+    assert audit(engine) == {}
+
+
+def test_a_table_is_trained_on_and_scored_as_the_study_asks(engine, run, tmp_path):
+    lines = [f"{i % 10},{'uvw'[i % 3]},{'yes' if i % 10 > 7 else 'no'}" for i in range(200)]
+    (tmp_path / "t.csv").write_text("\n".join(["a,b,y", *lines]))
+    study = builders.create(
+        engine,
+        task={
+            "dataset": "table",
+            "data": {"path": "t.csv", "target": "y"},
+            "model": "mlp",
+            "score": "balanced_accuracy",
+            "class_weights": "balanced",
+        },
+        training={"max_epochs": 8, "batch_size": 16, "learning_rate": 0.01},
+        validation={"folds": 2},
+        pruner="none",
+        budget={"trials": 4},
+    )
+    run(study, lanes=8)
+    facts = describe(engine, study)["model"]
+    assert facts["score"] == "balanced_accuracy"
+    assert facts["data_hash"].startswith("sha256:")
+    rows = trials(engine, study)
+    assert [row.state for row in rows] == ["complete"] * 4
+    assert rows[0].test_score > 0.8
+    assert audit(engine) == {}
+
+
+def test_a_regression_is_trained_to_explain_its_target(engine, run):
+    study = builders.create(
+        engine,
+        task={"dataset": "diabetes", "model": "mlp", "hidden": [16], "norm": "none"},
+        training={"max_epochs": 20, "batch_size": 16, "learning_rate": 0.003},
+        pruner="none",
+        budget={"trials": 3},
+    )
+    run(study, lanes=4)
+    assert describe(engine, study)["model"]["score"] == "r2"
+    rows = trials(engine, study)
+    assert [row.state for row in rows] == ["complete"] * 3
+    assert 0.2 < rows[0].test_score < 0.7
+    assert audit(engine) == {}
+
+
+def test_a_worker_whose_data_differ_refuses_the_study_and_says_so(engine, database_url, tmp_path):
+    lines = [f"{i % 10},{'yes' if i % 10 > 4 else 'no'}" for i in range(100)]
+    (tmp_path / "t.csv").write_text("\n".join(["a,y", *lines]))
+    study = builders.create(
+        engine,
+        task={"dataset": "table", "data": {"path": "t.csv", "target": "y"}, "model": "mlp"},
+        **SHORT,
+    )
+    with transaction(engine) as session:
+        facts = ModelFacts(1, [], [], [], True, 1, 1, data_hash="sha256:of-other-rows")
+        studies.describe_model(session, study.study_id, facts)
+    builders.append(engine, study, 3)
+    settings = Settings(data_dir=tmp_path, poll_seconds=0.1, lanes=2)
+    shutdown = Shutdown()
+    worker = Worker(database_url, settings, torch.device("cpu"), "w", shutdown)
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    try:
+        wait_until(lambda: refusals(engine, study), 60)
+        other = builders.create(engine, "other", **SHORT)
+        builders.append(engine, other, 2)
+        wait_until(lambda: builders.states(engine, other) == ["complete"] * 2, 60)
+    finally:
+        shutdown.request()
+        thread.join()
+    (refusal,) = refusals(engine, study)
+    assert refusal.actor == "w"
+    assert "sha256:of-other-rows" in refusal.detail["reason"]
+    assert builders.states(engine, study) == ["waiting"] * 3
+    assert audit(engine) == {}
+
+
+def refusals(engine: Engine, study: Study) -> list[Any]:
+    with engine.connect() as connection:
+        query = "SELECT * FROM regtune.events WHERE kind = 'study_refused' AND study_id = :id"
+        return list(connection.execute(text(query), {"id": study.study_id}))

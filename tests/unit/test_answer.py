@@ -15,10 +15,13 @@ PARAMS = OLD | {
 SCORES = ["validation loss", "test accuracy"]
 
 
-def rows(searched: list[str], params: dict[str, float]) -> dict[str, list[str]]:
+def rows(
+    searched: list[str], params: dict[str, float], score: str = "accuracy"
+) -> dict[str, list[str]]:
     """Show an answer whose baseline is ``PARAMS``; return its rows by their first column."""
     figures: dict[str, Any] = {"validation_loss": 0.5, "test_score": 0.8}
     best = {"study": "x", "number": 3, "searched": searched, "params": params, **figures}
+    best["score"] = score
     out = io.StringIO()
     answer.show(best | {"baseline": {"params": PARAMS, **figures}}, Console(file=out, width=100))
     lines = [line.split("  ") for line in out.getvalue().splitlines()]
@@ -46,3 +49,10 @@ def test_what_is_fixed_has_a_row_unless_it_is_zero_or_the_learning_rate() -> Non
 
 def test_a_trial_from_before_there_was_noise_is_shown() -> None:
     assert rows(list(OLD), OLD) == rows(list(OLD), PARAMS)
+
+
+def test_the_score_is_named_and_in_per_cent_only_where_it_is_a_share_of_rows() -> None:
+    assert rows(["dropout"], PARAMS)["test accuracy"] == ["80.00%", "80.00%", "+0.00 points"]
+    shown = rows(["dropout"], PARAMS, "balanced_accuracy")
+    assert shown["test balanced accuracy"] == ["80.00%", "80.00%", "+0.00 points"]
+    assert rows(["dropout"], PARAMS, "rmse")["test rmse"] == ["0.8", "0.8", "+0"]

@@ -11,6 +11,8 @@ from regtune.space import Range
 from regtune.spec import Search, StudySpec, load_yaml, parse_spec, parse_text
 from tests.builders import BASE, spec
 
+TABLE = {"dataset": "table", "model": "mlp"}
+
 
 def refusal(**changes: Any) -> list[tuple[str, str]]:
     with pytest.raises(InvalidSpec) as refused:
@@ -140,6 +142,21 @@ def test_the_learning_rate_defaults_by_optimizer() -> None:
         ({"task": {**BASE["task"], "hidden": [0]}}, "task.hidden.0", "greater than or equal to 1"),
         ({"task": {**BASE["task"], "norm": "group"}}, "task.norm", "'batch', 'layer' or 'none'"),
         ({"task": {"dataset": "digits"}}, "task.model", "is required"),
+        ({"task": {**BASE["task"], "data": {"path": "x"}}}, "task.data.path", "unknown field"),
+        ({"task": {**BASE["task"], "score": "f1"}}, "task.score", "'balanced_accuracy'"),
+        ({"task": {**BASE["task"], "class_weights": 1}}, "task.class_weights", "'balanced'"),
+        ({"task": {**TABLE, "data": {"path": "t.csv"}}}, "task.data.target", "is required"),
+        ({"task": {**TABLE, "data": 1}}, "task.data", "valid dictionary"),
+        (
+            {"task": {**TABLE, "data": {"path": "t", "target": "y", "sep": ";"}}},
+            "task.data.sep",
+            "known for the data set table: path, target, test_path",
+        ),
+        (
+            {"task": {**TABLE, "data": {"path": "t", "target": "y", "kind": "x"}}},
+            "task.data.kind",
+            "'classification' or 'regression'",
+        ),
         ({"search": {"dropout": {"low": 0.5, "high": 0.1}}}, "search.dropout", "low must be below"),
         ({"search": {"dropout": {"low": 0.5, "high": 0.5}}}, "search.dropout", "low must be below"),
         (
@@ -384,3 +401,16 @@ def test_a_study_from_before_there_were_folds_and_noise_reads_the_same() -> None
 def test_unknown_models_keep_their_settings_for_the_worker_to_check() -> None:
     study = spec(task={"dataset": "mine", "model": "mine", "depth": 4})
     assert study.task.settings == {"depth": 4}
+
+
+def test_the_settings_of_a_table_are_filled_in_and_read_back_the_same() -> None:
+    study = spec(task={**TABLE, "data": {"path": "t.csv", "target": "y", "ignore": ["id"]}})
+    assert study.task.data["test_fraction"] == 0.2
+    assert study.task.data["ignore"] == ["id"]
+    assert study.task.settings == {"hidden": [128], "norm": "batch"}
+    assert parse_spec(study.canonical()) == study
+
+
+def test_unknown_data_sets_keep_their_settings_for_the_worker_to_check() -> None:
+    study = spec(task={"dataset": "mine", "model": "mlp", "data": {"rows": 7}})
+    assert study.task.data == {"rows": 7}

@@ -4,23 +4,31 @@ A trial may be trained several times, as *members* with other rows and other noi
 a cross-validation, and again with another seed. A member's rows are its split.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.model_selection import StratifiedKFold, train_test_split
+from sklearn.model_selection import KFold, StratifiedKFold, train_test_split
 from torch import Tensor
 
+from regtune.errors import InvalidData
 from regtune.spec import Validation
-from regtune.task import Data
+from regtune.task import Columns, Data
+from worker.tasks.encoding import encode
 from worker.training.noise import member_seed
+
+RowNumbers = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Inputs ``(N, *features)`` and labels ``(N,)``, int64, on the training device."""
+    """Inputs ``(N, *features)`` and targets ``(N,)`` on the training device.
+
+    Targets are labels, int64, or numbers of the same type as the inputs.
+    """
 
     x: Tensor
     y: Tensor
@@ -36,26 +44,39 @@ class Rows:
 
 @dataclass(frozen=True)
 class Split:
-    """Which rows one member of a trial trains on and which it validates on, by number.
+    """Which rows one member of a trial trains on, validates on and is tested on, by number.
 
     Inputs are stored as the first split standardizes them; ``scale`` and ``shift``, broadcast over
-    rows, turn them into what this one would have made of them.
+    rows, turn them into what this one would have made of them. A table is stored once for each
+    split instead, because encodings differ by more than that.
     """
 
-    training: NDArray[np.int64]
-    validation: NDArray[np.int64]
+    training: RowNumbers
+    validation: RowNumbers
+    test: RowNumbers
     scale: Tensor
     shift: Tensor
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Split":
+        """Return the same with scale and shift on ``device``."""
+        return replace(self, scale=self.scale.to(device, dtype), shift=self.shift.to(device, dtype))
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The rows of one study, its splits, and the rows that are looked at once at the end."""
+    """The rows of one study, its splits, and the rows that are looked at once at the end.
+
+    ``outputs`` is how many numbers a model returns for a row. Targets of a regression are
+    standardized by the first split's training rows, ``unit`` being their standard deviation there.
+    ``class_weights`` are those that make all classes weigh the same in those rows, 1 on average.
+    """
 
     rows: Rows
     splits: tuple[Split, ...]
     test: Rows
-    classes: int
+    outputs: int
+    unit: float = 1.0
+    class_weights: Tensor | None = None
 
 
 def prepare(
@@ -66,57 +87,176 @@ def prepare(
     Splits are stratified by class and a pure function of ``seed``, so every trial of a study sees
     the same rows. Mean and standard deviation come from the rows trained on alone: one pair for
     each feature of a table ``(N, features)``, one for each channel of images
-    ``(N, channels, height, width)``. A feature that never varies is left at zero.
+    ``(N, channels, height, width)``. A feature that never varies is left at zero. Columns of a
+    table are encoded, see ``encoding``. Raises InvalidData for what cannot be trained on.
     """
-    chosen = list(_split(data.train_y, validation, seed))
-    statistics = [_statistics(data.train_x[training]) for training, _ in chosen]
-    mean, deviation = statistics[0]
+    check(data)
+    chosen = list(_split(data, validation, seed))
+    train_y, test_y, unit = _targets(data, chosen[0][0])
+    if isinstance(data.train_x, Columns) and isinstance(data.test_x, Columns):
+        train_x, test_x, splits = _encode(data.train_x, data.test_x, chosen)
+        copies = len(splits)
+    else:
+        assert isinstance(data.train_x, np.ndarray)
+        assert isinstance(data.test_x, np.ndarray)
+        train_x, test_x, splits = _standardize(data.train_x, data.test_x, chosen, dtype)
+        copies = 1
 
-    def rows(x: NDArray[np.generic], y: NDArray[np.int64]) -> Rows:
-        standardized = torch.from_numpy(x.copy()).to(dtype).sub_(mean).div_(deviation)
-        return Rows(standardized.to(device), torch.from_numpy(y).to(device))
+    def rows(x: Tensor, y: NDArray[Any]) -> Rows:
+        targets = torch.from_numpy(np.tile(y, copies))
+        return Rows(x.to(device, dtype), targets.to(device, None if data.classes else dtype))
 
     return Prepared(
-        rows=rows(data.train_x, data.train_y),
-        splits=tuple(
-            Split(
-                training,
-                validated,
-                scale=(deviation / own_deviation)[0].to(device, dtype),
-                shift=((mean - own_mean) / own_deviation)[0].to(device, dtype),
-            )
-            for (training, validated), (own_mean, own_deviation) in zip(
-                chosen, statistics, strict=True
-            )
-        ),
-        test=rows(data.test_x, data.test_y),
-        classes=data.classes,
+        rows=rows(train_x, train_y),
+        splits=tuple(split.to(device, dtype) for split in splits),
+        test=rows(test_x, test_y),
+        outputs=data.outputs,
+        unit=unit,
+        class_weights=_weights(train_y[chosen[0][0]], data.classes) if data.classes else None,
     )
 
 
-def _split(
-    labels: NDArray[np.int64], validation: Validation, seed: int
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+def check(data: Data) -> None:
+    """Raise InvalidData, with what is wrong, for a data set that nothing can be learned from."""
+    for name, x, y in (
+        ("training", data.train_x, data.train_y),
+        ("test", data.test_x, data.test_y),
+    ):
+        if not len(y):
+            raise InvalidData(f"there are no {name} rows")
+        if len(x) != len(y) or y.ndim != 1:
+            raise InvalidData(
+                f"the {name} inputs have {len(x)} rows, but the targets have the shape {y.shape}"
+            )
+        if not np.isfinite(y).all():
+            raise InvalidData(f"{_count(~np.isfinite(y))} {name} targets are no numbers")
+        if not isinstance(x, Columns) and not np.isfinite(x).all():
+            raise InvalidData(f"{_count(~np.isfinite(x))} {name} inputs are no numbers")
+    shapes = _row_shape(data.train_x), _row_shape(data.test_x)
+    if shapes[0] != shapes[1]:
+        raise InvalidData(f"training rows have the shape {shapes[0]}, test rows {shapes[1]}")
+    if data.classes is None:
+        if np.ptp(data.train_y) == 0:
+            raise InvalidData(f"the target is {data.train_y[0]:g} in all training rows")
+        return
+    for y in (data.train_y, data.test_y):
+        if not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.max() >= data.classes:
+            raise InvalidData(f"labels must be whole numbers from 0 to {data.classes - 1}")
+    if len(np.unique(data.train_y)) < 2:
+        raise InvalidData("all training rows are of one class; there is nothing to tell apart")
+
+
+Chosen = tuple[RowNumbers, RowNumbers]
+
+
+def _split(data: Data, validation: Validation, seed: int) -> Iterator[Chosen]:
     """Yield, for each member, the rows to train on and those to validate on, both ascending."""
-    every_row = np.arange(len(labels))
+    every_row = np.arange(len(data.train_y))
     for repeat in range(validation.repeats):
         repeat_seed = member_seed(seed, repeat * (validation.folds or 1))
-        if validation.folds:
-            folds = StratifiedKFold(validation.folds, shuffle=True, random_state=repeat_seed)
-            yield from folds.split(every_row, labels)
-        else:
-            training, validated = train_test_split(
-                every_row,
-                test_size=validation.fraction,
-                stratify=labels,
-                random_state=repeat_seed,
-            )
-            yield np.sort(training), np.sort(validated)
+        try:
+            if validation.folds:
+                kind = KFold if data.classes is None else StratifiedKFold
+                folds = kind(validation.folds, shuffle=True, random_state=repeat_seed)
+                yield from folds.split(every_row, _strata(data, validation.folds))
+            else:
+                training, validated = train_test_split(
+                    every_row,
+                    test_size=validation.fraction,
+                    stratify=_strata(data, 2),
+                    random_state=repeat_seed,
+                )
+                yield np.sort(training), np.sort(validated)
+        except ValueError as error:
+            raise InvalidData(f"the training rows cannot be split: {error}") from None
 
 
-def _statistics(x: NDArray[np.generic]) -> tuple[Tensor, Tensor]:
+def _strata(data: Data, parts: int) -> NDArray[np.int64] | None:
+    """Return by what rows are stratified: the class, if it has a row for each part.
+
+    Rarer classes are one stratum together, and if that is too small it joins the largest class.
+    """
+    if data.classes is None:
+        return None
+    counts = np.bincount(data.train_y, minlength=data.classes)
+    rare = (counts < parts) & (counts > 0)
+    if not rare.any():
+        return data.train_y
+    together = data.classes if counts[rare].sum() >= parts else counts.argmax()
+    return np.where(rare[data.train_y], together, data.train_y)
+
+
+def _targets(data: Data, training: RowNumbers) -> tuple[NDArray[Any], NDArray[Any], float]:
+    """Return training and test targets, standardized if they are numbers, and their unit."""
+    if data.classes is not None:
+        return data.train_y, data.test_y, 1.0
+    mean = data.train_y[training].mean(dtype=np.float64)
+    unit = float(data.train_y[training].std(dtype=np.float64)) or 1.0
+    return (data.train_y - mean) / unit, (data.test_y - mean) / unit, unit
+
+
+def _standardize(
+    train_x: NDArray[Any], test_x: NDArray[Any], chosen: Sequence[Chosen], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, list[Split]]:
+    """Return the inputs as the first split standardizes them, and how the others differ."""
+    statistics = [_statistics(train_x[training]) for training, _ in chosen]
+    mean, deviation = statistics[0]
+
+    def standardized(x: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(x.copy()).to(dtype).sub_(mean).div_(deviation)
+
+    splits = [
+        Split(
+            training,
+            validated,
+            np.arange(len(test_x)),
+            scale=(deviation / own_deviation)[0],
+            shift=((mean - own_mean) / own_deviation)[0],
+        )
+        for (training, validated), (own_mean, own_deviation) in zip(chosen, statistics, strict=True)
+    ]
+    return standardized(train_x), standardized(test_x), splits
+
+
+def _encode(
+    train_x: Columns, test_x: Columns, chosen: Sequence[Chosen]
+) -> tuple[Tensor, Tensor, list[Split]]:
+    """Return the rows as each split encodes them, one behind the other; numbers go on counting."""
+    train, test = encode(train_x, test_x, [training for training, _ in chosen])
+    features = train.shape[2]
+    splits = [
+        Split(
+            training + number * len(train_x),
+            validated + number * len(train_x),
+            np.arange(len(test_x)) + number * len(test_x),
+            scale=torch.ones(features),
+            shift=torch.zeros(features),
+        )
+        for number, (training, validated) in enumerate(chosen)
+    ]
+    train, test = (part.reshape(-1, features) for part in (train, test))
+    return torch.from_numpy(train), torch.from_numpy(test), splits
+
+
+def _statistics(x: NDArray[Any]) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation along the feature axis, shaped to broadcast over rows."""
     others = tuple(axis for axis in range(x.ndim) if axis != 1)
     mean = x.mean(axis=others, dtype=np.float64, keepdims=True)
     deviation = x.std(axis=others, dtype=np.float64, keepdims=True)
     return torch.from_numpy(mean), torch.from_numpy(np.where(deviation > 0, deviation, 1.0))
+
+
+def _weights(y: NDArray[Any], classes: int) -> Tensor:
+    """Return rows / (classes that occur × rows of the class), as scikit-learn's ``balanced``."""
+    counts = np.bincount(y, minlength=classes)
+    return torch.from_numpy(len(y) / (np.count_nonzero(counts) * np.maximum(counts, 1)))
+
+
+def _row_shape(x: NDArray[Any] | Columns) -> tuple[int, ...]:
+    if isinstance(x, Columns):
+        return (x.numbers.shape[1], x.categories.shape[1])
+    return x.shape[1:]
+
+
+def _count(wrong: NDArray[np.bool_]) -> str:
+    return f"{np.count_nonzero(wrong)} of {wrong.size}"

@@ -6,10 +6,12 @@ Tensor names end in the letters of their shape:
     P  parameters of one model      W  penalized ones (the first W of P)
     S  steps of an epoch            D  dropout sites          R  rows held out
     M  members of a trial           N  rows of a data set; noise keys of a step (D + 2)
+    T  sums over rows from which loss and score are made
 
 A walk: ``lanes`` (what a lane is: its trial, its tensors) → ``step`` (one optimizer step) →
 ``epoch`` (all steps, spread over the cores, and the validation) → ``engine`` (join, leave, train,
 results, checkpoints). On the way: ``model`` (the gradient of all lanes), ``batches`` (who sees
-which rows and noise), ``optimizers``, ``regularizers``, ``early_stopping`` and ``noise`` (what
-training is made of), ``compiling`` and ``capturing`` (the same, faster), ``capacity`` (how many).
+which rows and noise), ``optimizers``, ``regularizers``, ``objective``, ``early_stopping`` and
+``noise`` (what training is made of), ``compiling`` and ``capturing`` (the same, faster),
+``capacity`` (how many).
 """

@@ -7,7 +7,7 @@ place or when it joined.
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import replace
 from time import perf_counter
 
 import numpy as np
@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from regtune.errors import InvalidData
 from regtune.spec import TaskSpec, Training, Validation
-from regtune.task import find_dataset, find_model
+from regtune.task import Data, Storage, find_dataset, find_model
 from worker.tasks.preparation import Prepared, Rows, prepare
 from worker.training.batches import Place
 from worker.training.capacity import Footprint
@@ -33,6 +34,7 @@ from worker.training.lanes import (
 )
 from worker.training.model import LaneModel
 from worker.training.noise import initial_weights, member_seed
+from worker.training.objective import LossOfRows, Objective, classification, mean_score, regression
 from worker.training.optimizers import find_optimizer
 
 SAMPLE_ROWS = 4
@@ -64,7 +66,7 @@ class Engine:
         task: TaskSpec,
         training: Training,
         validation: Validation,
-        data_dir: Path,
+        storage: Storage,
         device: torch.device,
         max_lanes: int,
         knobs: Collection[str] = KNOBS,
@@ -77,9 +79,11 @@ class Engine:
         ``knobs`` are the strengths that any trial of the study may use. ``threads`` is how many CPU
         cores to use, by default torch's own number; ``compiles`` says whether a step that is used
         for long may be compiled. Raises NotFound for an unknown data set or model, UnsupportedModel
-        for one whose noise is its own, and whatever loading or building raises.
+        for one whose noise is its own, InvalidData for data that cannot be trained on as the study
+        wants, and whatever loading or building raises.
         """
-        data = find_dataset(task.dataset)(data_dir)
+        data = find_dataset(task.dataset)(storage, **task.data)
+        self.data_hash = data.content_hash()
         prepared = prepare(data, validation, training.seed, device, dtype)
         self._members = len(prepared.splits)
         self._training = training
@@ -91,6 +95,7 @@ class Engine:
         self.model = LaneModel(
             models[0],
             _sample(prepared.rows),
+            _objective(task, data, prepared, knobs),
             penalize=training.penalized,
             knobs=knobs,
             autocast=torch.bfloat16 if training.precision == "bf16" else None,
@@ -147,6 +152,11 @@ class Engine:
     def parameters(self) -> int:
         """How many parameters a lane has."""
         return sum(part_M[0].numel() for part_M in self._initial.values())
+
+    @property
+    def score(self) -> str:
+        """The name of the score beside the loss."""
+        return self.model.objective.score.name
 
     def epochs_left(self) -> dict[int, int]:
         """Return the fewest epochs after which each trial may end of itself, by key."""
@@ -380,7 +390,7 @@ def _build_members(
     for member in range(len(prepared.splits)):
         with initial_weights(member_seed(seed, member)):
             model: nn.Module = find_model(task.model)(
-                task.settings, prepared.rows.input_shape, prepared.classes
+                task.settings, prepared.rows.input_shape, prepared.outputs
             )
         models.append(model.to(dtype))
     return models
@@ -389,6 +399,26 @@ def _build_members(
 def _copy_(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
     for name, target in targets.items():
         target.copy_(sources[name])
+
+
+def _objective(task: TaskSpec, data: Data, prepared: Prepared, knobs: Collection[str]) -> Objective:
+    """Return what the data's kind asks for, with the task's own loss and score where it has any."""
+    weights_C = prepared.class_weights if task.class_weights == "balanced" else None
+    if data.classes is None:
+        objective = regression(task.score, prepared.unit)
+    else:
+        objective = classification(data.classes, task.score, weights_C)
+    if data.loss is not None:
+        objective = replace(objective, loss=LossOfRows(data.loss))
+    if data.score is not None and task.score is None:
+        objective = replace(objective, score=mean_score("own", data.score))
+    if isinstance(objective.loss, LossOfRows):
+        what = "a loss of its own" if data.loss else "squared error as its loss"
+        if task.class_weights != "none":
+            raise InvalidData(f"task.class_weights weigh the cross-entropy, but this has {what}")
+        if "label_smoothing" in knobs:
+            raise InvalidData(f"label_smoothing smooths the cross-entropy, but this has {what}")
+    return objective
 
 
 def _sample(rows: Rows) -> Rows:

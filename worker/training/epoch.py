@@ -78,6 +78,7 @@ class Epochs:
     ) -> None:
         """``knobs`` are the strengths that any lane may use; ``threads`` are CPU cores to use."""
         self._rows = prepared.rows
+        self._objective = model.objective
         self._splits = prepared.splits
         self._training = training
         self._optimizer = optimizer
@@ -90,9 +91,8 @@ class Epochs:
             prepared.rows.x.device,
         )
         self._evaluation_rows = max(self.batches.sizes)
-        every_row = np.arange(len(prepared.test))
         self._validation = Held.out(prepared.rows, [split.validation for split in prepared.splits])
-        self._test = Held.out(prepared.test, [every_row] * len(prepared.splits))
+        self._test = Held.out(prepared.test, [split.test for split in prepared.splits])
         self._programs = Programs(
             compiles=compiles and model.vectorized,
             constants=[*_tensors(prepared.rows), *_tensors(prepared.test)],
@@ -145,7 +145,7 @@ class Epochs:
         return self._in_chunks(work, len(tensors))
 
     def test(self, parameters: Tensors, buffers: Tensors, members: Sequence[int]) -> Tensor:
-        """Return each lane's mean loss and accuracy on the test rows: ``(K, 2)``."""
+        """Return each lane's mean loss and score on the test rows: ``(K, 2)``."""
 
         def work(step: LaneStep, chunk: Chunk) -> Tensor:
             return self._measure(
@@ -299,13 +299,13 @@ class Epochs:
         held: Held,
         tick: Tick,
     ) -> Tensor:
-        """Return each lane's mean loss and accuracy on rows held out: ``(K, 2)``."""
+        """Return each lane's mean loss and score on rows held out: ``(K, 2)``."""
         alike = len(self._splits) == 1
         index, weight = (
             part[0] if alike else part[members] for part in (held.index_MR, held.weight_MR)
         )
         source = self._source(held.rows, members)
-        total_2K = self._rows.x.new_zeros(2, len(members))
+        total_TK = self._rows.x.new_zeros(self._objective.terms, len(members))
         batches = (torch.split(part, self._evaluation_rows, dim=-1) for part in (index, weight))
 
         @cache
@@ -315,9 +315,9 @@ class Epochs:
             return program.bind(step.ways_to_measure(), parameters, buffers, source)
 
         for some, counts in zip(*batches, strict=True):
-            total_2K += measure(some.shape)(some, counts)
+            total_TK += measure(some.shape)(some, counts)
             tick()
-        return (total_2K / held.rows_M[members]).T
+        return self._objective.figures(total_TK, held.rows_M[members])
 
     def _source(self, rows: Rows, members: Sequence[int]) -> Source:
         if len(self._splits) == 1:

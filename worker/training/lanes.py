@@ -39,9 +39,9 @@ class LaneTrial:
 class LaneEpoch:
     """What one trial did in one epoch; with several members, the mean over them.
 
-    ``epoch`` counts from 1. ``train_loss`` is the mean cross-entropy of the rows as they were
-    trained on, without penalties; ``penalty`` is λ₁‖w‖₁ and, where decay is coupled, (λ₂/2)‖w‖²,
-    at the epoch's end. ``validation_score`` is the accuracy. ``sparsity`` is the share of the
+    ``epoch`` counts from 1. ``train_loss`` is the mean loss of the rows as they were trained
+    on, without penalties; ``penalty`` is λ₁‖w‖₁ and, where decay is coupled, (λ₂/2)‖w‖²,
+    at the epoch's end. ``validation_score`` is the task's score. ``sparsity`` is the share of the
     penalized weights that are exactly zero. ``seconds`` is what the epoch took on the clock, for
     all lanes together.
     """
@@ -59,7 +59,7 @@ class LaneEpoch:
 
 @dataclass(frozen=True)
 class LaneResult:
-    """A trial at its best weights, the mean over its members; scores are accuracies.
+    """A trial at its best weights, the mean over its members.
 
     ``validation_loss_spread`` is the standard deviation over the members, None for a single one.
     """

@@ -13,12 +13,12 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.utils import _pytree as pytree
 
 from worker.tasks.preparation import Rows
+from worker.training.objective import Objective
 from worker.training.regularizers import (
     dropout_threshold,
     install_dropout_sites,
     penalized,
     perturbed,
-    smoothed_cross_entropy,
 )
 from worker.training.tracing import TURNS
 
@@ -60,12 +60,13 @@ class LaneModel:
         self,
         model: nn.Module,
         sample: Rows,
+        objective: Objective,
         *,
         penalize: Literal["weights", "all"] = "weights",
         knobs: Collection[str] = (),
         autocast: torch.dtype | None = None,
     ) -> None:
-        """Take over ``model``; ``sample`` holds a few rows to try it on.
+        """Take over ``model``, to be trained for ``objective``; ``sample`` are rows to try it on.
 
         ``knobs`` names those of ``label_smoothing``, ``input_noise`` and ``weight_noise`` that any
         lane may use; the others cost nothing. Raises UnsupportedModel, and whatever the model
@@ -76,6 +77,7 @@ class LaneModel:
             _normalize_in_float32(model)
         _use_plain_attention()
         self._model = model.requires_grad_(False)
+        self.objective = objective
         self._knobs = frozenset(knobs)
         self._autocast = autocast
         named = dict(model.named_parameters())
@@ -104,6 +106,7 @@ class LaneModel:
     def to(self, device: torch.device) -> Self:
         """Move to ``device``."""
         self._model.to(device)
+        self.objective = self.objective.to(device)
         return self
 
     @property
@@ -155,7 +158,7 @@ class LaneModel:
         weight: Tensor,
         per_lane: bool,
     ) -> Tensor:
-        """Return, summed over rows, each lane's losses and how many labels it hit: ``(2, K)``.
+        """Return each lane's sums over rows that the objective measures: ``(T, K)``.
 
         Dropout and noise are off, running statistics are used and stay as they are. ``weight`` is
         1 for a row that counts and 0 for one that does not; ``per_lane`` as in a batch.
@@ -164,8 +167,8 @@ class LaneModel:
         mapped = self._map(self._measure, (0, 0, shared, shared, shared), lanes_of(parameters))
         with TURNS.calling():
             self._model.eval()
-            total_K2: Tensor = mapped(parameters, buffers, x, y, weight)
-        return total_K2.T
+            total_KT: Tensor = mapped(parameters, buffers, x, y, weight)
+        return total_KT.T
 
     def _map(
         self, function: Callable[..., Any], in_dims: tuple[int | None, ...], lanes: int
@@ -195,26 +198,21 @@ class LaneModel:
                 f"{name}.scale": strengths["dropout_scale"],
                 f"{name}.key": key_2,
             }
-        logits_BC = self._logits(parameters, buffers, x, noise)
-        if "label_smoothing" in self._knobs:
-            return smoothed_cross_entropy(logits_BC, y_B, strengths["label_smoothing"])
-        return nn.functional.cross_entropy(logits_BC, y_B)
+        output = self._output(parameters, buffers, x, noise)
+        smoothing = strengths["label_smoothing"] if "label_smoothing" in self._knobs else None
+        return self.objective.loss.of_batch(output, y_B, smoothing)
 
     def _measure(
         self, parameters: Tensors, buffers: Tensors, x: Tensor, y_B: Tensor, weight_B: Tensor
     ) -> Tensor:
-        logits_BC = self._logits(parameters, buffers, x, {})
-        hit_B = logits_BC.argmax(1) == y_B
-        loss_B = nn.functional.cross_entropy(logits_BC, y_B, reduction="none")
-        return torch.stack([(loss_B * weight_B).sum(), (hit_B * weight_B).sum()])
+        output = self._output(parameters, buffers, x, {})
+        return self.objective.measure(output, y_B, weight_B)
 
-    def _logits(self, parameters: Tensors, buffers: Tensors, x: Tensor, noise: Tensors) -> Tensor:
-        """Return the model's logits, in the precision of ``x``."""
+    def _output(self, parameters: Tensors, buffers: Tensors, x: Tensor, noise: Tensors) -> Tensor:
+        """Return the model's output, in the precision of ``x``."""
         with self._precision(x.device):
-            logits_BC: Tensor = functional_call(
-                self._model, {**parameters, **buffers, **noise}, (x,)
-            )
-        return logits_BC.to(x.dtype)
+            output: Tensor = functional_call(self._model, {**parameters, **buffers, **noise}, (x,))
+        return output.to(x.dtype)
 
     def _precision(self, device: torch.device) -> AbstractContextManager[object]:
         if self._autocast is None:

@@ -120,13 +120,13 @@ def penalized(model: nn.Module, which: Literal["weights", "all"]) -> Iterator[st
 
 
 def smoothed_cross_entropy(logits_BC: Tensor, y_B: Tensor, smoothing: Tensor) -> Tensor:
-    """Return the mean cross-entropy with labels mixed with the uniform distribution.
+    """Return each row's cross-entropy with its label mixed with the uniform distribution: ``(B,)``.
 
-    As ``cross_entropy(…, label_smoothing=ε)``, with ε as a tensor.
+    As ``cross_entropy(…, label_smoothing=ε, reduction="none")``, with ε as a tensor.
     """
     log_BC = nn.functional.log_softmax(logits_BC, dim=1)
     hit_B = log_BC.gather(1, y_B[:, None])[:, 0]
-    return -((1 - smoothing) * hit_B + smoothing * log_BC.mean(1)).mean()
+    return -((1 - smoothing) * hit_B + smoothing * log_BC.mean(1))
 
 
 def perturbed(x: Tensor, deviation: Tensor, key_2: Tensor, start: int = 0) -> Tensor:

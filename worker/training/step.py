@@ -102,7 +102,7 @@ class LaneStep:
         index: Tensor,
         weight: Tensor,
     ) -> Tensor:
-        """Return, summed over a batch, K lanes' losses and hits: ``(2, K)``.
+        """Return K lanes' sums over a batch that the objective measures: ``(T, K)``.
 
         ``weight``, of the shape of ``index``, is 0 where a row only fills up the batch.
         """

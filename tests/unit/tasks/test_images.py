@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from regtune.task import DatasetLoader
+from regtune.task import DatasetLoader, Storage
 from worker.tasks.images import digits, fashion_mnist, mnist
 
 ARCHIVES = Path(
@@ -14,7 +14,7 @@ ARCHIVES = Path(
 
 
 def test_the_digits_are_split_the_same_every_time_with_all_classes_in_both_parts():
-    first, again = digits(Path("unused")), digits(Path("unused"))
+    first, again = digits(Storage(Path("unused"))), digits(Storage(Path("unused")))
     assert first.train_x.shape == (1437, 1, 8, 8)
     assert first.test_x.shape == (360, 1, 8, 8)
     assert (first.train_x.dtype, first.train_y.dtype) == (np.float32, np.int64)
@@ -36,7 +36,7 @@ def test_archives_that_lie_there_are_verified_and_unpacked(
     if not raw.is_dir():
         pytest.skip(f"needs the original archives under {raw}; REGTUNE_TEST_DATA may say where")
     shutil.copytree(raw, tmp_path / folder / "raw")
-    data = loader(tmp_path)
+    data = loader(Storage(tmp_path))
     assert data.train_x.shape == (60_000, 1, 28, 28)
     assert data.test_x.shape == (10_000, 1, 28, 28)
     assert (data.train_x.dtype, data.train_y.dtype) == (np.uint8, np.int64)

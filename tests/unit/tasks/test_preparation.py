@@ -4,7 +4,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.utils.class_weight import compute_class_weight
 
+from regtune.errors import InvalidData
 from regtune.spec import Validation
 from regtune.task import Data
 from worker.tasks.preparation import Prepared, Split, prepare
@@ -135,3 +137,82 @@ def test_the_data_set_itself_stays_as_it_is():
     prepare(data, Validation(), 0, CPU, torch.float32)
     np.testing.assert_array_equal(data.train_x, before[0])
     np.testing.assert_array_equal(data.test_x, before[1])
+
+
+def numbers(rows: int = 50) -> Data:
+    """A regression."""
+    random = np.random.default_rng(0)
+    x = random.normal(size=(rows + 10, 3)).astype(np.float32)
+    y = (100 + 20 * x[:, 0] + random.normal(size=rows + 10)).astype(np.float32)
+    return Data(x[:rows], y[:rows], x[rows:], y[rows:], classes=None)
+
+
+@pytest.mark.parametrize("validation", [{"folds": 5}, {"fraction": 0.2}])
+def test_targets_of_a_regression_are_standardized_by_the_rows_trained_on(validation):
+    data = numbers()
+    whole = prepared(data, **validation)
+    trained_on = whole.splits[0].training
+    own = data.train_y[trained_on].astype(np.float64)
+    assert whole.outputs == 1
+    assert whole.unit == pytest.approx(own.std())
+    np.testing.assert_allclose(whole.rows.y[trained_on], (own - own.mean()) / own.std())
+    np.testing.assert_allclose(whole.test.y, (data.test_y - own.mean()) / own.std())
+    held_out = np.concatenate([split.validation for split in whole.splits])
+    assert len(set(held_out)) == len(held_out)
+
+
+def test_balanced_weights_are_scikit_learns_and_average_one():
+    whole = prepared(table())
+    y = table().train_y[only(whole).training]
+    expected = compute_class_weight("balanced", classes=np.array([0, 1]), y=y)
+    np.testing.assert_allclose(whole.class_weights, expected)
+    assert whole.class_weights[y].mean() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("validation", [{"folds": 5}, {"fraction": 0.2}])
+def test_classes_too_rare_to_be_stratified_are_split_together(validation):
+    data = table()
+    y = data.train_y.copy()
+    y[:3], y[3] = 2, 3
+    splits = prepared(replace(data, train_y=y, classes=4), **validation).splits
+    for split in splits:
+        assert sorted([*split.training, *split.validation]) == list(range(100))
+        assert 0.05 <= (y[split.validation] == 1).mean() <= 0.15
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"train_y": np.zeros(100, np.int64)}, "all training rows are of one class"),
+        ({"classes": 1}, "whole numbers from 0 to 0"),
+        ({"train_y": np.full(100, 0.5)}, "whole numbers from 0 to 1"),
+        ({"test_y": np.full(20, -1)}, "whole numbers from 0 to 1"),
+        ({"train_y": np.full(100, np.nan)}, "100 of 100 training targets are no numbers"),
+        ({"classes": None, "train_y": np.ones(100)}, "the target is 1 in all training rows"),
+        ({"train_x": np.full((100, 3), np.inf)}, "300 of 300 training inputs are no numbers"),
+        ({"test_x": np.zeros((20, 4))}, r"have the shape \(3,\), test rows \(4,\)"),
+        ({"train_x": np.zeros((99, 3))}, "inputs have 99 rows, but the targets"),
+        ({"train_y": np.zeros((100, 1))}, r"the targets have the shape \(100, 1\)"),
+        ({"test_x": np.zeros((0, 3)), "test_y": np.zeros(0, int)}, "there are no test rows"),
+        ({"train_x": np.zeros((0, 3)), "train_y": np.zeros(0, int)}, "there are no training rows"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused_with_the_reason(change, says):
+    with pytest.raises(InvalidData, match=says):
+        prepared(replace(table(), **change))
+
+
+def test_fewer_rows_than_folds_are_refused():
+    data = replace(numbers(), train_x=numbers().train_x[:3], train_y=numbers().train_y[:3])
+    with pytest.raises(InvalidData, match=r"cannot be split: .* n_splits=5"):
+        prepared(data, folds=5)
+
+
+def test_rows_that_differ_in_a_bit_or_in_their_order_have_another_hash():
+    data = table()
+    x = data.train_x.copy()
+    x[7, 1] = np.nextafter(x[7, 1], np.float32(np.inf))
+    others = [replace(data, train_x=x), replace(data, test_x=data.test_x[::-1])]
+    hashes = {d.content_hash() for d in (data, *others, replace(data, classes=3))}
+    assert len(hashes) == 4
+    assert replace(data, train_x=data.train_x.copy()).content_hash() in hashes

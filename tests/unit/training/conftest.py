@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from regtune.spec import TaskSpec, Training, Validation
-from regtune.task import Data
+from regtune.task import Data, Storage
 from worker.tasks.models import mlp
 from worker.training import engine as engine_module
 from worker.training.engine import Engine
@@ -27,7 +27,7 @@ def overlapping_blobs(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return x.astype(np.float32), y.astype(np.int64)
 
 
-def blobs(data_dir: Path) -> Data:
+def blobs(storage: Storage) -> Data:
     return Data(*overlapping_blobs(76, seed=1), *overlapping_blobs(40, seed=2), classes=CLASSES)
 
 
@@ -63,7 +63,7 @@ def make_engine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
             task=TaskSpec(dataset="blobs", model="own", **(settings or {"hidden": [16]})),
             training=Training(**(defaults | {"seed": seed} | training)),
             validation=validation or Validation(),
-            data_dir=Path("unused"),
+            storage=Storage(Path("unused")),
             device=torch.device("cpu"),
             max_lanes=max_lanes,
             dtype=dtype,

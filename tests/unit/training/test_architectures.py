@@ -1,7 +1,6 @@
 """Models that people have: convolutional, residual, transformers, and one of a user's own."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 from torchvision.models import VisionTransformer, resnet18
 
-from regtune.task import Data
+from regtune.task import Data, Storage
 from tests.unit.training.conftest import losses, train, trial
 from worker.training.engine import Engine
 from worker.training.model import loop
@@ -20,7 +19,7 @@ STRONG = {"weight_decay": 0.3, "dropout": 0.4, "l1_lambda": 0.01, "label_smoothi
 EPOCHS = 2
 
 
-def small_images(data_dir: Path) -> Data:
+def small_images(storage: Storage) -> Data:
     """Colour images of 16 × 16 in which each class has a corner of its own."""
     random = np.random.default_rng(0)
 

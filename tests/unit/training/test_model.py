@@ -17,6 +17,7 @@ from worker.training.model import (
     neutral_strengths,
 )
 from worker.training.noise import standard_normal
+from worker.training.objective import classification
 from worker.training.regularizers import dropout_threshold
 
 IMAGES = (1, 8, 8)
@@ -94,7 +95,9 @@ def rows(n: int = 12) -> Rows:
 
 
 def lane_model(model: nn.Module, **options: Any) -> LaneModel:
-    return LaneModel(model.double(), Rows(rows().x[:4], rows().y[:4]), **options)
+    return LaneModel(
+        model.double(), Rows(rows().x[:4], rows().y[:4]), classification(CLASSES), **options
+    )
 
 
 def batch(lanes: int, model: LaneModel, per_lane: bool) -> Batch:
@@ -333,7 +336,12 @@ def test_input_and_weight_noise_are_what_their_names_say():
 def test_bfloat16_keeps_weights_and_losses_in_full_precision():
     sample = Rows(rows().x[:4].float(), rows().y[:4])
     model, full = (
-        LaneModel(mlp({"hidden": [16]}, IMAGES, CLASSES), sample, autocast=autocast)
+        LaneModel(
+            mlp({"hidden": [16]}, IMAGES, CLASSES),
+            sample,
+            classification(CLASSES),
+            autocast=autocast,
+        )
         for autocast in (torch.bfloat16, None)
     )
     assert model.vectorized

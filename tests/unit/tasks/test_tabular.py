@@ -1,0 +1,246 @@
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from pyarrow import parquet
+from sklearn.preprocessing import OneHotEncoder
+
+from regtune.errors import InvalidData
+from regtune.spec import Validation
+from regtune.task import Data, Storage
+from worker.tasks.preparation import Prepared, prepare
+from worker.tasks.tabular import table
+
+TABULAR = (
+    Path(os.environ.get("REGTUNE_TEST_DATA", Path(__file__).parents[3].parent / "shared" / "data"))
+    / "tabular"
+)
+ADULT = [
+    "age",
+    "workclass",
+    "fnlwgt",
+    "education",
+    "education-num",
+    "marital-status",
+    "occupation",
+    "relationship",
+    "race",
+    "sex",
+    "capital-gain",
+    "capital-loss",
+    "hours-per-week",
+    "native-country",
+    "income",
+]
+
+ROWS = """age,town,paid,noise
+31,Bern,yes,1.5
+ 40 ,Basel,no,
+52,,yes,2.5
+,Bern,no,-1
+28,Chur,yes,0
+33,Basel,no,4
+"""
+
+
+def load(folder: Path, text: str = ROWS, **settings: Any) -> Data:
+    (folder / "t.csv").write_text(text)
+    defaults = {"path": "t.csv", "target": "paid", "test_fraction": 0.34}
+    return table(Storage(folder), **(defaults | settings))
+
+
+def prepared(data: Data, **validation: Any) -> Prepared:
+    return prepare(data, Validation(**validation), 0, torch.device("cpu"), torch.float64)
+
+
+def all_rows(part: str, data: Data) -> np.ndarray:
+    parts = [getattr(x, part) for x in (data.train_x, data.test_x)]
+    return np.concatenate(parts)
+
+
+def test_numbers_and_categories_are_told_apart_and_missing_values_kept(tmp_path):
+    data = load(tmp_path)
+    assert (data.classes, len(data.train_y), len(data.test_y)) == (2, 3, 3)
+    numbers = all_rows("numbers", data)
+    assert numbers.dtype == np.float32
+    assert sorted(numbers[:, 0])[:5] == [28, 31, 33, 40, 52]
+    assert np.isnan(numbers).sum(0).tolist() == [1, 1]
+    towns = all_rows("categories", data)
+    assert sorted(towns[:, 0]) == [-1, 0, 0, 1, 1, 2]
+
+
+def test_what_a_column_is_may_be_said(tmp_path):
+    data = load(tmp_path, categorical=["age"], ignore=["noise"])
+    assert data.train_x.numbers.shape[1] == 0
+    assert data.train_x.categories.shape[1] == 2
+    with pytest.raises(InvalidData, match="'town' should be numeric"):
+        load(tmp_path, numeric=["town"])
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "classes"),
+    [
+        (["a", "b", "c", "a"] * 5, None, 3),
+        ([0, 1, 2, 3] * 5, None, 4),
+        (list(range(40)), None, None),
+        ([0.5, 1.0, 2.0, 3.0] * 5, None, None),
+        ([0, 1, 2, 3] * 5, "regression", None),
+        ([-3, 7] * 10, "classification", 2),
+        ([True, False] * 10, None, 2),
+    ],
+)
+def test_the_kind_of_target_is_seen_or_said(tmp_path, values, kind, classes):
+    parquet.write_table(pa.table({"x": range(len(values)), "y": values}), tmp_path / "t.parquet")
+    data = table(Storage(tmp_path), path="t.parquet", target="y", kind=kind)
+    assert data.classes == classes
+    if classes:
+        assert sorted(set(data.train_y)) == list(range(classes))
+    else:
+        assert data.train_y.dtype == np.float32
+        assert set(data.train_y) | set(data.test_y) == {float(value) for value in values}
+
+
+def test_parquet_and_csv_of_the_same_rows_are_the_same_data(tmp_path):
+    from_csv = load(tmp_path)
+    towns = ["Bern", "Basel", None, "Bern", "Chur", "Basel"]
+    parquet.write_table(
+        pa.table(
+            {
+                "age": [31, 40, 52, None, 28, 33],
+                "town": pa.array(towns).dictionary_encode(),
+                "paid": ["yes", "no"] * 3,
+                "noise": [1.5, None, 2.5, -1, 0, 4],
+            }
+        ),
+        tmp_path / "t.parquet",
+    )
+    assert load(tmp_path, path="t.parquet").content_hash() == from_csv.content_hash()
+    changed = load(tmp_path, ROWS.replace("52", "53"))
+    assert changed.content_hash() != from_csv.content_hash()
+
+
+def test_test_rows_may_have_a_file_of_their_own(tmp_path):
+    (tmp_path / "test.csv").write_text("town,noise,age,paid\nGenf,1,30,no\n")
+    data = load(tmp_path, test_path="test.csv")
+    assert (len(data.train_y), len(data.test_y)) == (6, 1)
+    assert data.test_x.numbers.tolist() == [[30, 1]]
+    (tmp_path / "test.csv").write_text("town,noise,paid\nGenf,1,no\n")
+    with pytest.raises(InvalidData, match="lacks the columns age"):
+        load(tmp_path, test_path="test.csv")
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "says"),
+    [
+        ("", {}, "cannot be read: Empty CSV file"),
+        ("age,town,paid\n", {}, "has no rows"),
+        ("age,paid\n1,yes,3\n", {}, "Expected 2 columns, got 3"),
+        (ROWS, {"target": "income"}, "no column 'income'; it has age, town, paid, noise"),
+        (ROWS, {"ignore": ["x"]}, "no column 'x'"),
+        ("a,paid\n1,yes\n2,yes\n", {}, "'paid' has one class alone"),
+        ("a,paid\n1,yes\n2,\n", {}, "'paid' is missing in 1 of 2 rows"),
+        ("a,paid\n1,1.5\n2,nan\n", {}, "'paid' is missing in 1 of 2 rows"),
+        ("a,paid\n1,1.5\n2,inf\n", {}, "'paid' is missing in 1 of 2 rows"),
+        ("a,paid\n1,yes\ninf,no\n", {}, "'a' holds infinity"),
+        ("paid\nyes\nno\n", {}, "no column beside the target"),
+        (ROWS, {"kind": "regression"}, "a regression needs a number"),
+        (ROWS, {"path": "gone.csv"}, "there is no file 'gone.csv'"),
+        (ROWS, {"path": "."}, "cannot be read"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said(tmp_path, text, settings, says):
+    with pytest.raises(InvalidData, match=says):
+        load(tmp_path, text, **settings)
+
+
+def test_a_broken_parquet_file_is_said_to_be_one(tmp_path):
+    (tmp_path / "t.parquet").write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(InvalidData, match="cannot be read"):
+        load(tmp_path, path="t.parquet")
+
+
+def test_each_split_imputes_scales_and_encodes_by_its_own_training_rows(tmp_path):
+    random = np.random.default_rng(0)
+    lines = ["a,b,c,y"]
+    lines += [
+        f"{'' if i % 7 == 0 else random.normal(5, 3)},{random.choice(list('uvw'))},1,{i % 2}"
+        for i in range(60)
+    ]
+    data = load(tmp_path, "\n".join(lines), target="y", test_fraction=0.2)
+    whole = prepared(data, folds=4)
+    rows = len(data.train_y)
+    for number, split in enumerate(whole.splits):
+        own = split.training - number * rows
+        assert own.min() >= 0
+        assert own.max() < rows
+        known = data.train_x.numbers[own, 0]
+        filled = np.where(np.isnan(known), np.nanmedian(known), known)
+        x = whole.rows.x[split.training]
+        expected = (filled - filled.mean()) / filled.std()
+        np.testing.assert_allclose(x[:, 0], expected, atol=1e-5)
+        np.testing.assert_array_equal(x[:, 1], 0)  # a constant column
+        one_hot = OneHotEncoder(sparse_output=False).fit_transform(data.train_x.categories[own])
+        np.testing.assert_array_equal(x[:, 2:].sum(1), 1)
+        np.testing.assert_array_equal(np.sort(x[:, 2:].sum(0)), np.sort(one_hot.sum(0)))
+        labels = whole.rows.y[split.training].numpy()
+        np.testing.assert_array_equal(labels, data.train_y[own])
+        tested = whole.test.y[split.test].numpy()
+        np.testing.assert_array_equal(tested, data.test_y)
+
+
+def test_a_category_that_no_training_row_has_is_none_of_those_known(tmp_path):
+    (tmp_path / "test.csv").write_text("age,town,paid,noise\n30,Genf,no,1\n")
+    whole = prepared(load(tmp_path, test_path="test.csv"), fraction=0.5)
+    assert whole.test.x[0, 2:].tolist() == [0] * (whole.test.x.shape[1] - 2)
+    assert whole.rows.x[whole.splits[0].training][:, 2:].sum(1).tolist() == [1] * 3
+
+
+def test_features_are_the_same_for_splits_that_know_other_categories(tmp_path):
+    lines = ["town,y", *(f"town-{i},{i % 2}" for i in range(40))]
+    whole = prepared(load(tmp_path, "\n".join(lines), target="y"), folds=3)
+    for split in whole.splits:
+        trained = whole.rows.x[split.training]
+        assert trained.sum(1).tolist() == [1] * len(trained)
+        assert whole.rows.x[split.validation].sum() == 0  # all towns there are unknown
+
+
+def test_many_categories_become_a_hundred_columns_at_most(tmp_path):
+    lines = ["town,y", *(f"town-{i // 2 if i < 150 else i},{i % 2}" for i in range(400))]
+    whole = prepared(load(tmp_path, "\n".join(lines), target="y", test_fraction=0.01))
+    assert whole.rows.x.shape[1] == 100
+    assert whole.rows.x.sum(1).tolist() == [1] * len(whole.rows)
+
+
+def test_a_large_table_is_read_and_prepared(tmp_path):
+    """2 000 rows by 500 columns, a fifth of them text."""
+    random = np.random.default_rng(0)
+    columns: dict[str, Any] = {f"n{i}": random.normal(size=2_000) for i in range(400)}
+    columns |= {f"c{i}": random.choice(list("abcdef"), 2_000) for i in range(100)}
+    columns["y"] = random.integers(0, 3, 2_000)
+    parquet.write_table(pa.table(columns), tmp_path / "t.parquet")
+    data = table(Storage(tmp_path), path="t.parquet", target="y")
+    whole = prepare(data, Validation(), 0, torch.device("cpu"), torch.float32)
+    assert whole.rows.x.shape == (1600, 400 + 600)
+
+
+@pytest.mark.parametrize(
+    ("file", "settings", "shape", "positive"),
+    [
+        ("adult-train.csv", {"target": "income", "columns": ADULT}, (26_048, 6, 8), 0.2408),
+        ("phoneme.csv", {"target": "f", "columns": list("abcdef")}, (4_323, 5, 0), 0.2935),
+        ("transfusion.data", {"target": "response"}, (598, 4, 0), 0.2375),
+    ],
+)
+def test_real_tables_are_read(file, settings, shape, positive):
+    if not (TABULAR / file).is_file():
+        pytest.skip(f"needs {TABULAR / file}; REGTUNE_TEST_DATA may say where")
+    data = table(Storage(TABULAR), path=file, **settings)
+    x = data.train_x
+    assert (len(x), x.numbers.shape[1], x.categories.shape[1]) == shape
+    assert data.classes == 2
+    assert data.train_y.mean() == pytest.approx(positive, abs=0.002)
+    assert prepared(data).rows.x.isfinite().all()

@@ -1,0 +1,125 @@
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from sklearn import metrics
+from torch import Tensor
+from torch.func import grad, vmap
+from torch.nn.functional import cross_entropy
+
+from regtune.errors import InvalidData
+from worker.training.objective import Objective, classification, regression
+
+LANES, ROWS, CLASSES = 3, 40, 4
+
+
+def draw(seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Logits of some lanes and one set of labels; the last class is rare, and one never occurs."""
+    generator = torch.Generator().manual_seed(seed)
+    logits_KBC = torch.randn(LANES, ROWS, CLASSES, dtype=torch.float64, generator=generator)
+    return logits_KBC, torch.tensor([0, 0, 0, 1, 2] * 8)
+
+
+def measured(objective: Objective, output_KBC: Tensor, y_B: Tensor, batch: int = 7) -> Tensor:
+    """Figures from padded batches, as an epoch measures them: ``(K, 2)``."""
+    total_TK = torch.zeros(objective.terms, len(output_KBC), dtype=torch.float64)
+    for start in range(0, len(y_B), batch):
+        rows = torch.arange(start, start + batch)
+        weight_B = (rows < len(y_B)).double()
+        index = rows % len(y_B)
+        total_TK += vmap(objective.measure, (0, None, None))(
+            output_KBC[:, index], y_B[index], weight_B
+        ).T
+    return objective.figures(total_TK, torch.tensor(float(len(y_B))))
+
+
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [
+        ("accuracy", lambda y, p: metrics.accuracy_score(y, p.argmax(1))),
+        ("balanced_accuracy", lambda y, p: metrics.balanced_accuracy_score(y, p.argmax(1))),
+        ("log_loss", lambda y, p: metrics.log_loss(y, p, labels=range(CLASSES))),
+    ],
+)
+def test_scores_of_classes_are_scikit_learns(name: str, theirs: Callable[..., float]):
+    logits_KBC, y_B = draw()
+    figures_K2 = measured(classification(CLASSES, name), logits_KBC, y_B)
+    for lane, logits_BC in enumerate(logits_KBC):
+        assert figures_K2[lane, 0] == pytest.approx(float(cross_entropy(logits_BC, y_B)))
+        expected = theirs(y_B.numpy(), logits_BC.softmax(1).numpy())
+        assert figures_K2[lane, 1] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [("r2", metrics.r2_score), ("rmse", metrics.root_mean_squared_error)],
+)
+def test_scores_of_numbers_are_scikit_learns_in_the_targets_own_unit(
+    name: str, theirs: Callable[..., float]
+):
+    generator = torch.Generator().manual_seed(1)
+    output_KB1 = torch.randn(LANES, ROWS, 1, dtype=torch.float64, generator=generator)
+    y_B = torch.randn(ROWS, dtype=torch.float64, generator=generator)
+    figures_K2 = measured(regression(name, unit=50.0), output_KB1, y_B)
+    for lane, output_B1 in enumerate(output_KB1):
+        predicted = output_B1[:, 0]
+        assert figures_K2[lane, 0] == pytest.approx(float((predicted - y_B).square().mean()))
+        expected = theirs(100 + 50 * y_B.numpy(), 100 + 50 * predicted.numpy())
+        assert figures_K2[lane, 1] == pytest.approx(expected)
+
+
+def test_weighted_classes_count_as_often_as_they_weigh():
+    """The loss is that of rows that are repeated, and batches add up to it."""
+    logits_KBC, y_B = draw()
+    weights_C = torch.tensor([1.0, 2.0, 3.0, 5.0]).double()
+    objective = classification(CLASSES, weights_C=weights_C)
+    copies = weights_C[y_B].long()
+    expected = cross_entropy(
+        logits_KBC[0].repeat_interleave(copies, 0), y_B.repeat_interleave(copies), reduction="sum"
+    )
+    figures_K2 = measured(objective, logits_KBC, y_B)
+    assert figures_K2[0, 0] == pytest.approx(float(expected) / ROWS)
+    assert figures_K2[0, 1] == pytest.approx(
+        float((logits_KBC[0].argmax(1) == y_B).double().mean())
+    )
+
+    def training_loss(logits_BC: Tensor) -> Tensor:
+        return objective.loss.of_batch(logits_BC, y_B, None)
+
+    per_class = cross_entropy(logits_KBC[0], y_B, weight=weights_C, reduction="sum") / ROWS
+    assert training_loss(logits_KBC[0]).item() == pytest.approx(per_class.item())
+    gradient = grad(training_loss)(logits_KBC[0])
+    plain = grad(lambda logits: cross_entropy(logits, y_B))(logits_KBC[0])
+    torch.testing.assert_close(gradient, plain * weights_C[y_B][:, None])
+
+
+def test_smoothing_and_weights_go_together():
+    logits_KBC, y_B = draw()
+    weights_C = torch.tensor([1.0, 2.0, 3.0, 5.0]).double()
+    ours = classification(CLASSES, weights_C=weights_C).loss.of_batch(
+        logits_KBC[0], y_B, torch.tensor(0.1).double()
+    )
+    rows = cross_entropy(logits_KBC[0], y_B, label_smoothing=0.1, reduction="none")
+    assert ours.item() == pytest.approx((rows * weights_C[y_B]).mean().item())
+
+
+@pytest.mark.parametrize(
+    ("make", "wrong", "known"),
+    [
+        (lambda score: classification(2, score), "rmse", "accuracy, balanced_accuracy, log_loss"),
+        (regression, "accuracy", "r2, rmse"),
+    ],
+)
+def test_a_score_of_the_other_kind_is_refused(
+    make: Callable[[str], Objective], wrong: str, known: str
+):
+    with pytest.raises(InvalidData, match=f"has no {wrong}; known for it: {known}"):
+        make(wrong)
+
+
+def test_r2_of_one_who_says_the_mean_is_zero():
+    y_B = torch.tensor([1.0, 2.0, 4.0]).double()
+    mean = torch.full((1, 3, 1), float(np.mean([1, 2, 4]))).double()
+    assert measured(regression(), mean, y_B)[0, 1] == pytest.approx(0, abs=1e-12)

@@ -1,0 +1,219 @@
+"""The data set ``table``: a CSV or Parquet file with one column to predict."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from pyarrow import csv, parquet
+from sklearn.model_selection import train_test_split
+
+from regtune.errors import InvalidData
+from regtune.spec import TableSettings
+from regtune.task import Columns, Data, Storage
+from worker.tasks.files import opened
+
+TEST_SEED = 0
+MOST_CLASSES = 20
+"""A target of whole numbers is a class if it has no more values than this."""
+
+_PARQUET = (".parquet", ".pq")
+
+
+def table(storage: Storage, **settings: Any) -> Data:
+    """Return a table's rows; what is done with them is said at ``TableSettings``.
+
+    Text is stripped of spaces, and is numbers where all of it reads as such. Classes are numbered
+    in the order of their names, or of their values. Raises InvalidData.
+    """
+    asked = TableSettings.model_validate(settings)
+    train = _read(asked.path, storage, asked)
+    if asked.test_path is not None:
+        test = _read(asked.test_path, storage, asked)
+        _check_columns(train, test, asked)
+        both = _joined(train, test.select(train.column_names))
+    else:
+        both = train
+    columns = {
+        name: _settled(both[name], name, asked)
+        for name in both.column_names
+        if name not in asked.ignore
+    }
+    y, classes = _target(columns.pop(asked.target), asked)
+    x = _inputs(columns, asked)
+    if asked.test_path is not None:
+        training, tested = np.split(np.arange(len(y)), [len(train)])
+    else:
+        training, tested = _held_out(y, classes, asked.test_fraction)
+    return Data(x[training], y[training], x[tested], y[tested], classes)
+
+
+def _read(address: str, storage: Storage, asked: TableSettings) -> pa.Table:
+    """Return a file's columns; raise InvalidData if there are none, or no target among them."""
+    with opened(address, storage) as file:
+        try:
+            if address.lower().endswith(_PARQUET):
+                rows = parquet.read_table(file)
+            else:
+                rows = csv.read_csv(
+                    file,
+                    csv.ReadOptions(column_names=asked.columns),
+                    csv.ParseOptions(delimiter=asked.delimiter),
+                    csv.ConvertOptions(null_values=list(asked.missing), strings_can_be_null=True),
+                )
+        except pa.ArrowException as error:
+            raise InvalidData(f"{address!r} cannot be read: {error}") from None
+    if not len(rows):
+        raise InvalidData(f"{address!r} has no rows")
+    named = [asked.target, *asked.numeric, *asked.categorical, *asked.ignore]
+    unknown = [name for name in named if name not in rows.column_names]
+    if unknown:
+        raise InvalidData(
+            f"{address!r} has no column {unknown[0]!r}; it has {_listed(rows.column_names)}"
+        )
+    if len(set(rows.column_names)) < len(rows.column_names):
+        raise InvalidData(f"{address!r} has two columns of one name")
+    return rows
+
+
+def _check_columns(train: pa.Table, test: pa.Table, asked: TableSettings) -> None:
+    lacking = set(train.column_names) - set(test.column_names)
+    if lacking:
+        raise InvalidData(f"{asked.test_path!r} lacks the columns {_listed(sorted(lacking))}")
+
+
+def _joined(train: pa.Table, test: pa.Table) -> pa.Table:
+    try:
+        return pa.concat_tables([train, test], promote_options="permissive")
+    except pa.ArrowException as error:
+        raise InvalidData(f"training and test rows are of different types: {error}") from None
+
+
+def _settled(column: pa.ChunkedArray, name: str, asked: TableSettings) -> pa.Array:
+    """Return a column as float64 or as text, with nulls where a value is missing."""
+    values = column.combine_chunks()
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    kind = values.type
+    if pa.types.is_boolean(kind):
+        values = values.cast(pa.string())
+    elif pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        values = values.cast(pa.float64(), safe=False)
+    elif pa.types.is_null(kind):
+        values = values.cast(pa.float64())
+    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        values = _text(values, asked.missing)
+    else:
+        raise InvalidData(
+            f"the column {name!r} is of the type {kind}, which is neither a number nor text; name "
+            "it under task.data.ignore"
+        )
+    return _as_asked(values, name, asked)
+
+
+def _text(values: pa.Array, missing: Sequence[str]) -> pa.Array:
+    """Return text without spaces around it, or as numbers if all of it reads as such."""
+    stripped = pc.utf8_trim_whitespace(values)
+    absent = pc.is_in(stripped, value_set=pa.array(missing, stripped.type))
+    known = pc.if_else(absent, pa.scalar(None, stripped.type), stripped)
+    try:
+        return known.cast(pa.float64())
+    except pa.ArrowInvalid:
+        return known
+
+
+def _as_asked(values: pa.Array, name: str, asked: TableSettings) -> pa.Array:
+    is_number = pa.types.is_floating(values.type)
+    if name in asked.numeric and not is_number:
+        raise InvalidData(f"the column {name!r} should be numeric, but not all of it is numbers")
+    if name in asked.categorical and is_number:
+        return pc.if_else(pc.is_nan(values), None, values).cast(pa.string())
+    return values
+
+
+def _target(values: pa.Array, asked: TableSettings) -> tuple[NDArray[Any], int | None]:
+    """Return the target, and how many classes it has; None if it is a number."""
+    numbers = pa.types.is_floating(values.type)
+    absent = values.null_count
+    if numbers:
+        plain = values.to_numpy(zero_copy_only=False)
+        absent = np.count_nonzero(~np.isfinite(plain))
+    if absent:
+        raise InvalidData(
+            f"the target {asked.target!r} is missing in {absent} of {len(values)} rows"
+        )
+    distinct = np.unique(plain) if numbers else pc.unique(values).sort()
+    if (asked.kind or _kind(distinct if numbers else None)) == "regression":
+        if not numbers:
+            raise InvalidData(f"a regression needs a number, and {asked.target!r} is none")
+        return plain.astype(np.float32), None
+    if len(distinct) < 2:
+        raise InvalidData(f"the target {asked.target!r} has one class alone")
+    codes = np.searchsorted(distinct, plain) if numbers else pc.index_in(values, distinct)
+    return np.asarray(codes).astype(np.int64), len(distinct)
+
+
+def _kind(numbers: NDArray[np.float64] | None) -> str:
+    if numbers is None:
+        return "classification"
+    whole = bool((numbers == np.round(numbers)).all())
+    return "classification" if whole and len(numbers) <= MOST_CLASSES else "regression"
+
+
+def _inputs(columns: Mapping[str, pa.Array], asked: TableSettings) -> Columns:
+    """Put numbers side by side, and number the values of each categorical column."""
+    if not columns:
+        raise InvalidData("there is no column beside the target")
+    numbers = {name: v for name, v in columns.items() if pa.types.is_floating(v.type)}
+    for name, values in numbers.items():
+        if pc.any(pc.is_inf(values)).as_py():
+            raise InvalidData(f"the column {name!r} holds infinity")
+    return Columns(
+        _side_by_side(
+            [values.to_numpy(zero_copy_only=False) for values in numbers.values()],
+            len(next(iter(columns.values()))),
+            np.float32,
+        ),
+        _side_by_side(
+            [_codes(values) for name, values in columns.items() if name not in numbers],
+            len(next(iter(columns.values()))),
+            np.int32,
+        ),
+    )
+
+
+def _codes(values: pa.Array) -> NDArray[np.int32]:
+    """Number the values of a column in their order, -1 for a missing one."""
+    distinct = pc.unique(values.drop_null()).sort()
+    codes: NDArray[np.int32] = pc.fill_null(pc.index_in(values, distinct), -1).to_numpy()
+    return codes
+
+
+def _side_by_side(columns: Sequence[NDArray[Any]], rows: int, dtype: Any) -> NDArray[Any]:
+    whole = np.empty((rows, len(columns)), dtype)
+    for place, column in enumerate(columns):
+        whole[:, place] = column
+    return whole
+
+
+def _held_out(
+    y: NDArray[Any], classes: int | None, fraction: float
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the numbers of training and test rows; the same for all studies of the file."""
+    strata = None
+    if classes and np.bincount(y).min() > 1:
+        strata = y
+    try:
+        training, tested = train_test_split(
+            np.arange(len(y)), test_size=fraction, stratify=strata, random_state=TEST_SEED
+        )
+    except ValueError as error:
+        raise InvalidData(f"the rows cannot be split: {error}") from None
+    return np.sort(training), np.sort(tested)
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:20])
+    return f"{shown} and {len(names) - 20} more" if len(names) > 20 else shown

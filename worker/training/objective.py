@@ -1,0 +1,196 @@
+"""What training minimizes, and the score that is shown beside it.
+
+All is made of functions of tensors, so that it maps over lanes and can be recorded. A score comes
+from sums over rows, T of them, so that rows may come in batches; what is no sum, such as the root
+of an RMSE, is left to the end.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, one_hot
+
+from regtune.errors import InvalidData
+from regtune.spec import CLASSIFICATION_SCORES, REGRESSION_SCORES, ScoreName
+from regtune.task import RowFunction
+from worker.training.regularizers import smoothed_cross_entropy
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Cross-entropy of logits ``(B, C)`` and labels ``(B,)``.
+
+    With ``weights_C`` a row counts as much as its class weighs. The mean is over rows, not over
+    weights, so that batches of different classes add up to one objective.
+    """
+
+    weights_C: Tensor | None = None
+
+    def of_rows(self, output_BC: Tensor, y_B: Tensor) -> Tensor:
+        """Return each row's loss: ``(B,)``."""
+        return self._weighted(cross_entropy(output_BC, y_B, reduction="none"), y_B)
+
+    def of_batch(self, output_BC: Tensor, y_B: Tensor, smoothing: Tensor | None) -> Tensor:
+        """Return the mean loss of a batch, with labels smoothed where ``smoothing`` is given."""
+        if smoothing is not None:
+            return self._weighted(smoothed_cross_entropy(output_BC, y_B, smoothing), y_B).mean()
+        if self.weights_C is None:
+            return cross_entropy(output_BC, y_B)  # one kernel, where the others are two
+        return self.of_rows(output_BC, y_B).mean()
+
+    def to(self, device: torch.device) -> "CrossEntropy":
+        """Return the same with its weights on ``device``."""
+        return CrossEntropy(None if self.weights_C is None else self.weights_C.to(device))
+
+    def _weighted(self, loss_B: Tensor, y_B: Tensor) -> Tensor:
+        return loss_B if self.weights_C is None else loss_B * self.weights_C[y_B].to(loss_B)
+
+
+@dataclass(frozen=True)
+class LossOfRows:
+    """A loss that is a function of output and target of each row, ``(B,)``; knows no smoothing."""
+
+    function: RowFunction
+
+    def of_rows(self, output: Tensor, y_B: Tensor) -> Tensor:
+        """Return each row's loss: ``(B,)``."""
+        loss_B: Tensor = self.function(output, y_B)
+        return loss_B
+
+    def of_batch(self, output: Tensor, y_B: Tensor, smoothing: Tensor | None) -> Tensor:
+        """Return the mean loss of a batch."""
+        return self.of_rows(output, y_B).mean()
+
+    def to(self, device: torch.device) -> "LossOfRows":
+        """Return itself: it holds no tensors."""
+        return self
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score: T sums over rows, and what makes one number of them.
+
+    ``of_rows`` returns ``(B,)`` for each of them. ``total`` takes the sums ``(T, K)`` and the
+    numbers of rows ``(K,)``, and returns ``(K,)``.
+    """
+
+    name: str
+    terms: int
+    of_rows: Callable[[Tensor, Tensor], Sequence[Tensor]]
+    total: Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss and a score."""
+
+    loss: CrossEntropy | LossOfRows
+    score: Score
+
+    @property
+    def terms(self) -> int:
+        """How many sums it measures: the loss's, and the score's."""
+        return 1 + self.score.terms
+
+    def to(self, device: torch.device) -> "Objective":
+        """Return the same on ``device``."""
+        return replace(self, loss=self.loss.to(device))
+
+    def measure(self, output: Tensor, y_B: Tensor, weight_B: Tensor) -> Tensor:
+        """Return the sums ``(T,)`` over rows of weight 1; those of weight 0 do not count."""
+        rows = [self.loss.of_rows(output, y_B), *self.score.of_rows(output, y_B)]
+        return torch.stack([(term_B * weight_B).sum() for term_B in rows])
+
+    def figures(self, total_TK: Tensor, rows_K: Tensor) -> Tensor:
+        """Return each lane's mean loss and score, ``(K, 2)``, from the sums over its rows."""
+        score_K = self.score.total(total_TK[1:], rows_K)
+        return torch.stack([total_TK[0] / rows_K, score_K], dim=1)
+
+
+def mean_score(name: str, function: RowFunction) -> Score:
+    """Return the score that is the mean over rows of what ``function`` says of them."""
+    return Score(
+        name,
+        1,
+        lambda output, y_B: [function(output, y_B)],
+        lambda sum_1K, rows_K: sum_1K[0] / rows_K,
+    )
+
+
+def classification(
+    classes: int, score: ScoreName | None = None, weights_C: Tensor | None = None
+) -> Objective:
+    """Return cross-entropy, its classes weighted or not, and a score; by default the accuracy.
+
+    Raises InvalidData for a score that classes do not have.
+    """
+    loss = CrossEntropy(weights_C)
+    match score or "accuracy":
+        case "accuracy":
+            return Objective(loss, mean_score("accuracy", _hit))
+        case "balanced_accuracy":
+            return Objective(loss, _balanced_accuracy(classes))
+        case "log_loss":
+            return Objective(loss, mean_score("log_loss", CrossEntropy().of_rows))
+    raise InvalidData(_wrong_score(score, "a classification", CLASSIFICATION_SCORES))
+
+
+def regression(score: ScoreName | None = None, unit: float = 1.0) -> Objective:
+    """Return squared error of outputs ``(B, 1)``, and a score; by default R².
+
+    Targets are measured in ``unit``, and so is the loss; an RMSE is told in the target's own.
+    Raises InvalidData for a score that numbers do not have.
+    """
+    loss = LossOfRows(_squared_error)
+    match score or "r2":
+        case "r2":
+            return Objective(loss, Score("r2", 3, _moments, _r2))
+        case "rmse":
+            return Objective(
+                loss,
+                Score(
+                    "rmse",
+                    1,
+                    lambda output_B1, y_B: [_squared_error(output_B1, y_B)],
+                    lambda sum_1K, rows_K: unit * (sum_1K[0] / rows_K).sqrt(),
+                ),
+            )
+    raise InvalidData(_wrong_score(score, "a regression", REGRESSION_SCORES))
+
+
+def _hit(output_BC: Tensor, y_B: Tensor) -> Tensor:
+    return output_BC.argmax(1) == y_B
+
+
+def _balanced_accuracy(classes: int) -> Score:
+    """Return the mean of the classes' shares of hits; a class without rows does not count."""
+
+    def of_rows(output_BC: Tensor, y_B: Tensor) -> Sequence[Tensor]:
+        member_CB = one_hot(y_B, classes).T
+        return [*(member_CB * _hit(output_BC, y_B)), *member_CB]
+
+    def total(sums: Tensor, rows_K: Tensor) -> Tensor:
+        hits_CK, rows_CK = sums[:classes], sums[classes:]
+        return (hits_CK / rows_CK.clamp(min=1)).sum(0) / (rows_CK > 0).sum(0)
+
+    return Score("balanced_accuracy", 2 * classes, of_rows, total)
+
+
+def _squared_error(output_B1: Tensor, y_B: Tensor) -> Tensor:
+    return (output_B1[:, 0] - y_B).square()
+
+
+def _moments(output_B1: Tensor, y_B: Tensor) -> Sequence[Tensor]:
+    return [_squared_error(output_B1, y_B), y_B, y_B.square()]
+
+
+def _r2(sums_3K: Tensor, rows_K: Tensor) -> Tensor:
+    error_K, sum_K, squares_K = sums_3K
+    r2_K: Tensor = 1 - error_K / (squares_K - sum_K.square() / rows_K)
+    return r2_K
+
+
+def _wrong_score(score: str | None, what: str, known: Sequence[str]) -> str:
+    return f"task.score: {what} has no {score}; known for it: {', '.join(known)}"
