@@ -42,8 +42,8 @@ PATIENCE_SECONDS = 20.0
 class Footprint:
     """The bytes of one lane.
 
-    ``state`` is what it holds from epoch to epoch (weights, best copy, moments, buffers), ``step``
-    what it needs besides within a step (gradient, activations, a copy of what the epoch changes).
+    ``state`` is what it holds throughout (weights, best copy, moments, buffers, and a copy of what
+    an epoch changes), ``step`` what it needs besides within a step (gradient, activations).
     """
 
     state: int

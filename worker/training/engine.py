@@ -291,8 +291,8 @@ class Engine:
         changing = (1 + self._optimizer.moments) * weights + kept
         step = self._epochs.settle_memory(*self._throwaway(WEIGHED_LANES)) // WEIGHED_LANES
         return Footprint(
-            state=changing + weights + kept,
-            step=changing + step,
+            state=2 * changing + weights + kept,
+            step=step,
         )
 
     def _throwaway(
