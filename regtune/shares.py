@@ -35,7 +35,6 @@ def choose(
     worker: str,
     *,
     current: int | None = None,
-    patient: bool = False,
     stay_seconds: float = 0.0,
     refused: Collection[int] = (),
     now: datetime | None = None,
@@ -44,15 +43,13 @@ def choose(
 
     It stays with its ``current`` study until that has had ``stay_seconds`` of this worker more than
     its due, and goes where few others are: what the others hold is counted as if they kept it for
-    ``stay_seconds`` more. ``patient`` says that it can wait for the current study's next
-    suggestion. ``refused`` are studies that it cannot train.
+    ``stay_seconds`` more. ``refused`` are studies that it cannot train.
     """
     return session.execute(
         text(_CHOOSE),
         {
             "worker": worker,
             "current": current,
-            "patient": patient,
             "stay": stay_seconds,
             "refused": list(refused),
             "now": now,
@@ -117,9 +114,8 @@ WITH clock AS (
     FROM regtune.studies s JOIN regtune.shares sh USING (study_id)
     JOIN regtune.workers w ON w.name = :worker
     WHERE s.state = 'active' AND s.study_id <> ALL(cast(:refused AS int[])) AND {SUITS}
-      AND (EXISTS (SELECT FROM regtune.trials t
-                   WHERE t.study_id = s.study_id AND t.state = 'waiting')
-           OR :patient AND s.study_id = :current AND s.appended < s.budget_trials)
+      AND EXISTS (SELECT FROM regtune.trials t
+                  WHERE t.study_id = s.study_id AND t.state = 'waiting')
 ), counted AS (
     SELECT candidate.*, coalesce(held.elsewhere, 0) AS elsewhere, coalesce(held.unsettled, 0)
            AS unsettled

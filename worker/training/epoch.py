@@ -22,7 +22,7 @@ from worker.training.lanes import LaneTensors
 from worker.training.memory import peak_bytes
 from worker.training.model import LaneModel
 from worker.training.optimizers import LaneOptimizer, scheduled_rates
-from worker.training.step import LaneStep, Source
+from worker.training.step import LaneStep, Live, Source
 
 MOST_EVALUATION_ROWS = 1024
 CHEAP_BYTES = 2**19
@@ -202,7 +202,6 @@ class Epochs:
         lanes = len(places)
         own = self._share(Chunk(slice(0, lanes), 1), tensors, strengths, rate_K, places)
         source = self._source(self._rows, own.members)
-        live = (own.tensors.parameters, own.tensors.moments, own.tensors.buffers)
         rate_SK, coefficients_SCK = self._scheduled(own.rate_K, own.places)
         index, keys = next(self.batches.of_epoch(own.places))
         weight_B = self._rows.x.new_ones(index.shape[-1])
@@ -210,11 +209,17 @@ class Epochs:
         with torch.no_grad():
             training = peak_bytes(
                 lambda: step.take(
-                    live, own.strengths, source, rate_SK[0], coefficients_SCK[0], keys, index
+                    own.live, own.strengths, source, rate_SK[0], coefficients_SCK[0], keys, index
                 )
             )
             evaluation = peak_bytes(
-                lambda: step.measure(live[0], live[2], source, index.view(lanes, -1)[0], weight_B)
+                lambda: step.measure(
+                    own.tensors.parameters,
+                    own.tensors.buffers,
+                    source,
+                    index.view(lanes, -1)[0],
+                    weight_B,
+                )
             )
         self._replicas.put(step)
         bytes_per_row = evaluation / len(weight_B)
@@ -277,13 +282,12 @@ class Epochs:
     ) -> Iterator[tuple[Tensor, int]]:
         """Take an epoch's steps; yield each lane's loss before each, ``(K,)``, and its rows."""
         source = self._source(self._rows, own.members)
-        live = (own.tensors.parameters, own.tensors.moments, own.tensors.buffers)
         rate_SK, coefficients_SCK = self._scheduled(own.rate_K, own.places)
 
         @cache
         def take(shape: torch.Size) -> Callable[..., Tensor]:
             program = self._programs.find("step", len(own.places), chunk.threads, shape)
-            return program.bind(step.ways_to_take(), live, own.strengths, source)
+            return program.bind(step.ways_to_take(), own.live, own.strengths, source)
 
         for number, (index, keys) in enumerate(self.batches.of_epoch(own.places)):
             loss_K = take(index.shape)(rate_SK[number], coefficients_SCK[number], keys, index)
@@ -360,6 +364,10 @@ class _Share:
     strengths: Tensors
     rate_K: NDArray[np.float64]
     places: Sequence[Place]
+
+    @property
+    def live(self) -> Live:
+        return self.tensors.parameters, self.tensors.moments, self.tensors.buffers
 
     @property
     def members(self) -> list[int]:

@@ -36,14 +36,8 @@ class Turns:
         with self._changed:
             self._changed.wait_for(lambda: not (self._traced or self._traces_waiting))
             self._calls += 1
-        self._mine.entered = True
-        try:
+        with self._inside():
             yield
-        finally:
-            self._mine.entered = False
-            with self._changed:
-                self._calls -= 1
-                self._changed.notify_all()
 
     @contextmanager
     def tracing(self) -> Iterator[None]:
@@ -56,13 +50,23 @@ class Turns:
             self._changed.wait_for(lambda: not (self._traced or self._calls))
             self._traces_waiting -= 1
             self._traced = True
+        with self._inside():
+            yield
+
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        """Have a turn that was taken, of either kind, and give it back."""
         self._mine.entered = True
         try:
             yield
         finally:
             self._mine.entered = False
             with self._changed:
-                self._traced = False
+                # A trace is alone, so whoever leaves while none is under way was calling.
+                if self._traced:
+                    self._traced = False
+                else:
+                    self._calls -= 1
                 self._changed.notify_all()
 
     @property
