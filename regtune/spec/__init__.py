@@ -1,0 +1,49 @@
+"""What a person may post: a study, validated field by field, with every default filled in.
+
+Nothing is left implicit: ``StudySpec`` holds the ranges that will be searched also where the
+person named none, so that what is stored and shown is what is run.
+"""
+
+from regtune.spec.change import StudyChange
+from regtune.spec.reading import (
+    MAX_BODY_BYTES,
+    changed,
+    load_yaml,
+    parse_change,
+    parse_spec,
+    parse_text,
+)
+from regtune.spec.search import Search, default_search, grid_values
+from regtune.spec.study import NAME_PATTERN, REFERENCE_TRIALS, Requires, StudySpec, Validation
+from regtune.spec.task import (
+    CLASSIFICATION_SCORES,
+    REGRESSION_SCORES,
+    ScoreName,
+    TableSettings,
+    TaskSpec,
+)
+from regtune.spec.training import Training
+
+__all__ = [
+    "CLASSIFICATION_SCORES",
+    "MAX_BODY_BYTES",
+    "NAME_PATTERN",
+    "REFERENCE_TRIALS",
+    "REGRESSION_SCORES",
+    "Requires",
+    "ScoreName",
+    "Search",
+    "StudyChange",
+    "StudySpec",
+    "TableSettings",
+    "TaskSpec",
+    "Training",
+    "Validation",
+    "changed",
+    "default_search",
+    "grid_values",
+    "load_yaml",
+    "parse_change",
+    "parse_spec",
+    "parse_text",
+]

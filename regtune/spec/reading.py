@@ -1,0 +1,180 @@
+"""From JSON or YAML to a checked study, or to every field at fault in plain words."""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ValidationError,
+)
+from pydantic_core import ErrorDetails
+from yaml.constructor import ConstructorError
+
+from regtune.errors import FieldError, InvalidSpec
+from regtune.space import (
+    PARAMETER_KINDS,
+    Range,
+)
+from regtune.spec.change import BudgetChange, StudyChange
+from regtune.spec.search import Search
+from regtune.spec.study import (
+    NAME_PATTERN,
+    Budget,
+    Pruner,
+    Requires,
+    Sampler,
+    StudySpec,
+    Validation,
+)
+from regtune.spec.task import MODEL_SETTINGS, TableSettings, TaskSpec
+from regtune.spec.training import Training
+
+MAX_BODY_BYTES = 256 * 1024
+MAX_YAML_VALUES = 10_000
+"""Most values in a YAML text, which takes a few hundred times longer to read than JSON."""
+
+
+def parse_spec(data: Any) -> StudySpec:
+    """Check a study that came as JSON or YAML data; raise InvalidSpec with every field at fault."""
+    if not isinstance(data, Mapping):
+        raise InvalidSpec((FieldError("", "a study must be a mapping of fields"),))
+    try:
+        return StudySpec.model_validate(data)
+    except ValidationError as error:
+        raise InvalidSpec(tuple(_field_error(detail) for detail in error.errors())) from None
+
+
+def parse_change(data: Any) -> StudyChange:
+    """Check what is to change of a study; raise InvalidSpec with every field at fault."""
+    if not isinstance(data, Mapping):
+        raise InvalidSpec((FieldError("", "a change must be a mapping of fields"),))
+    try:
+        return StudyChange.model_validate(data)
+    except ValidationError as error:
+        raise InvalidSpec(
+            tuple(_field_error(detail, _FIELDS_OF_A_CHANGE) for detail in error.errors())
+        ) from None
+
+
+def changed(spec: StudySpec, change: Mapping[str, Any]) -> StudySpec:
+    """Return a spec with other limits and another priority; raise InvalidSpec if it cannot be."""
+    budget = spec.budget.model_dump() | dict(change.get("budget", {}))
+    return parse_spec({**spec.canonical(), **change, "budget": budget})
+
+
+def parse_text(text: str) -> StudySpec:
+    """Check a study written as YAML, of which JSON is a part."""
+    return parse_spec(load_yaml(text))
+
+
+def load_yaml(text: str) -> Any:
+    """Read YAML, with numbers as YAML 1.2 and JSON write them; raise InvalidSpec if it is broken.
+
+    PyYAML follows YAML 1.1, where ``1e-4`` is a string.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError, *_BROKEN_TAGS) as error:
+        raise InvalidSpec((FieldError("", f"not valid YAML: {_first_line(error)}"),)) from None
+
+
+_BROKEN_TAGS = (ValueError, LookupError, AttributeError)
+"""What PyYAML lets through when a tag such as ``!!int`` stands before something else."""
+
+
+class _Loader(yaml.SafeLoader):
+    """A safe loader that reads ``1e-4`` as a number, and knows no aliases and no field twice."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._values = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self._values += 1
+        if self._values > MAX_YAML_VALUES:
+            raise yaml.YAMLError(f"more than {MAX_YAML_VALUES} values")
+        # Nested aliases can make a few bytes stand for gigabytes; a study has no use for them.
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not supported")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            raise ConstructorError(problem="a field is given twice", problem_mark=node.start_mark)
+        return mapping
+
+
+_Loader.yaml_implicit_resolvers = {
+    key: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for key, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _first_line(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    what = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return f"{what}, line {mark.line + 1}, column {mark.column + 1}" if mark else what
+
+
+_FIELDS_OF: Mapping[tuple[str, ...], type[BaseModel]] = {
+    (): StudySpec,
+    ("training",): Training,
+    ("search",): Search,
+    ("validation",): Validation,
+    ("budget",): Budget,
+    ("sampler",): Sampler,
+    ("pruner",): Pruner,
+    ("requires",): Requires,
+}
+
+_FIELDS_OF_A_CHANGE: Mapping[tuple[str, ...], type[BaseModel]] = {
+    (): StudyChange,
+    ("budget",): BudgetChange,
+}
+
+
+def _field_error(
+    detail: ErrorDetails, fields_of: Mapping[tuple[str, ...], type[BaseModel]] = _FIELDS_OF
+) -> FieldError:
+    """Say in plain words what pydantic found, without the union tags that it puts in the way."""
+    parts = [str(part) for part in detail["loc"] if part not in PARAMETER_KINDS]
+    field = ".".join(parts)
+    if detail["type"] == "extra_forbidden":
+        return FieldError(field, f"unknown field; {_known_fields(tuple(parts[:-1]), fields_of)}")
+    if detail["type"] == "missing":
+        return FieldError(field, "is required")
+    if detail["type"] == "string_pattern_mismatch":
+        return FieldError(field, f"must match {NAME_PATTERN}")
+    message = detail["msg"].removeprefix("Input ")
+    given = detail.get("input")
+    if isinstance(given, str | int | float) and len(str(given)) <= 100:
+        message += f" (given: {json.dumps(given)})" if " is given" not in message else ""
+    return FieldError(field, message)
+
+
+def _known_fields(
+    parent: tuple[str, ...], fields_of: Mapping[tuple[str, ...], type[BaseModel]]
+) -> str:
+    if parent[:1] == ("search",) and len(parent) > 1:
+        model: type[BaseModel] = Range[float]
+    elif parent == ("task", "data"):
+        return "known for the data set table: " + ", ".join(TableSettings.model_fields)
+    elif parent == ("task",):
+        return "known for this model: " + ", ".join(
+            [
+                *TaskSpec.model_fields,
+                *(name for s in MODEL_SETTINGS.values() for name in s.model_fields),
+            ]
+        )
+    else:
+        model = fields_of[parent]
+    return "known: " + ", ".join(model.model_fields)

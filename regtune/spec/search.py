@@ -1,0 +1,171 @@
+"""What is searched, and over which ranges where the person named none."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Self, TypeVar
+
+from pydantic import ConfigDict, Field
+from pydantic import field_validator as validate_field
+from pydantic import model_validator as validate_model
+from pydantic_core import PydanticCustomError
+
+from regtune.space import Choices, Fixed, IntegerParameter, Parameter, Range, Searched
+from regtune.spec.parts import SpecModel, with_computed_defaults
+from regtune.spec.training import MAX_LEARNING_RATE, Training
+
+_P = TypeVar("_P", bound=Parameter | IntegerParameter)
+
+
+class Search(SpecModel):
+    """What is searched. A parameter that is left out gets its default range or fixed value."""
+
+    model_config = ConfigDict(
+        json_schema_extra=with_computed_defaults(
+            "weight_decay",
+            "dropout",
+            "l1_lambda",
+            "patience",
+            "learning_rate",
+            "label_smoothing",
+            "input_noise",
+            "weight_noise",
+        )
+    )
+
+    weight_decay: Parameter = Field(
+        description="λ₂ ≥ 0. Default: zero or 1e-4…3 (log) for AdamW, whose decay below "
+        "1 / (learning rate × steps) does nothing; zero or 1e-6…1e-2 (log) for the others.",
+        examples=[{"low": 1e-4, "high": 3.0, "log": True, "or_zero": True}],
+    )
+    dropout: Parameter = Field(
+        description="Rate p of every dropout site, 0 ≤ p < 1. Default: 0…0.7.",
+        examples=[{"low": 0.0, "high": 0.7}],
+    )
+    l1_lambda: Parameter = Field(
+        description="λ₁ ≥ 0. Default: zero or 1e-4…0.3 (log) in the proximal form, zero or "
+        "1e-7…1e-3 (log) as subgradient.",
+        examples=[{"low": 1e-4, "high": 0.3, "log": True, "or_zero": True}],
+    )
+    patience: IntegerParameter = Field(
+        description="Epochs in a row without improvement after which a trial stops, ≥ 1. "
+        "Default: from a tenth of max_epochs to half of it.",
+        examples=[{"low": 5, "high": 25}],
+    )
+    learning_rate: Parameter = Field(
+        description="η > 0. Default: fixed at training.learning_rate.",
+        examples=[{"low": 1e-4, "high": 1e-2, "log": True}],
+    )
+    label_smoothing: Parameter = Field(
+        description="ε, 0 ≤ ε < 1: the training loss counts the right class with 1 - ε, and ε "
+        "spread evenly over all classes. Default: fixed at 0.",
+        examples=[{"low": 0.0, "high": 0.3}],
+    )
+    input_noise: Parameter = Field(
+        description="σ ≥ 0 of Gaussian noise on the standardized inputs, in training only. "
+        "Default: fixed at 0.",
+        examples=[{"low": 0.0, "high": 1.0}],
+    )
+    weight_noise: Parameter = Field(
+        description="σ ≥ 0 of Gaussian noise on the weights in the forward pass, in training only. "
+        "Default: fixed at 0.",
+        examples=[{"low": 1e-4, "high": 0.1, "log": True, "or_zero": True}],
+    )
+
+    @validate_field("weight_decay", "l1_lambda", "input_noise", "weight_noise")
+    @classmethod
+    def _check_strength(cls, parameter: Parameter) -> Parameter:
+        return _check_numbers(parameter, lambda value: value >= 0, "must not be negative")
+
+    @validate_field("dropout", "label_smoothing")
+    @classmethod
+    def _check_rate(cls, parameter: Parameter) -> Parameter:
+        return _check_numbers(parameter, lambda value: 0 <= value < 1, "must be in [0, 1)")
+
+    @validate_field("patience")
+    @classmethod
+    def _check_patience(cls, parameter: IntegerParameter) -> IntegerParameter:
+        _check_has_no_zero(parameter, "patience")
+        return _check_numbers(parameter, lambda value: value >= 1, "must be at least 1")
+
+    @validate_field("learning_rate")
+    @classmethod
+    def _check_learning_rate(cls, parameter: Parameter) -> Parameter:
+        _check_has_no_zero(parameter, "learning_rate")
+        return _check_numbers(
+            parameter,
+            lambda value: 0 < value <= MAX_LEARNING_RATE,
+            f"must be above 0 and at most {MAX_LEARNING_RATE}",
+        )
+
+    @validate_model(mode="after")
+    def _check_not_empty(self) -> Self:
+        if not self.searched():
+            raise PydanticCustomError(
+                "empty", "nothing to search: make a range or a list of at least one parameter"
+            )
+        return self
+
+    def parameters(self) -> dict[str, Searched | Fixed[float] | Fixed[int]]:
+        """All parameters by name, in the order in which they are shown."""
+        return {name: getattr(self, name) for name in type(self).model_fields}
+
+    def searched(self) -> dict[str, Searched]:
+        """The parameters that are not fixed, by name."""
+        return {
+            name: parameter
+            for name, parameter in self.parameters().items()
+            if not isinstance(parameter, Fixed)
+        }
+
+
+def _check_numbers(parameter: _P, is_right: Callable[[float], bool], what_is_right: str) -> _P:
+    for value in parameter.numbers():
+        if not is_right(value):
+            raise PydanticCustomError(
+                "bounds", "{what}, but {value} is given", {"what": what_is_right, "value": value}
+            )
+    return parameter
+
+
+def _check_has_no_zero(parameter: Parameter | IntegerParameter, name: str) -> None:
+    if isinstance(parameter, Range) and parameter.or_zero:
+        raise PydanticCustomError(
+            "parameter", "{name} has no zero; leave or_zero out", {"name": name}
+        )
+
+
+def default_search(training: Training) -> dict[str, Any]:
+    """Return the default ranges and fixed values for a training.
+
+    In AdamW a decay λ acts over 1 / (η·λ) steps (Wang & Aitchison 2024, arXiv 2405.13698), so one
+    below 1 / (η · steps of the whole training) does nothing; the range 1e-6…1e-2 that is usual
+    for coupled decay would mostly be off on small data. Proximal L1 shrinks by η·λ₁ each step
+    whatever the optimizer; the subgradient is rescaled by Adam and needs λ₁ far smaller.
+    """
+    decoupled = training.optimizer == "adamw"
+    proximal = training.l1 == "proximal"
+    return {
+        "weight_decay": _zero_or(1e-4, 3.0) if decoupled else _zero_or(1e-6, 1e-2),
+        "dropout": {"low": 0.0, "high": 0.7},
+        "l1_lambda": _zero_or(1e-4, 0.3) if proximal else _zero_or(1e-7, 1e-3),
+        "patience": _patience_range(training.max_epochs),
+        "learning_rate": training.learning_rate,
+        "label_smoothing": 0.0,
+        "input_noise": 0.0,
+        "weight_noise": 0.0,
+    }
+
+
+def _zero_or(low: float, high: float) -> dict[str, Any]:
+    return {"low": low, "high": high, "log": True, "or_zero": True}
+
+
+def _patience_range(max_epochs: int) -> dict[str, Any]:
+    low = max(1, max_epochs // 10)
+    return {"low": low, "high": max(low + 1, max_epochs // 2)}
+
+
+def grid_values(parameter: Searched) -> Sequence[float]:
+    """Return the points of a parameter on a grid: its choices, or its whole numbers."""
+    if isinstance(parameter, Choices):
+        return parameter.root
+    return range(int(parameter.low), int(parameter.high) + 1)

@@ -1,0 +1,324 @@
+"""A study as a whole: task, training, search, and how far."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic import field_validator as validate_field
+from pydantic import model_validator as validate_model
+from pydantic_core import PydanticCustomError
+
+from regtune.space import Fixed, Range
+from regtune.spec.parts import PartlyUsed, SpecModel, with_computed_defaults
+from regtune.spec.search import Search, default_search, grid_values
+from regtune.spec.task import TaskSpec
+from regtune.spec.training import Training
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+REFERENCE_TRIALS = 2
+"""Every study first trains two reference points: everything off, and a common default."""
+MAX_MEMBERS = 256
+"""Most trainings that one trial may stand for."""
+MAX_GRID_POINTS = 2**63 - 1
+"""Most points that can be shuffled by number."""
+
+SamplerName = Literal["tpe", "random", "grid", "qmc", "cmaes", "gp"]
+PrunerName = Literal["none", "extrapolation", "median", "asha", "hyperband"]
+
+
+class Validation(PartlyUsed):
+    """Which training rows are held out to choose by, and how often each trial is trained."""
+
+    fraction: float = Field(
+        0.2,
+        gt=0,
+        lt=1,
+        description="Share of the training rows that is held out, stratified, the same rows for "
+        "every trial; unless there are folds.",
+        examples=[0.2],
+    )
+    folds: int | None = Field(
+        None,
+        ge=2,
+        le=100,
+        description="Stratified k-fold cross-validation instead of a fraction: a trial is trained "
+        "once for each fold, which is held out.",
+        examples=[5],
+    )
+    repeats: int = Field(
+        1,
+        ge=1,
+        le=100,
+        description="How often all of that is done, each time with other rows held out and other "
+        "noise; folds × repeats is at most 256.",
+        examples=[1],
+    )
+
+    @validate_model(mode="after")
+    def _check_together(self) -> Self:
+        if self.folds is not None and "fraction" in self.model_fields_set:
+            raise PydanticCustomError(
+                "validation", "fraction and folds exclude each other; name one of them"
+            )
+        if self.members > MAX_MEMBERS:
+            raise PydanticCustomError(
+                "validation",
+                "folds × repeats must be at most {most}, but {folds} × {repeats} is given",
+                {"most": MAX_MEMBERS, "folds": self.folds, "repeats": self.repeats},
+            )
+        return self
+
+    @property
+    def members(self) -> int:
+        """How many trainings, side by side, one trial stands for."""
+        return (self.folds or 1) * self.repeats
+
+    def _unused(self) -> tuple[str, ...]:
+        return () if self.folds is None else ("fraction",)
+
+
+class Budget(SpecModel):
+    """When the study is done; whichever comes first."""
+
+    model_config = ConfigDict(json_schema_extra=with_computed_defaults("trials"))
+
+    trials: int = Field(
+        100_000,
+        ge=1,
+        le=100_000,
+        description="How many trials, exactly; the two reference points count. Default: as many "
+        "as the seconds or trial_epochs allow.",
+        examples=[40],
+    )
+    seconds: float | None = Field(
+        None,
+        gt=0,
+        le=366 * 86_400,
+        description="Wall-clock seconds from the first lease; then no trial starts any more.",
+        examples=[600.0],
+    )
+    trial_epochs: int | None = Field(
+        None,
+        ge=1,
+        le=10**12,
+        description="Epochs that all trials train together, never more: a trial is added only "
+        "while all of its max_epochs would fit. An epoch that is trained again after a lost lease "
+        "counts once.",
+        examples=[1500],
+    )
+
+    @validate_model(mode="after")
+    def _check_given(self) -> Self:
+        others = (self.seconds, self.trial_epochs)
+        if "trials" not in self.model_fields_set and others == (None, None):
+            raise PydanticCustomError("budget", "name trials, seconds, trial_epochs, or several")
+        return self
+
+
+class Sampler(SpecModel):
+    """Who suggests what to try next."""
+
+    name: SamplerName = Field(
+        "tpe",
+        description="Which algorithm; grid needs a list or whole numbers everywhere.",
+        examples=["tpe"],
+    )
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of the suggestions.", examples=[0])
+
+
+class Pruner(SpecModel):
+    """Who stops trials early that look bad."""
+
+    name: PrunerName = Field(
+        "extrapolation",
+        description="extrapolation: our own, which stops a trial that is not going to catch up "
+        "with the best; median, asha and hyperband: Optuna's.",
+        examples=["extrapolation"],
+    )
+    first_epoch: int | None = Field(
+        None,
+        ge=1,
+        description="No trial is pruned before it, because strong regularization looks worse "
+        "early and wins late. Default: a quarter of max_epochs for extrapolation, which does not "
+        "compare early losses, and a third for the others.",
+        examples=[16],
+    )
+    startup_trials: int = Field(
+        5, ge=0, description="median: trials that are never pruned.", examples=[5]
+    )
+    reduction_factor: int = Field(
+        3,
+        ge=2,
+        le=100,
+        description="asha and hyperband: one in so many goes on at each rung.",
+        examples=[3],
+    )
+
+
+class Requires(SpecModel):
+    """What a worker must have to train the study."""
+
+    device: Literal["cpu", "cuda", "mps", "xpu"] | None = Field(
+        None, description="Kind of device, in PyTorch's words. Default: any.", examples=["cuda"]
+    )
+    min_memory_gb: float = Field(
+        0.0,
+        ge=0,
+        le=1e6,
+        description="Least memory of the device, in 10^9 bytes, as its driver counts them; of the "
+        "machine where the device is a CPU.",
+        examples=[15],
+    )
+
+
+class StudySpec(SpecModel):
+    """A study: what is trained, what is searched, and how far."""
+
+    model_config = ConfigDict(json_schema_extra=with_computed_defaults("search"))
+
+    name: str = Field(pattern=NAME_PATTERN, description="Unique name.", examples=["digits"])
+    task: TaskSpec = Field(
+        description="What is trained: a data set, a model, and the model's own settings.",
+        examples=[{"dataset": "digits", "model": "mlp", "hidden": [128], "norm": "batch"}],
+    )
+    training: Training = Field(
+        default_factory=Training,
+        description="How each trial is trained.",
+        examples=[{"optimizer": "adamw", "max_epochs": 50}],
+    )
+    search: Search = Field(
+        description="What is searched. Default: sensible ranges of weight_decay, dropout, "
+        "l1_lambda and patience.",
+        examples=[{"dropout": {"low": 0.0, "high": 0.5}, "l1_lambda": 0.0}],
+    )
+    validation: Validation = Field(
+        default_factory=Validation,
+        description="Which rows are held out to choose by.",
+        examples=[{"fraction": 0.2}],
+    )
+    budget: Budget = Field(description="When the study is done.", examples=[{"trials": 40}])
+    sampler: Sampler = Field(
+        default_factory=Sampler,
+        description="Who suggests; a name alone will do.",
+        examples=[{"name": "tpe"}],
+    )
+    pruner: Pruner = Field(
+        default_factory=Pruner,
+        description="Who stops trials early; a name alone will do.",
+        examples=[{"name": "extrapolation"}],
+    )
+    priority: int = Field(
+        1,
+        ge=1,
+        le=1000,
+        description="Weight by which studies share the workers.",
+        examples=[1],
+    )
+
+    requires: Requires = Field(
+        default_factory=Requires,
+        description="What a worker must have to train it.",
+        examples=[{"device": "cuda", "min_memory_gb": 15}],
+    )
+
+    @validate_field("sampler", "pruner", mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @validate_model(mode="before")
+    @classmethod
+    def _fill_in_search(cls, data: Any) -> Any:
+        """Give each parameter that is not named its default range, which depends on training."""
+        if not isinstance(data, Mapping) or data.get("search") == {}:
+            return data
+        search = data.get("search", {})
+        try:
+            training = Training.model_validate(data.get("training", {}))
+        except ValidationError:
+            # The person is told of the training alone: its errors come up again by themselves.
+            training = Training()
+        if not isinstance(search, Mapping):
+            return data
+        return {**data, "search": default_search(training) | dict(search)}
+
+    @validate_field("search", mode="before")
+    @classmethod
+    def _check_search_given(cls, value: Any) -> Any:
+        if value == {}:
+            raise PydanticCustomError(
+                "empty",
+                "names no parameter; leave search out for the default ranges, or name one of "
+                "{known}",
+                {"known": ", ".join(Search.model_fields)},
+            )
+        return value
+
+    @validate_model(mode="after")
+    def _agree_on_learning_rate(self) -> Self:
+        """Let a learning rate that is not searched be one value, wherever it was named."""
+        fixed = self.search.learning_rate
+        if not isinstance(fixed, Fixed) or fixed.root == self.training.learning_rate:
+            return self
+        if "learning_rate" in self.training.model_fields_set:
+            raise PydanticCustomError(
+                "learning_rate",
+                "search.learning_rate is fixed at {fixed}, but training.learning_rate is {named}; "
+                "name one of them",
+                {"fixed": fixed.root, "named": self.training.learning_rate},
+            )
+        self.__dict__["training"] = self.training.model_copy(update={"learning_rate": fixed.root})
+        return self
+
+    @validate_model(mode="after")
+    def _check_grid(self) -> Self:
+        if self.sampler.name != "grid":
+            return self
+        points = REFERENCE_TRIALS
+        size = 1
+        for name, parameter in self.search.searched().items():
+            if isinstance(parameter, Range) and not isinstance(parameter.low, int):
+                raise PydanticCustomError(
+                    "grid",
+                    "the sampler grid needs a list of choices for every searched parameter, but "
+                    "search.{name} is a range",
+                    {"name": name},
+                )
+            size *= len(grid_values(parameter))
+        if size > MAX_GRID_POINTS:
+            raise PydanticCustomError(
+                "grid", "the grid has {size} points, more than can be numbered", {"size": size}
+            )
+        points += size
+        if "trials" not in self.budget.model_fields_set:
+            self.__dict__["budget"] = self.budget.model_copy(update={"trials": points})
+        if self.budget.trials > points:
+            raise PydanticCustomError(
+                "grid",
+                "the grid has {size} points; with the two reference points ask for at most "
+                "{points} trials",
+                {"size": size, "points": points},
+            )
+        return self
+
+    @validate_model(mode="after")
+    def _check_reference_points_fit(self) -> Self:
+        least = min(REFERENCE_TRIALS, self.budget.trials) * self.training.max_epochs
+        if self.budget.trial_epochs is not None and self.budget.trial_epochs < least:
+            raise PydanticCustomError(
+                "budget",
+                "budget.trial_epochs must be at least {least}, so that the reference points can "
+                "train for max_epochs, but {given} is given",
+                {"least": least, "given": self.budget.trial_epochs},
+            )
+        return self
+
+    @property
+    def first_prunable_epoch(self) -> int:
+        """No pruner acts before this epoch, counted from 1."""
+        share = 4 if self.pruner.name == "extrapolation" else 3
+        return self.pruner.first_epoch or max(1, self.training.max_epochs // share)
+
+    def canonical(self) -> dict[str, Any]:
+        """The spec as JSON data, every default filled in: two equal studies give equal data."""
+        return self.model_dump(mode="json")
