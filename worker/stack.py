@@ -202,6 +202,7 @@ class Stack:
             validation=spec.validation,
             storage=Storage(self._settings.data_dir, self._settings.data_roots),
             device=self._device,
+            own_tasks=self._settings.tasks,
             max_lanes=self._settings.lanes or capacity.MOST_LANES,
             knobs=_knobs(spec),
         )
@@ -214,7 +215,7 @@ class Stack:
         if facts and facts.data_hash not in (None, self._engine.data_hash):
             raise DataDiffer(
                 f"the study began with the data {facts.data_hash}, but those of "
-                f"{self.study.spec.task.dataset!r} are {self._engine.data_hash} here"
+                f"{self.study.spec.task} are {self._engine.data_hash} here"
             )
 
     def _settle_capacity(self) -> Capacity:
