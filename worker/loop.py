@@ -17,9 +17,10 @@ from regtune.reporting import Failed
 from regtune.settings import Settings
 from regtune.studies import Study
 from worker.checkpoints import CheckpointStore
+from worker.devices import describe
 from worker.heartbeat import Heartbeat
 from worker.shutdown import Interrupted, Shutdown
-from worker.stack import Stack, describe
+from worker.stack import Stack
 from worker.training import capacity
 from worker.training.engine import Engine
 

@@ -31,6 +31,7 @@ from worker.tasks.preparation import Prepared, Rows, prepare
 from worker.training.batches import Place
 from worker.training.capacity import Footprint
 from worker.training.checkpoint import Checkpoint
+from worker.training.compiling import Program
 from worker.training.cores import synchronize
 from worker.training.epoch import Epochs, Tick
 from worker.training.lanes import (
@@ -60,6 +61,13 @@ KNOBS = frozenset(
 
 class DeviceLost(Exception):
     """The device answers no more, as after an illegal access; only a new process can use it."""
+
+
+def load_task(task: AnyTask, configured: Mapping[str, str]) -> Task:
+    """Import what a study wants trained; raise NotFound, or InvalidSpec for wrong settings."""
+    if isinstance(task, NamedTask):
+        return make_task(find_task(task.name, configured), task.settings)
+    return Pair(find_dataset(task.dataset), task.data, find_model(task.model), task.settings)
 
 
 class Engine:
@@ -94,7 +102,7 @@ class Engine:
         own, InvalidData for data that cannot be trained on as the study wants, and whatever loading
         or building raises.
         """
-        own = _find(task, own_tasks or {})
+        own = load_task(task, own_tasks or {})
         data = own.data(storage)
         own_loss = getattr(own, "loss", None)
         prepared = prepare(
@@ -293,6 +301,11 @@ class Engine:
         self._epochs.rehearsed(lanes, trial_epochs / trial_epochs_per_second)
 
     @property
+    def programs(self) -> Sequence[Program]:
+        """What has been called so far, and in which form it is called now."""
+        return list(self._epochs.programs)
+
+    @property
     def footprint(self) -> Footprint:
         """How many bytes a lane takes."""
         return self._footprint
@@ -396,13 +409,6 @@ class Engine:
 
     def _span(self, place: int) -> slice:
         return slice(place * self._members, (place + 1) * self._members)
-
-
-def _find(task: AnyTask, configured: Mapping[str, str]) -> Task:
-    """Return what a study wants trained; raise NotFound, or InvalidSpec for wrong settings."""
-    if isinstance(task, NamedTask):
-        return make_task(find_task(task.name, configured), task.settings)
-    return Pair(find_dataset(task.dataset), task.data, find_model(task.model), task.settings)
 
 
 def _build_members(

@@ -93,7 +93,7 @@ class Epochs:
         self._evaluation_rows = max(self.batches.sizes)
         self._validation = Held.out(prepared.rows, [split.validation for split in prepared.splits])
         self._test = Held.out(prepared.test, [split.test for split in prepared.splits])
-        self._programs = Programs(
+        self.programs = Programs(
             compiles=compiles and model.vectorized,
             constants=[*_tensors(prepared.rows), *_tensors(prepared.test)],
         )
@@ -233,21 +233,21 @@ class Epochs:
         ``epochs_to_come`` are those that will be trained for certain.
         """
         self._cores.note(seconds)
-        if self._programs.epoch_ended(seconds, epochs_to_come):
+        if self.programs.epoch_ended(seconds, epochs_to_come):
             self._cores.forget()
 
     def rehearsed(self, lanes: int, seconds: float) -> None:
         """Note that so many lanes will train for so long at the rehearsed speed."""
-        self._programs.rehearsed(self._cores.sizes(lanes), seconds)
+        self.programs.rehearsed(self._cores.sizes(lanes), seconds)
 
     def settle(self) -> None:
         """Wait until nothing is being compiled any more."""
-        if self._programs.settle():
+        if self.programs.settle():
             self._cores.forget()
 
     def close(self) -> None:
         """Give the threads back."""
-        self._programs.close()
+        self.programs.close()
         self._cores.close()
 
     def _in_chunks(self, work: Callable[[LaneStep, Chunk], Tensor], lanes: int) -> Tensor:
@@ -286,7 +286,7 @@ class Epochs:
 
         @cache
         def take(shape: torch.Size) -> Callable[..., Tensor]:
-            program = self._programs.find("step", len(own.places), chunk.threads, shape)
+            program = self.programs.find("step", len(own.places), chunk.threads, shape)
             return program.bind(step.ways_to_take(), own.live, own.strengths, source)
 
         for number, (index, keys) in enumerate(self.batches.of_epoch(own.places)):
@@ -315,7 +315,7 @@ class Epochs:
         @cache
         def measure(shape: torch.Size) -> Callable[..., Tensor]:
             shapes = shape, len(held.rows)
-            program = self._programs.find("measure", len(members), chunk.threads, *shapes)
+            program = self.programs.find("measure", len(members), chunk.threads, *shapes)
             return program.bind(step.ways_to_measure(), parameters, buffers, source)
 
         for some, counts in zip(*batches, strict=True):
