@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic_core import ErrorDetails
 
 from regtune.errors import FieldError, InvalidSpec, NotFound
 
@@ -208,13 +209,14 @@ def find_task(name: str, configured: Mapping[str, str]) -> Callable[..., Task]:
 
 def make_task(factory: Callable[..., Task], settings: Mapping[str, Any]) -> Task:
     """Return a task with a study's settings; raise InvalidSpec with those that are wrong."""
+    schema = settings_schema(factory)
     try:
-        checked = settings_schema(factory).model_validate(settings)
+        checked = schema.model_validate(settings)
     except ValidationError as error:
         raise InvalidSpec(
-            tuple(FieldError(_field(detail["loc"]), detail["msg"]) for detail in error.errors())
+            tuple(_wrong_setting(detail, schema) for detail in error.errors())
         ) from None
-    return factory(**{name: getattr(checked, name) for name in type(checked).model_fields})
+    return factory(**{name: getattr(checked, name) for name in schema.model_fields})
 
 
 def settings_schema(factory: Callable[..., Any]) -> type[BaseModel]:
@@ -233,8 +235,15 @@ def settings_schema(factory: Callable[..., Any]) -> type[BaseModel]:
     return create_model("Settings", __config__=config, **fields)
 
 
-def _field(place: tuple[int | str, ...]) -> str:
-    return ".".join(["task", *map(str, place)])
+def _wrong_setting(detail: ErrorDetails, schema: type[BaseModel]) -> FieldError:
+    field = ".".join(["task", *map(str, detail["loc"])])
+    match detail["type"]:
+        case "extra_forbidden":
+            known = ", ".join(schema.model_fields) or "none"
+            return FieldError(field, f"unknown setting; known: {known}")
+        case "missing":
+            return FieldError(field, "is required")
+    return FieldError(field, detail["msg"].removeprefix("Input "))
 
 
 def _find(group: str, name: str, configured: Mapping[str, str] | None = None) -> EntryPoint:

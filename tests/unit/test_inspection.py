@@ -222,4 +222,4 @@ def test_unknown_names_and_settings_end_with_codes_of_their_own(run: Any) -> Non
     assert run("show", "mlp", "--set", "hidden")[0] == USAGE
     code, verdict, _ = run("check", "Good", "--set", "depth=3")
     assert code == WRONG
-    assert "task.depth: Extra inputs are not permitted" in verdict["problems"][0]
+    assert "task.depth: unknown setting; known: width, norm" in verdict["problems"][0]
