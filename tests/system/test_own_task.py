@@ -1,7 +1,9 @@
 """A package outside the project, as a person would make it: installed, checked, trained."""
 
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,8 @@ from sqlalchemy import Engine
 
 from tests.audit import audit
 from tests.serving import service_process
-from tests.waiting import wait_until
+from tests.system.test_up import new_folder
+from tests.waiting import free_port, wait_until
 from tests.working import worker_process
 
 MODULES = os.pathsep.join(sys.path)
@@ -66,6 +69,42 @@ def test_an_installed_task_is_listed_shown_and_checked(site: Path) -> None:
     assert wrong.returncode == 1
     assert "task.width" in wrong.stdout
     assert regtune(site, "task", "check", "tides").returncode == 4
+
+
+def test_the_page_on_tasks_leads_to_a_trained_one(project: Path) -> None:
+    """Its first blocks of code, saved and run as they stand there, in an empty folder."""
+    page = (project / "docs/tasks.md").read_text().partition("### Ten lines")[2]
+    block = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
+    found = [match.groups() for match in itertools.islice(block.finditer(page), 3)]
+    assert [language for language, _ in found] == ["python", "yaml", "sh"]
+    (_, module), (_, study), (_, commands) = found
+    with new_folder() as folder:
+        (folder / "moons.py").write_text(module)
+        (folder / "moons.yaml").write_text(study)
+        program = folder / "bin" / "regtune"
+        program.parent.mkdir()
+        program.write_text(
+            f'#!/bin/sh\nPYTHONPATH="$PYTHONPATH:{MODULES}" '
+            f'exec {sys.executable} -m regtune.cli "$@"\n'
+        )
+        program.chmod(0o755)
+        run = subprocess.run(
+            ["bash", "-ec", commands],
+            cwd=folder,
+            env={
+                **os.environ,
+                "PATH": f"{program.parent}:{os.environ['PATH']}",
+                "OMP_NUM_THREADS": "1",
+                "REGTUNE_PORT": str(free_port()),
+                "REGTUNE_DATA_DIR": str(folder / "data"),
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "nothing is wrong with it" in run.stdout
+    assert "study moons completed (all 20 trials have ended)" in run.stdout
 
 
 def test_a_study_of_an_installed_task_is_trained_to_its_end(

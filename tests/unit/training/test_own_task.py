@@ -92,6 +92,29 @@ class Tagger(nn.Module):
         return self.head(self.embedding(x.long()))
 
 
+class ByNumber(Classes):
+    """As attention in other libraries: a dropout module that is never called, only read."""
+
+    def model(self, input_shape: tuple[int, ...], outputs: int) -> nn.Module:
+        return ReadsItsRate(*input_shape, outputs)
+
+
+class ReadsItsRate(nn.Linear):
+    def __init__(self, features: int, outputs: int) -> None:
+        super().__init__(features, outputs)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rate = self.dropout.p if self.training else 0.0
+        y = super().forward(x)
+        return nn.functional.dropout(y, rate) if rate else y
+
+
+class Reserved(Classes):
+    def __init__(self, score: float = 1.0) -> None:
+        self.limit = score
+
+
 class OneLoss(Classes):
     def loss(self, output: Tensor, y: Tensor) -> Tensor:
         return cross_entropy(output, y)
@@ -211,6 +234,18 @@ def test_what_is_frozen_stays_as_it_is_and_costs_no_decay(make):
 def test_what_a_task_does_wrong_is_said(make, own, changes, says):
     with pytest.raises(InvalidData, match=says):
         make(own, **changes)
+
+
+def test_a_rate_that_a_model_reads_is_off(make):
+    engine = make(ByNumber)
+    engine.join([trial(0, dropout=0.5), trial(1)])
+    dropping, plain = train(engine, 2).values()
+    assert torch.equal(losses(dropping), losses(plain))
+
+
+def test_a_setting_may_not_bear_the_name_of_a_field(make):
+    with pytest.raises(InvalidSpec, match=r"task\.score: the task has an argument of this name"):
+        make(Reserved)
 
 
 def test_a_model_that_learns_nothing_is_refused(make):
