@@ -5,6 +5,17 @@ person named none, so that what is stored and shown is what is run.
 """
 
 from regtune.spec.change import StudyChange
+from regtune.spec.datasets import ImageFolderSettings, SyntheticSettings, TableSettings
+from regtune.spec.models import (
+    STOCHASTIC_DEPTH_MODELS,
+    TORCHVISION_MODELS,
+    CnnSettings,
+    LinearSettings,
+    MlpSettings,
+    TabularResnetSettings,
+    TorchvisionSettings,
+    VitTinySettings,
+)
 from regtune.spec.reading import (
     MAX_BODY_BYTES,
     changed,
@@ -19,7 +30,6 @@ from regtune.spec.task import (
     CLASSIFICATION_SCORES,
     REGRESSION_SCORES,
     ScoreName,
-    TableSettings,
     TaskSpec,
 )
 from regtune.spec.training import Training
@@ -30,15 +40,25 @@ __all__ = [
     "NAME_PATTERN",
     "REFERENCE_TRIALS",
     "REGRESSION_SCORES",
+    "STOCHASTIC_DEPTH_MODELS",
+    "TORCHVISION_MODELS",
+    "CnnSettings",
+    "ImageFolderSettings",
+    "LinearSettings",
+    "MlpSettings",
     "Requires",
     "ScoreName",
     "Search",
     "StudyChange",
     "StudySpec",
+    "SyntheticSettings",
     "TableSettings",
+    "TabularResnetSettings",
     "TaskSpec",
+    "TorchvisionSettings",
     "Training",
     "Validation",
+    "VitTinySettings",
     "changed",
     "default_search",
     "grid_values",
