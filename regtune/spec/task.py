@@ -27,7 +27,7 @@ class TaskSpec(BaseModel):
 
     dataset: str = Field(
         description="Name of the data set, as a worker has it installed.",
-        examples=["digits", "mnist", "fashion_mnist", "table"],
+        examples=["digits", "mnist", "cifar10", "table", "image_folder"],
         max_length=100,
     )
     data: dict[str, Any] = Field(
@@ -38,9 +38,9 @@ class TaskSpec(BaseModel):
     )
     score: ScoreName | None = Field(
         None,
-        description="The score beside the loss: accuracy, balanced_accuracy or log_loss of a "
-        "classification, r2 or rmse of a regression. It chooses nothing. Default: accuracy or r2, "
-        "or the task's own.",
+        description="The score beside the loss: accuracy, balanced_accuracy, log_loss or, of two "
+        "classes, auroc of a classification, r2 or rmse of a regression. It chooses nothing. "
+        "Default: accuracy or r2, or the task's own.",
         examples=["balanced_accuracy"],
     )
     class_weights: Literal["none", "balanced"] = Field(
@@ -51,7 +51,7 @@ class TaskSpec(BaseModel):
     )
     model: str = Field(
         description="Name of the model, as a worker has it installed.",
-        examples=["mlp"],
+        examples=["mlp", "cnn", "resnet18", "tabular_resnet"],
         max_length=100,
     )
 
