@@ -5,6 +5,17 @@ person named none, so that what is stored and shown is what is run.
 """
 
 from regtune.spec.change import StudyChange
+from regtune.spec.datasets import ImageFolderSettings, SyntheticSettings, TableSettings
+from regtune.spec.models import (
+    STOCHASTIC_DEPTH_MODELS,
+    TORCHVISION_MODELS,
+    CnnSettings,
+    LinearSettings,
+    MlpSettings,
+    TabularResnetSettings,
+    TorchvisionSettings,
+    VitTinySettings,
+)
 from regtune.spec.reading import (
     MAX_BODY_BYTES,
     changed,
@@ -21,7 +32,6 @@ from regtune.spec.task import (
     AnyTask,
     NamedTask,
     ScoreName,
-    TableSettings,
     TaskSpec,
 )
 from regtune.spec.training import Training
@@ -32,17 +42,27 @@ __all__ = [
     "NAME_PATTERN",
     "REFERENCE_TRIALS",
     "REGRESSION_SCORES",
+    "STOCHASTIC_DEPTH_MODELS",
+    "TORCHVISION_MODELS",
     "AnyTask",
+    "CnnSettings",
+    "ImageFolderSettings",
+    "LinearSettings",
+    "MlpSettings",
     "NamedTask",
     "Requires",
     "ScoreName",
     "Search",
     "StudyChange",
     "StudySpec",
+    "SyntheticSettings",
     "TableSettings",
+    "TabularResnetSettings",
     "TaskSpec",
+    "TorchvisionSettings",
     "Training",
     "Validation",
+    "VitTinySettings",
     "changed",
     "default_search",
     "grid_values",

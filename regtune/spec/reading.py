@@ -19,6 +19,8 @@ from regtune.space import (
     Range,
 )
 from regtune.spec.change import BudgetChange, StudyChange
+from regtune.spec.datasets import DATASET_SETTINGS
+from regtune.spec.models import MODEL_SETTINGS
 from regtune.spec.search import Search
 from regtune.spec.study import (
     NAME_PATTERN,
@@ -29,7 +31,7 @@ from regtune.spec.study import (
     StudySpec,
     Validation,
 )
-from regtune.spec.task import MODEL_SETTINGS, TASK_KINDS, TableSettings, TaskSpec
+from regtune.spec.task import TASK_KINDS, TaskSpec
 from regtune.spec.training import Training
 
 MAX_BODY_BYTES = 256 * 1024
@@ -44,7 +46,7 @@ def parse_spec(data: Any) -> StudySpec:
     try:
         return StudySpec.model_validate(data)
     except ValidationError as error:
-        raise InvalidSpec(tuple(_field_error(detail) for detail in error.errors())) from None
+        raise InvalidSpec(tuple(_field_error(detail, data) for detail in error.errors())) from None
 
 
 def parse_change(data: Any) -> StudyChange:
@@ -55,7 +57,7 @@ def parse_change(data: Any) -> StudyChange:
         return StudyChange.model_validate(data)
     except ValidationError as error:
         raise InvalidSpec(
-            tuple(_field_error(detail, _FIELDS_OF_A_CHANGE) for detail in error.errors())
+            tuple(_field_error(detail, data, _FIELDS_OF_A_CHANGE) for detail in error.errors())
         ) from None
 
 
@@ -143,13 +145,17 @@ _FIELDS_OF_A_CHANGE: Mapping[tuple[str, ...], type[BaseModel]] = {
 
 
 def _field_error(
-    detail: ErrorDetails, fields_of: Mapping[tuple[str, ...], type[BaseModel]] = _FIELDS_OF
+    detail: ErrorDetails,
+    posted: Mapping[str, Any],
+    fields_of: Mapping[tuple[str, ...], type[BaseModel]] = _FIELDS_OF,
 ) -> FieldError:
     """Say in plain words what pydantic found, without the union tags that it puts in the way."""
     parts = [str(part) for part in detail["loc"] if part not in PARAMETER_KINDS + TASK_KINDS]
     field = ".".join(parts)
     if detail["type"] == "extra_forbidden":
-        return FieldError(field, f"unknown field; {_known_fields(tuple(parts[:-1]), fields_of)}")
+        return FieldError(
+            field, f"unknown field; {_known_fields(tuple(parts[:-1]), posted, fields_of)}"
+        )
     if detail["type"] == "missing":
         return FieldError(field, "is required")
     if detail["type"] == "string_pattern_mismatch":
@@ -162,19 +168,24 @@ def _field_error(
 
 
 def _known_fields(
-    parent: tuple[str, ...], fields_of: Mapping[tuple[str, ...], type[BaseModel]]
+    parent: tuple[str, ...],
+    posted: Mapping[str, Any],
+    fields_of: Mapping[tuple[str, ...], type[BaseModel]],
 ) -> str:
     if parent[:1] == ("search",) and len(parent) > 1:
         model: type[BaseModel] = Range[float]
-    elif parent == ("task", "data"):
-        return "known for the data set table: " + ", ".join(TableSettings.model_fields)
-    elif parent == ("task",):
-        return "known for this model: " + ", ".join(
-            [
-                *TaskSpec.model_fields,
-                *(name for s in MODEL_SETTINGS.values() for name in s.model_fields),
-            ]
-        )
+    elif parent[:1] == ("task",):
+        return _known_settings(parent, posted["task"])
     else:
         model = fields_of[parent]
     return "known: " + ", ".join(model.model_fields)
+
+
+def _known_settings(parent: tuple[str, ...], task: Mapping[str, Any]) -> str:
+    """Say which settings the data set or the model has that was posted."""
+    if parent == ("task", "data"):
+        dataset = task["dataset"]
+        names = DATASET_SETTINGS[dataset].model_fields
+        return f"known for the data set {dataset}: {', '.join(names) or 'none'}"
+    names = MODEL_SETTINGS[task["model"]].model_fields
+    return f"known for the model {task['model']}: {', '.join([*TaskSpec.model_fields, *names])}"

@@ -9,7 +9,6 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
-    Strict,
     Tag,
     ValidationInfo,
 )
@@ -17,100 +16,17 @@ from pydantic import field_validator as validate_field
 from pydantic import model_validator as validate_model
 from pydantic_core import PydanticCustomError
 
-from regtune.spec.parts import SpecModel
+from regtune.spec.datasets import DATASET_SETTINGS
+from regtune.spec.models import MODEL_SETTINGS
 
-ScoreName = Literal["accuracy", "balanced_accuracy", "log_loss", "r2", "rmse"]
-CLASSIFICATION_SCORES: tuple[ScoreName, ...] = ("accuracy", "balanced_accuracy", "log_loss")
+ScoreName = Literal["accuracy", "balanced_accuracy", "log_loss", "auroc", "r2", "rmse"]
+CLASSIFICATION_SCORES: tuple[ScoreName, ...] = (
+    "accuracy",
+    "balanced_accuracy",
+    "log_loss",
+    "auroc",
+)
 REGRESSION_SCORES: tuple[ScoreName, ...] = ("r2", "rmse")
-
-
-class MlpSettings(SpecModel):
-    """Settings of the model ``mlp``: linear, norm, ReLU and dropout per hidden layer."""
-
-    hidden: Annotated[
-        tuple[Annotated[int, Field(ge=1, le=65_536)], ...], Strict(False), Field(max_length=64)
-    ] = Field((128,), description="Width of each hidden layer.", examples=[[128], [512, 512]])
-    norm: Literal["batch", "layer", "none"] = Field(
-        "batch", description="Normalization before each ReLU.", examples=["batch"]
-    )
-
-
-MODEL_SETTINGS: Mapping[str, type[BaseModel]] = {"mlp": MlpSettings}
-"""The settings of models that can be checked without importing the model."""
-
-
-class NoSettings(SpecModel):
-    """Settings of a data set that has none."""
-
-
-ColumnNames = Annotated[tuple[str, ...], Strict(False), Field(max_length=10_000)]
-
-
-class TableSettings(SpecModel):
-    """Settings of the data set ``table``: a CSV or Parquet file with a column to predict."""
-
-    path: str = Field(
-        max_length=2000,
-        description="File of the training rows: a path, or an address that fsspec knows, under a "
-        "root that the worker's own REGTUNE_DATA_ROOTS names, or relative to its data folder. "
-        "Parquet if it ends in .parquet or .pq, CSV otherwise.",
-        examples=["adult.csv", "s3://bucket/adult.parquet"],
-    )
-    target: str = Field(description="The column to predict.", examples=["income"], max_length=1000)
-    test_path: str | None = Field(
-        None,
-        max_length=2000,
-        description="File of the test rows. Default: test_fraction of the rows in path.",
-        examples=["adult-test.csv"],
-    )
-    test_fraction: float = Field(
-        0.2,
-        gt=0,
-        lt=1,
-        description="Share of the rows in path that are the test rows: stratified, the same for "
-        "every study.",
-        examples=[0.2],
-    )
-    kind: Literal["classification", "regression"] | None = Field(
-        None,
-        description="What is predicted. Default: a number where the target is one with more than "
-        "20 values or with fractions, otherwise a class.",
-        examples=["regression"],
-    )
-    columns: ColumnNames | None = Field(
-        None,
-        description="Names of a CSV file's columns, if its first line is not their names.",
-        examples=[["age", "workclass", "income"]],
-    )
-    numeric: ColumnNames = Field(
-        (), description="Columns that are numbers, whatever they look like.", examples=[["age"]]
-    )
-    categorical: ColumnNames = Field(
-        (),
-        description="Columns that are categories, whatever they look like.",
-        examples=[["postcode"]],
-    )
-    ignore: ColumnNames = Field((), description="Columns to leave out.", examples=[["id"]])
-    missing: ColumnNames = Field(
-        ("", "NA", "N/A", "NaN", "nan", "null", "None", "?"),
-        description="What stands in a text column where a value is missing.",
-        examples=[["", "?"]],
-    )
-    delimiter: str = Field(
-        ",", min_length=1, max_length=1, description="Between the columns of a CSV file."
-    )
-
-
-DATASET_SETTINGS: Mapping[str, type[BaseModel]] = {
-    "digits": NoSettings,
-    "mnist": NoSettings,
-    "fashion_mnist": NoSettings,
-    "breast_cancer": NoSettings,
-    "wine": NoSettings,
-    "diabetes": NoSettings,
-    "table": TableSettings,
-}
-"""The settings of data sets that can be checked without importing the data set."""
 
 
 class Measured(BaseModel):
@@ -120,9 +36,9 @@ class Measured(BaseModel):
 
     score: ScoreName | None = Field(
         None,
-        description="The score beside the loss: accuracy, balanced_accuracy or log_loss of a "
-        "classification, r2 or rmse of a regression. It chooses nothing. Default: accuracy or r2, "
-        "or the task's own.",
+        description="The score beside the loss: accuracy, balanced_accuracy, log_loss or, of two "
+        "classes, auroc of a classification, r2 or rmse of a regression. It chooses nothing. "
+        "Default: accuracy or r2, or the task's own.",
         examples=["balanced_accuracy"],
     )
     class_weights: Literal["none", "balanced"] = Field(
@@ -179,7 +95,7 @@ class TaskSpec(Measured):
     )
     model: str = Field(
         description="Name of the model, as a worker has it installed.",
-        examples=["mlp"],
+        examples=["mlp", "cnn", "resnet18", "tabular_resnet"],
         max_length=100,
     )
 

@@ -13,9 +13,9 @@ from regtune import studies, workers
 from regtune.database import transaction
 from regtune.settings import Settings
 from regtune.studies import ModelFacts, Study
-from service.scheduler.loop import Scheduler
 from tests import builders
 from tests.audit import audit
+from tests.threads import run_until_over
 from tests.waiting import wait_until
 from worker.loop import Worker
 from worker.shutdown import Shutdown
@@ -30,18 +30,7 @@ def run(engine: Engine, database_url: str, tmp_path: Path) -> Callable[..., None
 
     def until_over(study: Study, **changes: Any) -> None:
         settings = Settings(**{"data_dir": tmp_path, "poll_seconds": 0.1, **changes})
-        shutdown = Shutdown()
-        worker = Worker(database_url, settings, torch.device("cpu"), "w", shutdown)
-        thread = threading.Thread(target=worker.run)
-        scheduler = Scheduler(engine, database_url, settings)
-        scheduler.start()
-        thread.start()
-        try:
-            wait_until(lambda: builders.study_state(engine, study) != "active", 60)
-        finally:
-            shutdown.request()
-            thread.join()
-            scheduler.stop()
+        run_until_over(engine, database_url, settings, study)
 
     return until_over
 

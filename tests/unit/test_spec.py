@@ -12,6 +12,7 @@ from regtune.spec import Search, StudySpec, load_yaml, parse_spec, parse_text
 from tests.builders import BASE, spec
 
 TABLE = {"dataset": "table", "model": "mlp"}
+MLP = {"hidden": [128], "norm": "batch", "activation": "relu", "input_dropout": False}
 
 
 def refusal(**changes: Any) -> list[tuple[str, str]]:
@@ -23,7 +24,7 @@ def refusal(**changes: Any) -> list[tuple[str, str]]:
 def test_name_task_and_budget_are_enough() -> None:
     minimal = spec()
     assert minimal.training.optimizer == "adamw"
-    assert minimal.task.settings == {"hidden": [128], "norm": "batch"}
+    assert minimal.task.settings == MLP
     assert minimal.training.penalized == "weights"
     assert minimal.training.precision == "float32"
     assert minimal.training.warmup_epochs == 0
@@ -164,10 +165,81 @@ def test_the_learning_rate_defaults_by_optimizer() -> None:
         ({"flavour": 1}, "flavour", "unknown field; known: name, task, training"),
         ({"search": {"dropuot": 0.1}}, "search.dropuot", "known: weight_decay, dropout"),
         ({"search": {"dropout": {"low": 0, "high": 0.5, "lgo": 1}}}, "search.dropout.lgo", "log"),
-        ({"task": {**BASE["task"], "hiden": [9]}}, "task.hiden", "hidden, norm"),
+        (
+            {"task": {**BASE["task"], "hiden": [9]}},
+            "task.hiden",
+            "norm, groups, hidden, activation",
+        ),
         ({"task": {**BASE["task"], "hidden": ["a"]}}, "task.hidden.0", "valid integer"),
         ({"task": {**BASE["task"], "hidden": [0]}}, "task.hidden.0", "greater than or equal to 1"),
-        ({"task": {**BASE["task"], "norm": "group"}}, "task.norm", "'batch', 'layer' or 'none'"),
+        (
+            {"task": {**BASE["task"], "norm": "instance"}},
+            "task.norm",
+            "'batch', 'layer', 'group' or 'none'",
+        ),
+        ({"task": {**BASE["task"], "activation": "elu"}}, "task.activation", "'relu', 'gelu'"),
+        (
+            {"task": {**BASE["task"], "groups": 4}},
+            "task.groups",
+            "groups is a setting of norm: group alone, and the norm is batch",
+        ),
+        (
+            {"task": {**BASE["task"], "norm": "group", "hidden": [16, 12]}},
+            "task",
+            "widths that are multiples of groups, which is 8, but 12 is none",
+        ),
+        (
+            {"task": {"dataset": "digits", "model": "vit_tiny", "width": 16, "heads": 3}},
+            "task.heads",
+            "width must be a multiple of 4 and of heads, but width is 16 and heads are 3",
+        ),
+        ({"task": {"dataset": "digits", "model": "vit_tiny", "width": 6}}, "task.heads", "of 4"),
+        ({"task": {"dataset": "digits", "model": "cnn", "channels": []}}, "task.channels", "least"),
+        (
+            {"task": {"dataset": "digits", "model": "cnn", "norm": "group", "channels": [4]}},
+            "task",
+            "but 4 is none",
+        ),
+        (
+            {"task": {"dataset": "wine", "model": "tabular_resnet", "hidden_factor": 0}},
+            "task.hidden_factor",
+            "greater than 0",
+        ),
+        (
+            {"task": {"dataset": "digits", "model": "torchvision"}},
+            "task.architecture",
+            "is required",
+        ),
+        (
+            {"task": {"dataset": "digits", "model": "torchvision", "architecture": "resnet19"}},
+            "task.architecture",
+            "known: alexnet, googlenet",
+        ),
+        (
+            {"task": {"dataset": "digits", "model": "torchvision", "architecture": "swin_t"}},
+            "task.architecture",
+            "swin_t leaves out whole layers at random (stochastic depth)",
+        ),
+        (
+            {"task": {"dataset": "digits", "model": "resnet18", "norm": "group"}},
+            "task.norm",
+            "known for the model resnet18: score, class_weights, dataset, data, model",
+        ),
+        (
+            {"task": {"dataset": "digits", "model": "linear", "data": {"rows": 3}}},
+            "task.data.rows",
+            "known for the data set digits: none",
+        ),
+        (
+            {"task": {"dataset": "synthetic", "model": "linear", "data": {"classes": 3}}},
+            "task.data.classes",
+            "classes is a setting of a classification alone, and the kind is regression",
+        ),
+        (
+            {"task": {"dataset": "image_folder", "model": "cnn", "data": {"size": 9}}},
+            "task.data.path",
+            "is required",
+        ),
         ({"task": {"dataset": "digits"}}, "task.model", "is required"),
         ({"task": {**BASE["task"], "data": {"path": "x"}}}, "task.data.path", "unknown field"),
         ({"task": {**BASE["task"], "score": "f1"}}, "task.score", "'balanced_accuracy'"),
@@ -416,6 +488,7 @@ def test_reading_back_is_the_identity(
 def test_a_study_from_before_there_were_folds_and_noise_reads_the_same() -> None:
     old = spec(training={"optimizer": "sgd"}).canonical()
     for part, names in (
+        ("task", ("activation", "input_dropout")),
         ("training", ("momentum", "nesterov", "warmup_epochs", "penalized", "precision")),
         ("search", ("learning_rate", "label_smoothing", "input_noise", "weight_noise")),
         ("validation", ("folds", "repeats")),
@@ -423,6 +496,30 @@ def test_a_study_from_before_there_were_folds_and_noise_reads_the_same() -> None
         for name in names:
             del old[part][name]
     assert parse_spec(old).canonical() == spec(training={"optimizer": "sgd"}).canonical()
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        {"model": "mlp", "norm": "group", "hidden": [16], "input_dropout": True},
+        {"model": "cnn", "channels": [8, 8], "norm": "group", "groups": 4},
+        {"model": "torchvision", "architecture": "densenet121"},
+        {"model": "tabular_resnet", "dataset": "synthetic", "data": {"kind": "classification"}},
+        {"model": "linear", "dataset": "image_folder", "data": {"path": "flowers"}},
+    ],
+)
+def test_settings_of_models_and_data_sets_are_read_back_the_same(task: dict[str, Any]) -> None:
+    study = spec(task={"dataset": "digits", **task})
+    assert parse_spec(study.canonical()) == study
+
+
+def test_settings_that_have_no_meaning_are_not_shown() -> None:
+    assert "groups" not in spec().task.settings
+    grouped = spec(task={"dataset": "digits", "model": "mlp", "norm": "group"})
+    assert grouped.task.settings["groups"] == 8
+    numbers = spec(task={"dataset": "synthetic", "model": "linear"}).task.data
+    assert "classes" not in numbers
+    assert "noise" in numbers
 
 
 def test_unknown_models_keep_their_settings_for_the_worker_to_check() -> None:
@@ -434,7 +531,7 @@ def test_the_settings_of_a_table_are_filled_in_and_read_back_the_same() -> None:
     study = spec(task={**TABLE, "data": {"path": "t.csv", "target": "y", "ignore": ["id"]}})
     assert study.task.data["test_fraction"] == 0.2
     assert study.task.data["ignore"] == ["id"]
-    assert study.task.settings == {"hidden": [128], "norm": "batch"}
+    assert study.task.settings == MLP
     assert parse_spec(study.canonical()) == study
 
 

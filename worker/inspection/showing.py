@@ -10,7 +10,8 @@ from pydantic import BaseModel, Field
 
 from regtune.settings import Settings
 from regtune.spec import NamedTask
-from regtune.spec.task import DATASET_SETTINGS, MODEL_SETTINGS
+from regtune.spec.datasets import DATASET_SETTINGS
+from regtune.spec.models import MODEL_SETTINGS
 from regtune.task import (
     DATASETS,
     MODELS,

@@ -31,44 +31,52 @@ def encode(
     ``trained_on`` are the numbers of the rows that each trains on. Splits that know other
     categories still have the same features: one that a split does not know is zero there.
     """
-    encoded = [_encoded(train, test, rows) for rows in trained_on]
-    names = list(dict.fromkeys(name for own, _, _ in encoded for name in own))
-    aligned = [
-        np.zeros((len(encoded), len(rows), len(names)), np.float32) for rows in (train, test)
-    ]
-    for split, (own, *parts) in enumerate(encoded):
-        places = [names.index(name) for name in own]
-        for whole, part in zip(aligned, parts, strict=True):
-            whole[split][:, places] = part
-    return aligned[0], aligned[1]
+    encodings = [_Encoding(train, rows) for rows in trained_on]
+    places = {
+        name: place
+        for place, name in enumerate(dict.fromkeys(n for own in encodings for n in own.names))
+    }
+    # One large copy of a table is made at a time, and written to where it stays.
+    encoded = []
+    for rows in (train, test):
+        whole = np.zeros((len(encodings), len(rows), len(places)), np.float32)
+        for encoding, part in zip(encodings, whole, strict=True):
+            encoding.write(rows, part, [places[name] for name in encoding.names])
+        encoded.append(whole)
+    return encoded[0], encoded[1]
 
 
-def _encoded(
-    train: Columns, test: Columns, trained_on: NDArray[np.int64]
-) -> tuple[list[str], Floats, Floats]:
-    """Return the features' names, and training and test rows as one split encodes them."""
-    names: list[str] = []
-    parts: list[list[Floats]] = [[], []]
-    if train.numbers.shape[1]:
-        scale = make_pipeline(
-            SimpleImputer(strategy="median", keep_empty_features=True), StandardScaler()
-        )
-        scale.fit(train.numbers[trained_on])
-        names += [f"number {column}" for column in range(train.numbers.shape[1])]
-        for part, rows in zip(parts, (train, test), strict=True):
-            part.append(scale.transform(rows.numbers))
-    if train.categories.shape[1]:
-        one_hot = OneHotEncoder(
-            handle_unknown="infrequent_if_exist",
-            max_categories=MOST_CATEGORIES,
-            sparse_output=False,
-            dtype=np.float32,
-        )
-        one_hot.fit(train.categories[trained_on])
-        names += list(one_hot.get_feature_names_out())
-        for part, rows in zip(parts, (train, test), strict=True):
-            part.append(_silently(one_hot, rows.categories))
-    return names, np.hstack(parts[0]), np.hstack(parts[1])
+class _Encoding:
+    """What the training rows of one split say of the columns; ``names`` are those of its features.
+
+    The numbers come first.
+    """
+
+    def __init__(self, train: Columns, trained_on: NDArray[np.int64]) -> None:
+        self._numbers = train.numbers.shape[1]
+        self.names = [f"number {column}" for column in range(self._numbers)]
+        self._one_hot: OneHotEncoder | None = None
+        if self._numbers:
+            self._scale = make_pipeline(
+                SimpleImputer(strategy="median", keep_empty_features=True), StandardScaler()
+            )
+            self._scale.fit(train.numbers[trained_on])
+        if train.categories.shape[1]:
+            self._one_hot = OneHotEncoder(
+                handle_unknown="infrequent_if_exist",
+                max_categories=MOST_CATEGORIES,
+                sparse_output=False,
+                dtype=np.float32,
+            )
+            self._one_hot.fit(train.categories[trained_on])
+            self.names += list(self._one_hot.get_feature_names_out())
+
+    def write(self, rows: Columns, to: Floats, places: Sequence[int]) -> None:
+        """Write rows as this split encodes them to ``(rows, features)``, each to its place."""
+        if self._numbers:
+            to[:, : self._numbers] = self._scale.transform(rows.numbers)
+        if self._one_hot:
+            to[:, places[self._numbers :]] = _silently(self._one_hot, rows.categories)
 
 
 def _silently(one_hot: OneHotEncoder, categories: NDArray[np.int32]) -> Floats:

@@ -36,6 +36,19 @@ def opened(address: str, storage: Storage) -> Iterator[IO[bytes]]:
         raise InvalidData(f"{address!r} cannot be read: {error}") from error
 
 
+def folder(address: str, storage: Storage) -> Path:
+    """Return a folder of this machine; raise InvalidData if it is not there, or not under a root.
+
+    Links in it are not looked at: each file is to be ``opened``.
+    """
+    if not _is_local(address):
+        raise InvalidData(f"{address!r} must be a folder of the worker's own machine")
+    path = Path(_local(address, storage).removeprefix("file://"))
+    if not path.is_dir():
+        raise InvalidData(f"there is no folder {address!r}")
+    return path
+
+
 def _is_local(address: str) -> bool:
     return "://" not in address or address.startswith(_LOCAL)
 

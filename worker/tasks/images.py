@@ -1,9 +1,14 @@
-"""The built-in data sets: handwritten digits and Fashion-MNIST, as ``(rows, 1, height, width)``."""
+"""Images that are known by a name, as ``(rows, channels, height, width)``."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torchvision.datasets import MNIST, FashionMNIST
+from torchvision.datasets import CIFAR10, CIFAR100, KMNIST, MNIST, SVHN, FashionMNIST
 
 from regtune.task import Data, Storage
 
@@ -33,7 +38,7 @@ def mnist(storage: Storage) -> Data:
 
     Source: Y. LeCun, C. Cortes and C. Burges, The MNIST database of handwritten digits (1998).
     """
-    return _torchvision(MNIST, storage)
+    return _mnist(MNIST, storage)
 
 
 def fashion_mnist(storage: Storage) -> Data:
@@ -41,13 +46,48 @@ def fashion_mnist(storage: Storage) -> Data:
 
     Source: H. Xiao, K. Rasul and R. Vollgraf, Fashion-MNIST (2017), arXiv 1708.07747.
     """
-    return _torchvision(FashionMNIST, storage)
+    return _mnist(FashionMNIST, storage)
 
 
-def _torchvision(dataset: type[MNIST], storage: Storage) -> Data:
-    """Download what is missing under the data folder; verify and unpack archives that lie there."""
-    train = dataset(storage.data_dir, train=True, download=True)
-    test = dataset(storage.data_dir, train=False, download=True)
+def kmnist(storage: Storage) -> Data:
+    """Return KMNIST, 60 000 + 10 000 cursive characters of 28 × 28 pixels; downloaded on first use.
+
+    Source: T. Clanuwat et al., Deep Learning for Classical Japanese Literature (2018), arXiv
+    1812.01718.
+    """
+    return _mnist(KMNIST, storage)
+
+
+def cifar10(storage: Storage) -> Data:
+    """Return CIFAR-10, 50 000 + 10 000 photographs of 32 × 32 pixels; downloaded on first use.
+
+    Source: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images (2009).
+    """
+    return _cifar(CIFAR10, storage)
+
+
+def cifar100(storage: Storage) -> Data:
+    """Return CIFAR-100, 50 000 + 10 000 photographs of 32 × 32 pixels; downloaded on first use.
+
+    Source: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images (2009).
+    """
+    return _cifar(CIFAR100, storage)
+
+
+def svhn(storage: Storage) -> Data:
+    """Return SVHN, 73 257 + 26 032 house numbers of 32 × 32 pixels; downloaded on first use.
+
+    Source: Y. Netzer et al., Reading Digits in Natural Images with Unsupervised Feature Learning,
+    NIPS Workshop on Deep Learning (2011).
+    """
+    train, test = (
+        _got(SVHN, storage.data_dir / "SVHN", split=split) for split in ("train", "test")
+    )
+    return Data(train.data, _labels(train.labels), test.data, _labels(test.labels), classes=10)
+
+
+def _mnist(dataset: type[MNIST], storage: Storage) -> Data:
+    train, test = (_got(dataset, storage.data_dir, train=train) for train in (True, False))
     return Data(
         train_x=train.data.numpy()[:, None],
         train_y=train.targets.numpy(),
@@ -55,3 +95,21 @@ def _torchvision(dataset: type[MNIST], storage: Storage) -> Data:
         test_y=test.targets.numpy(),
         classes=len(train.classes),
     )
+
+
+def _cifar(dataset: type[CIFAR10], storage: Storage) -> Data:
+    train, test = (_got(dataset, storage.data_dir, train=train) for train in (True, False))
+    train_x, test_x = (
+        np.ascontiguousarray(part.data.transpose(0, 3, 1, 2)) for part in (train, test)
+    )
+    train_y, test_y = (_labels(part.targets) for part in (train, test))
+    return Data(train_x, train_y, test_x, test_y, classes=len(train.classes))
+
+
+def _got(dataset: Callable[..., Any], folder: Path, **which: Any) -> Any:
+    """Download what is missing in ``folder``; verify and unpack archives that lie there."""
+    return dataset(folder, download=True, **which)
+
+
+def _labels(labels: Any) -> NDArray[np.int64]:
+    return np.asarray(labels, dtype=np.int64)

@@ -8,14 +8,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pyarrow import csv, parquet
-from sklearn.model_selection import train_test_split
 
 from regtune.errors import InvalidData
 from regtune.spec import TableSettings
 from regtune.task import Columns, Data, Storage
 from worker.tasks.files import opened
+from worker.tasks.holdout import hold_out
 
-TEST_SEED = 0
 MOST_CLASSES = 20
 """A target of whole numbers is a class if it has no more values than this."""
 
@@ -46,7 +45,7 @@ def table(storage: Storage, **settings: Any) -> Data:
     if asked.test_path is not None:
         training, tested = np.split(np.arange(len(y)), [len(train)])
     else:
-        training, tested = _held_out(y, classes, asked.test_fraction)
+        training, tested = hold_out(y, classes, asked.test_fraction)
     return Data(x[training], y[training], x[tested], y[tested], classes)
 
 
@@ -196,22 +195,6 @@ def _side_by_side(columns: Sequence[NDArray[Any]], rows: int, dtype: Any) -> NDA
     for place, column in enumerate(columns):
         whole[:, place] = column
     return whole
-
-
-def _held_out(
-    y: NDArray[Any], classes: int | None, fraction: float
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the numbers of training and test rows; the same for all studies of the file."""
-    strata = None
-    if classes and np.bincount(y).min() > 1:
-        strata = y
-    try:
-        training, tested = train_test_split(
-            np.arange(len(y)), test_size=fraction, stratify=strata, random_state=TEST_SEED
-        )
-    except ValueError as error:
-        raise InvalidData(f"the rows cannot be split: {error}") from None
-    return np.sort(training), np.sort(tested)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -45,7 +45,14 @@ from worker.training.lanes import (
 from worker.training.layout import channels_last, channels_last_rows, prefers_channels_last, stacked
 from worker.training.model import LaneModel
 from worker.training.noise import initial_weights, member_seed
-from worker.training.objective import LossOfRows, Objective, classification, mean_score, regression
+from worker.training.objective import (
+    LossOfRows,
+    Objective,
+    RankScore,
+    classification,
+    mean_score,
+    regression,
+)
 from worker.training.optimizers import find_optimizer
 
 SAMPLE_ROWS = 4
@@ -455,6 +462,8 @@ def _objective(
         objective = replace(objective, score=mean_score("own", own_score))
     elif own_loss is not None and data.classes is None and spec.score is None:
         raise InvalidData("a task with a loss() of its own and no classes needs a score() as well")
+    if isinstance(objective.score, RankScore):
+        _check_both_classes(prepared)
     if isinstance(objective.loss, LossOfRows):
         what = "a loss of its own" if own_loss else "squared error as its loss"
         if spec.class_weights != "none":
@@ -462,6 +471,19 @@ def _objective(
         if "label_smoothing" in knobs:
             raise InvalidData(f"label_smoothing smooths the cross-entropy, but this has {what}")
     return objective
+
+
+def _check_both_classes(prepared: Prepared) -> None:
+    """Raise InvalidData if rows that are to be ranked are all of one class."""
+    for what, rows, numbers in (
+        *(("validation", prepared.rows, split.validation) for split in prepared.splits),
+        *(("test", prepared.test, split.test) for split in prepared.splits),
+    ):
+        y = rows.y[torch.from_numpy(numbers)]
+        if y.min() == y.max():
+            raise InvalidData(
+                f"task.score: auroc compares two classes, but the {what} rows have one"
+            )
 
 
 def _sample(rows: Rows) -> Rows:

@@ -342,7 +342,9 @@ class Epochs:
             part[0] if alike else part[members] for part in (held.index_MR, held.weight_MR)
         )
         source = self._source(held.rows, members)
-        total_TK = self._rows.x.new_zeros(self._objective.terms, len(members))
+        terms = self._objective.terms
+        total_TK = self._rows.x.new_zeros(terms, len(members))
+        ranked = []
         batches = (torch.split(part, self._evaluation_rows, dim=-1) for part in (index, weight))
 
         @cache
@@ -352,9 +354,13 @@ class Epochs:
             return program.bind(step.ways_to_measure(), parameters, buffers, source)
 
         for some, counts in zip(*batches, strict=True):
-            total_TK += measure(some.shape)(some, counts)
+            measured = measure(some.shape)(some, counts)
+            total_TK += measured[:terms]
+            ranked.append(measured[terms:].clone())  # a recorded program writes there again
             tick()
-        return self._objective.figures(total_TK, held.rows_M[members])
+        return self._objective.figures(
+            total_TK, held.rows_M[members], torch.cat(ranked).T, held.rows.y[index], weight
+        )
 
     def _source(self, rows: Rows, members: Sequence[int]) -> Source:
         if len(self._splits) == 1:

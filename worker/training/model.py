@@ -172,7 +172,7 @@ class LaneModel:
         weight: Tensor,
         per_lane: bool,
     ) -> Tensor:
-        """Return each lane's sums over rows that the objective measures: ``(T, K)``.
+        """Return what the objective measures of each lane's rows: ``(T, K)``, or ``(T + B, K)``.
 
         Dropout and noise are off, running statistics are used and stay as they are. ``weight`` is
         1 for a row that counts and 0 for one that does not; ``per_lane`` as in a batch.

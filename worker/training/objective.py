@@ -1,8 +1,8 @@
 """What training minimizes, and the score that is shown beside it.
 
-All is made of functions of tensors, so that it maps over lanes and can be recorded. A score comes
-from sums over rows, T of them, so that rows may come in batches; what is no sum, such as the root
-of an RMSE, is left to the end.
+All is made of functions of tensors, so that it maps over lanes and can be recorded. Rows come in
+batches, so a score comes from sums over rows, T of them; what is no sum, such as the root of an
+RMSE, is left to the end. A score that compares rows with one another gets them all at the end.
 """
 
 from collections.abc import Callable, Sequence
@@ -82,29 +82,60 @@ class Score:
 
 
 @dataclass(frozen=True)
+class RankScore:
+    """A score of how rows are ranked.
+
+    ``of_rows`` returns what each is ranked by, ``(B,)``. ``total`` takes that of all rows, their
+    targets, and weights that are 0 for a row that does not count, and returns ``(K,)``; the first
+    is ``(K, R)``, and the others broadcast with it.
+    """
+
+    name: str
+    of_rows: RowFunction
+    total: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
 class Objective:
     """A loss and a score."""
 
     loss: CrossEntropy | LossOfRows
-    score: Score
+    score: Score | RankScore
 
     @property
     def terms(self) -> int:
         """How many sums it measures: the loss's, and the score's."""
-        return 1 + self.score.terms
+        return 1 + (self.score.terms if isinstance(self.score, Score) else 0)
 
     def to(self, device: torch.device) -> "Objective":
         """Return the same on ``device``."""
         return replace(self, loss=self.loss.to(device))
 
     def measure(self, output: Tensor, y_B: Tensor, weight_B: Tensor) -> Tensor:
-        """Return the sums ``(T,)`` over rows of weight 1; those of weight 0 do not count."""
-        rows = [self.loss.of_rows(output, y_B), *self.score.of_rows(output, y_B)]
-        return torch.stack([(term_B * weight_B).sum() for term_B in rows])
+        """Return the sums ``(T,)`` over rows of weight 1; those of weight 0 do not count.
 
-    def figures(self, total_TK: Tensor, rows_K: Tensor) -> Tensor:
-        """Return each lane's mean loss and score, ``(K, 2)``, from the sums over its rows."""
-        score_K = self.score.total(total_TK[1:], rows_K)
+        Where the score ranks, what each row is ranked by follows: ``(T + B,)``.
+        """
+        rows = [self.loss.of_rows(output, y_B)]
+        if isinstance(self.score, Score):
+            rows += self.score.of_rows(output, y_B)
+        sums_T = torch.stack([(term_B * weight_B).sum() for term_B in rows])
+        if isinstance(self.score, Score):
+            return sums_T
+        return torch.cat([sums_T, self.score.of_rows(output, y_B)])
+
+    def figures(
+        self, total_TK: Tensor, rows_K: Tensor, ranked_KR: Tensor, y: Tensor, weight: Tensor
+    ) -> Tensor:
+        """Return each lane's mean loss and score, ``(K, 2)``, from the sums over its rows.
+
+        ``ranked_KR`` is what they are ranked by, R = 0 of them where nothing is. Their targets and
+        weights are ``(R,)`` for all lanes or ``(K, R)``.
+        """
+        if isinstance(self.score, Score):
+            score_K = self.score.total(total_TK[1:], rows_K)
+        else:
+            score_K = self.score.total(ranked_KR, y, weight)
         return torch.stack([total_TK[0] / rows_K, score_K], dim=1)
 
 
@@ -133,6 +164,10 @@ def classification(
             return Objective(loss, _balanced_accuracy(classes))
         case "log_loss":
             return Objective(loss, mean_score("log_loss", CrossEntropy().of_rows))
+        case "auroc" if classes == 2:
+            return Objective(loss, RankScore("auroc", _log_odds, _auroc))
+        case "auroc":
+            raise InvalidData(f"task.score: auroc is for two classes, but there are {classes}")
     raise InvalidData(_wrong_score(score, "a classification", CLASSIFICATION_SCORES))
 
 
@@ -185,6 +220,28 @@ def _balanced_accuracy(classes: int) -> Score:
         return (hits_CK / rows_CK.clamp(min=1)).sum(0) / (rows_CK > 0).sum(0)
 
     return Score("balanced_accuracy", 2 * classes, of_rows, total)
+
+
+def _log_odds(output_B2: Tensor, y_B: Tensor) -> Tensor:
+    return output_B2[:, 1] - output_B2[:, 0]
+
+
+def _auroc(log_odds_KR: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    """Return the chance that a row of class 1 is ranked above one of class 0, ties counting half.
+
+    Mann and Whitney's U over the number of such pairs. Ranks are doubled, so that ties have whole
+    ones and their sum is exact.
+    """
+    counts = (weight > 0).expand_as(log_odds_KR)
+    log_odds_KR = log_odds_KR.masked_fill(~counts, torch.inf)
+    ascending_KR = log_odds_KR.sort().values
+    below_KR = torch.searchsorted(ascending_KR, log_odds_KR)
+    not_above_KR = torch.searchsorted(ascending_KR, log_odds_KR, right=True)
+    positive_KR = counts & (y == 1)
+    positives_K, negatives_K = positive_KR.sum(1), (counts & (y == 0)).sum(1)
+    rank_sum_K = ((below_KR + not_above_KR + 1) * positive_KR).sum(1)
+    u_K = rank_sum_K - positives_K * (positives_K + 1)
+    return u_K.to(log_odds_KR) / (2 * positives_K * negatives_K)
 
 
 def _squared_error(output_B1: Tensor, y_B: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ class LaneStep:
         index: Tensor,
         weight: Tensor,
     ) -> Tensor:
-        """Return K lanes' sums over a batch that the objective measures: ``(T, K)``.
+        """Return what the objective measures of K lanes: ``(T, K)``, or ``(T + B, K)``.
 
         ``weight``, of the shape of ``index``, is 0 where a row only fills up the batch.
         """

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torchvision.datasets import CIFAR10, CIFAR100
 
 from regtune.task import DatasetLoader, Storage
-from worker.tasks.images import digits, fashion_mnist, mnist
+from tests.unit.tasks.files_of_others import write_cifar, write_idx, write_svhn
+from worker.tasks.images import cifar10, cifar100, digits, fashion_mnist, kmnist, mnist, svhn
 
 ARCHIVES = Path(
     os.environ.get("REGTUNE_TEST_DATA", Path(__file__).parents[3].parent / "shared" / "data")
@@ -42,3 +44,43 @@ def test_archives_that_lie_there_are_verified_and_unpacked(
     assert (data.train_x.dtype, data.train_y.dtype) == (np.uint8, np.int64)
     assert data.train_y[:5].tolist() == first_labels
     assert data.classes == 10
+
+
+def test_kmnist_is_read_from_the_files_of_its_authors(tmp_path: Path):
+    kept = write_idx(tmp_path / "KMNIST")
+    data = kmnist(Storage(tmp_path))
+    np.testing.assert_array_equal(data.train_x, kept["train"][0][:, None])
+    np.testing.assert_array_equal(data.test_y, kept["t10k"][1])
+    assert (data.train_y.dtype, data.classes) == (np.int64, 10)
+
+
+@pytest.mark.parametrize(
+    ("loader", "dataset", "key", "classes"),
+    [(cifar10, CIFAR10, "labels", 10), (cifar100, CIFAR100, "fine_labels", 100)],
+)
+def test_cifar_is_read_from_the_files_of_its_authors(
+    loader: DatasetLoader,
+    dataset: type[CIFAR10],
+    key: str,
+    classes: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    kept = write_cifar(tmp_path, dataset, key, classes, monkeypatch)
+    data = loader(Storage(tmp_path))
+    assert data.train_x.flags.c_contiguous
+    np.testing.assert_array_equal(data.train_x, kept["train"][0])
+    np.testing.assert_array_equal(data.train_y, kept["train"][1])
+    np.testing.assert_array_equal(data.test_x, kept["test"][0])
+    np.testing.assert_array_equal(data.test_y, kept["test"][1])
+    assert (data.train_x.dtype, data.train_y.dtype, data.classes) == (np.uint8, np.int64, classes)
+
+
+def test_svhn_is_read_from_the_files_of_its_authors(tmp_path: Path, monkeypatch):
+    """In these files the label of a zero is 10."""
+    kept = write_svhn(tmp_path / "SVHN", monkeypatch)
+    data = svhn(Storage(tmp_path))
+    np.testing.assert_array_equal(data.train_x, kept["train"][0])
+    np.testing.assert_array_equal(data.train_y, kept["train"][1] % 10)
+    np.testing.assert_array_equal(data.test_x, kept["test"][0])
+    assert (data.train_x.dtype, data.train_y.dtype, data.classes) == (np.uint8, np.int64, 10)

@@ -24,14 +24,16 @@ def draw(seed: int = 0) -> tuple[Tensor, Tensor]:
 def measured(objective: Objective, output_KBC: Tensor, y_B: Tensor, batch: int = 7) -> Tensor:
     """Figures from padded batches, as an epoch measures them: ``(K, 2)``."""
     total_TK = torch.zeros(objective.terms, len(output_KBC), dtype=torch.float64)
-    for start in range(0, len(y_B), batch):
-        rows = torch.arange(start, start + batch)
-        weight_B = (rows < len(y_B)).double()
-        index = rows % len(y_B)
-        total_TK += vmap(objective.measure, (0, None, None))(
-            output_KBC[:, index], y_B[index], weight_B
-        ).T
-    return objective.figures(total_TK, torch.tensor(float(len(y_B))))
+    index = torch.arange(-(-len(y_B) // batch) * batch)
+    weight_R = (index < len(y_B)).double()
+    index %= len(y_B)
+    ranked = []
+    for rows, weight_B in zip(index.split(batch), weight_R.split(batch), strict=True):
+        figures = vmap(objective.measure, (0, None, None))(output_KBC[:, rows], y_B[rows], weight_B)
+        total_TK += figures[:, : objective.terms].T
+        ranked.append(figures[:, objective.terms :])
+    rows_K = torch.full((len(output_KBC),), float(len(y_B)))
+    return objective.figures(total_TK, rows_K, torch.cat(ranked, dim=1), y_B[index], weight_R)
 
 
 @pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
@@ -68,6 +70,37 @@ def test_scores_of_numbers_are_scikit_learns_in_the_targets_own_unit(
         assert figures_K2[lane, 0] == pytest.approx(float((predicted - y_B).square().mean()))
         expected = theirs(100 + 50 * y_B.numpy(), 100 + 50 * predicted.numpy())
         assert figures_K2[lane, 1] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("decimals", [9, 0])
+def test_the_area_under_the_curve_is_scikit_learns_ties_included(decimals: int):
+    generator = torch.Generator().manual_seed(2)
+    logits_KBC = torch.randn(LANES, ROWS, 2, dtype=torch.float64, generator=generator)
+    logits_KBC = logits_KBC.round(decimals=decimals)
+    y_B = (torch.rand(ROWS, generator=generator) < 0.3).long()
+    figures_K2 = measured(classification(2, "auroc"), logits_KBC, y_B)
+    for lane, logits_BC in enumerate(logits_KBC):
+        expected = metrics.roc_auc_score(y_B.numpy(), (logits_BC[:, 1] - logits_BC[:, 0]).numpy())
+        assert figures_K2[lane, 1].item() == pytest.approx(expected, abs=1e-12)
+        assert figures_K2[lane, 0] == pytest.approx(float(cross_entropy(logits_BC, y_B)))
+
+
+def test_lanes_may_be_ranked_on_rows_of_their_own():
+    objective = classification(2, "auroc")
+    generator = torch.Generator().manual_seed(3)
+    ranked_KR = torch.randn(LANES, ROWS, dtype=torch.float64, generator=generator)
+    y_KR = torch.randint(2, (LANES, ROWS), generator=generator)
+    weight_KR = (torch.arange(ROWS) < torch.tensor([[ROWS], [30], [20]])).double()
+    rows_K = weight_KR.sum(1)
+    figures_K2 = objective.figures(torch.zeros(1, LANES), rows_K, ranked_KR, y_KR, weight_KR)
+    for lane, rows in enumerate(rows_K.int().tolist()):
+        expected = metrics.roc_auc_score(y_KR[lane, :rows], ranked_KR[lane, :rows])
+        assert figures_K2[lane, 1].item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_area_under_the_curve_is_for_two_classes():
+    with pytest.raises(InvalidData, match="auroc is for two classes, but there are 3"):
+        classification(3, "auroc")
 
 
 def test_weighted_classes_count_as_often_as_they_weigh():
@@ -108,7 +141,11 @@ def test_smoothing_and_weights_go_together():
 @pytest.mark.parametrize(
     ("make", "wrong", "known"),
     [
-        (lambda score: classification(2, score), "rmse", "accuracy, balanced_accuracy, log_loss"),
+        (
+            lambda score: classification(2, score),
+            "rmse",
+            "accuracy, balanced_accuracy, log_loss, auroc",
+        ),
         (regression, "accuracy", "r2, rmse"),
     ],
 )

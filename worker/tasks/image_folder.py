@@ -1,0 +1,78 @@
+"""The data set ``image_folder``: a folder of the user's own, with a folder of images per class."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torchvision.datasets import ImageFolder
+
+from regtune.errors import InvalidData
+from regtune.spec import ImageFolderSettings
+from regtune.task import Data, Storage
+from worker.tasks.files import folder, opened
+from worker.tasks.holdout import hold_out
+
+
+def image_folder(storage: Storage, **settings: Any) -> Data:
+    """Return the images of a folder, ``(rows, channels, size, size)``, uint8.
+
+    Classes are numbered in the order of their folders' names. What is done with the images is said
+    at ``ImageFolderSettings``. Raises InvalidData.
+    """
+    asked = ImageFolderSettings.model_validate(settings)
+    found = _Found(asked.path, storage)
+    if asked.test_path is None:
+        training, tested = hold_out(found.labels, len(found.classes), asked.test_fraction)
+        return Data(
+            found.images(training, asked),
+            found.labels[training],
+            found.images(tested, asked),
+            found.labels[tested],
+            classes=len(found.classes),
+        )
+    other = _Found(asked.test_path, storage)
+    if other.classes != found.classes:
+        raise InvalidData(
+            f"the classes in {asked.path!r} are {', '.join(found.classes)}, but those in "
+            f"{asked.test_path!r} are {', '.join(other.classes)}"
+        )
+    return Data(
+        found.images(np.arange(len(found.labels)), asked),
+        found.labels,
+        other.images(np.arange(len(other.labels)), asked),
+        other.labels,
+        classes=len(found.classes),
+    )
+
+
+class _Found:
+    """The images of a folder, before any is read."""
+
+    def __init__(self, address: str, storage: Storage) -> None:
+        self._storage = storage
+        try:
+            listing = ImageFolder(folder(address, storage))
+        except (OSError, ValueError) as error:  # what torchvision raises for a class without images
+            raise InvalidData(f"{address!r} cannot be read: {error}") from None
+        self.classes: Sequence[str] = listing.classes
+        self.labels: NDArray[np.int64] = np.array(listing.targets, dtype=np.int64)
+        self._paths = [Path(path) for path, _ in listing.samples]
+
+    def images(self, numbers: NDArray[np.int64], asked: ImageFolderSettings) -> NDArray[np.uint8]:
+        """Return the images of these numbers."""
+        whole = np.empty((len(numbers), asked.channels, asked.size, asked.size), np.uint8)
+        for place, number in enumerate(numbers):
+            whole[place] = self._image(self._paths[number], asked)
+        return whole
+
+    def _image(self, path: Path, asked: ImageFolderSettings) -> NDArray[np.uint8]:
+        with opened(str(path), self._storage) as file:
+            try:
+                image = Image.open(file).convert("RGB" if asked.channels == 3 else "L")
+            except (OSError, Image.DecompressionBombError) as error:
+                raise InvalidData(f"{str(path)!r} cannot be read: {error}") from None
+        fitted = ImageOps.fit(image, (asked.size, asked.size), Image.Resampling.BILINEAR)
+        return np.asarray(fitted).reshape(asked.size, asked.size, asked.channels).transpose(2, 0, 1)
