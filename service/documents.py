@@ -22,6 +22,8 @@ PARAMS_EXAMPLE = {
     "label_smoothing": 0.0,
     "input_noise": 0.0,
     "weight_noise": 0.0,
+    "max_norm": 0.0,
+    "max_gradient_norm": 0.0,
 }
 
 Params = dict[str, int | float]

@@ -8,11 +8,19 @@ from pydantic import field_validator as validate_field
 from pydantic import model_validator as validate_model
 from pydantic_core import PydanticCustomError
 
-from regtune.space import Choices, Fixed, IntegerParameter, Parameter, Range, Searched
+from regtune.space import (
+    Choices,
+    Fixed,
+    IntegerParameter,
+    LimitParameter,
+    Parameter,
+    Range,
+    Searched,
+)
 from regtune.spec.parts import SpecModel, with_computed_defaults
 from regtune.spec.training import MAX_LEARNING_RATE, Training
 
-_P = TypeVar("_P", bound=Parameter | IntegerParameter)
+_P = TypeVar("_P", bound=Parameter | IntegerParameter | LimitParameter)
 
 
 class Search(SpecModel):
@@ -28,6 +36,8 @@ class Search(SpecModel):
             "label_smoothing",
             "input_noise",
             "weight_noise",
+            "max_norm",
+            "max_gradient_norm",
         )
     )
 
@@ -69,6 +79,18 @@ class Search(SpecModel):
         "Default: fixed at 0.",
         examples=[{"low": 1e-4, "high": 0.1, "log": True, "or_zero": True}],
     )
+    max_norm: LimitParameter = Field(
+        description="c > 0, the largest norm of the weights that lead into a unit or make up a "
+        "filter: larger ones are scaled back to it after each step. 0 is no limit. Default: fixed "
+        "at 0.",
+        examples=[{"low": 1.0, "high": 5.0, "log": True, "or_zero": True}],
+    )
+    max_gradient_norm: LimitParameter = Field(
+        description="Largest norm of the training loss's gradient, of all parameters together: a "
+        "larger one is scaled back to it, before decay and L1 are added. 0 is no limit. Default: "
+        "fixed at 0.",
+        examples=[{"low": 0.1, "high": 10.0, "log": True, "or_zero": True}],
+    )
 
     @validate_field("weight_decay", "l1_lambda", "input_noise", "weight_noise")
     @classmethod
@@ -79,6 +101,18 @@ class Search(SpecModel):
     @classmethod
     def _check_rate(cls, parameter: Parameter) -> Parameter:
         return _check_numbers(parameter, lambda value: 0 <= value < 1, "must be in [0, 1)")
+
+    @validate_field("max_norm", "max_gradient_norm")
+    @classmethod
+    def _check_limit(cls, parameter: LimitParameter) -> LimitParameter:
+        if isinstance(parameter, Range) and parameter.low <= 0:
+            raise PydanticCustomError(
+                "bounds",
+                "a range of limits must begin above 0, but low is {value}; 0 means no limit: "
+                "or_zero: true on a log range adds it",
+                {"value": parameter.low},
+            )
+        return _check_numbers(parameter, lambda value: value >= 0, "must not be negative")
 
     @validate_field("patience")
     @classmethod
@@ -152,6 +186,8 @@ def default_search(training: Training) -> dict[str, Any]:
         "label_smoothing": 0.0,
         "input_noise": 0.0,
         "weight_noise": 0.0,
+        "max_norm": 0.0,
+        "max_gradient_norm": 0.0,
     }
 
 

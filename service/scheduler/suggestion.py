@@ -155,6 +155,8 @@ def _common_default(spec: StudySpec) -> dict[str, float]:
         "label_smoothing": 0.0,
         "input_noise": 0.0,
         "weight_noise": 0.0,
+        "max_norm": 0.0,
+        "max_gradient_norm": 0.0,
     }
     return {
         name: parameter.nearest(common[name]) for name, parameter in spec.search.searched().items()

@@ -11,6 +11,8 @@ PARAMS = OLD | {
     "label_smoothing": 0.0,
     "input_noise": 0.0,
     "weight_noise": 0.0,
+    "max_norm": 0.0,
+    "max_gradient_norm": 0.0,
 }
 SCORES = ["validation loss", "test accuracy"]
 

@@ -72,7 +72,7 @@ def test_the_learning_rate_is_fixed_and_noise_off_unless_they_are_named(optimize
     study = spec(training={"optimizer": optimizer})
     assert study.search.learning_rate.numbers() == (study.training.learning_rate,)
     assert spec(training={"learning_rate": 0.3}).search.learning_rate.numbers() == (0.3,)
-    for name in ("label_smoothing", "input_noise", "weight_noise"):
+    for name in Search.model_fields.keys() - {*study.search.searched(), "learning_rate"}:
         assert study.search.parameters()[name].numbers() == (0,)
     assert set(study.search.searched()) == {"weight_decay", "dropout", "l1_lambda", "patience"}
 
@@ -94,7 +94,15 @@ def test_a_learning_rate_that_is_searched_leaves_that_of_the_training() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["learning_rate", "label_smoothing", "input_noise", "weight_noise"]
+    "name",
+    [
+        "learning_rate",
+        "label_smoothing",
+        "input_noise",
+        "weight_noise",
+        "max_norm",
+        "max_gradient_norm",
+    ],
 )
 def test_each_of_the_others_alone_is_something_to_search(name: str) -> None:
     fixed = {"weight_decay": 0, "dropout": 0, "l1_lambda": 0, "patience": 3}
@@ -213,6 +221,17 @@ def test_the_learning_rate_defaults_by_optimizer() -> None:
             },
             "search",
             "nothing to search",
+        ),
+        ({"search": {"max_norm": -1}}, "search.max_norm", "must not be negative"),
+        (
+            {"search": {"max_norm": {"low": 0, "high": 4}}},
+            "search.max_norm",
+            "a range of limits must begin above 0, but low is 0.0; 0 means no limit",
+        ),
+        (
+            {"search": {"max_gradient_norm": {"low": 1, "high": 4, "or_zero": True}}},
+            "search.max_gradient_norm",
+            "or_zero: true needs log: true; or a list of limits, in which 0 means none",
         ),
         ({"training": {"optimizer": "lion"}}, "training.optimizer", "'adam', 'adamw', 'sgd'"),
         ({"training": {"learning_rate": 0}}, "training.learning_rate", "greater than 0"),
@@ -390,7 +409,10 @@ def test_a_study_from_before_there_were_folds_and_noise_reads_the_same() -> None
     old = spec(training={"optimizer": "sgd"}).canonical()
     for part, names in (
         ("training", ("momentum", "nesterov", "warmup_epochs", "penalized", "precision")),
-        ("search", ("learning_rate", "label_smoothing", "input_noise", "weight_noise")),
+        (
+            "search",
+            Search.model_fields.keys() - {"weight_decay", "dropout", "l1_lambda", "patience"},
+        ),
         ("validation", ("folds", "repeats")),
     ):
         for name in names:

@@ -25,6 +25,8 @@ UNTOUCHED = {
     "label_smoothing": 0,
     "input_noise": 0,
     "weight_noise": 0,
+    "max_norm": 0,
+    "max_gradient_norm": 0,
 }
 """What a study does not search unless it says so."""
 
@@ -33,6 +35,8 @@ NEW_RANGES: dict[str, Any] = {
     "label_smoothing": {"low": 0.05, "high": 0.3},
     "input_noise": {"low": 0.1, "high": 1.0, "log": True, "or_zero": True},
     "weight_noise": [0.3, 0.0, 0.1],
+    "max_norm": {"low": 1.0, "high": 4.0, "log": True, "or_zero": True},
+    "max_gradient_norm": [0.5, 5.0],
 }
 
 
@@ -67,6 +71,8 @@ def test_reference_points_keep_to_the_learning_rate_and_add_no_noise(number: int
         "label_smoothing": 0.05,
         "input_noise": 0,
         "weight_noise": 0,
+        "max_norm": 0,
+        "max_gradient_norm": 5.0,
     }
 
 
@@ -103,7 +109,7 @@ def test_a_sampler_must_say_where_the_number_alone_does_not_decide() -> None:
     assert predetermined(spec(), 2) is None
 
 
-def test_every_trial_has_all_eight_values() -> None:
+def test_every_trial_has_all_values() -> None:
     study = spec(sampler="qmc", search=NEW_RANGES)
     assert set(distributions(study)) == set(Search.model_fields)
     assert set(used(2, sampler="qmc", search=NEW_RANGES)) == set(Search.model_fields)

@@ -44,7 +44,16 @@ WEIGHED_LANES = 2
 """Lanes that take a step to see how much memory that needs: the fewest that make a batch."""
 
 KNOBS = frozenset(
-    {"weight_decay", "dropout", "l1_lambda", "label_smoothing", "input_noise", "weight_noise"}
+    {
+        "weight_decay",
+        "dropout",
+        "l1_lambda",
+        "label_smoothing",
+        "input_noise",
+        "weight_noise",
+        "max_norm",
+        "max_gradient_norm",
+    }
 )
 """The strengths that a study may leave out, so that no lane spends time on them."""
 
@@ -299,7 +308,19 @@ class Engine:
         self, lanes: int
     ) -> tuple[LaneTensors, dict[str, Tensor], NDArray[np.float64], list[Place]]:
         """Return lanes of typical trials before their first epoch, as an epoch wants them."""
-        typical = LaneTrial(0, 1e-3, 0.2, 1e-4, 1, self._training.learning_rate, 0.1, 0.1, 0.01)
+        typical = LaneTrial(
+            key=0,
+            weight_decay=1e-3,
+            dropout=0.2,
+            l1_lambda=1e-4,
+            patience=1,
+            learning_rate=self._training.learning_rate,
+            label_smoothing=0.1,
+            input_noise=0.1,
+            weight_noise=0.01,
+            max_norm=3.0,
+            max_gradient_norm=1.0,
+        )
         tensors = self._starting_tensors(-(-lanes // self._members))
         return (
             tensors.slice(slice(0, lanes)),

@@ -103,8 +103,8 @@ class Epochs:
                 LaneStep(
                     model.replica(),
                     optimizer,
-                    decay="weight_decay" in knobs,
-                    l1=training.l1 if "l1_lambda" in knobs else None,
+                    knobs=knobs,
+                    l1=training.l1,
                 )
             )
         self._cores = Cores(threads, prepared.rows.x.device)

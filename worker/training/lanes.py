@@ -6,7 +6,7 @@ side, start together and end together.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite, nan
+from math import inf, isfinite, nan
 from statistics import fmean, stdev
 from typing import Literal, Self
 
@@ -22,7 +22,10 @@ Ended = Literal["finished", "early_stopped", "diverged"]
 
 @dataclass(frozen=True)
 class LaneTrial:
-    """A trial to train; ``key`` is the caller's name for it, the rest are its hyperparameters."""
+    """A trial to train; ``key`` is the caller's name for it, the rest are its hyperparameters.
+
+    A limit of 0 is no limit.
+    """
 
     key: int
     weight_decay: float
@@ -33,6 +36,8 @@ class LaneTrial:
     label_smoothing: float = 0.0
     input_noise: float = 0.0
     weight_noise: float = 0.0
+    max_norm: float = 0.0
+    max_gradient_norm: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -224,6 +229,8 @@ def strengths_of(
         "label_smoothing": [trial.label_smoothing for trial in trials],
         "input_noise": [trial.input_noise for trial in trials],
         "weight_noise": [trial.weight_noise for trial in trials],
+        "max_norm": [trial.max_norm or inf for trial in trials],
+        "max_gradient_norm": [trial.max_gradient_norm or inf for trial in trials],
     }
     return {
         "dropout_threshold": dropout_threshold(rates_K).to(device),

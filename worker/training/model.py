@@ -19,6 +19,7 @@ from worker.training.regularizers import (
     install_dropout_sites,
     penalized,
     perturbed,
+    units,
 )
 from worker.training.tracing import TURNS
 
@@ -82,6 +83,7 @@ class LaneModel:
         self._autocast = autocast
         named = dict(model.named_parameters())
         self.penalized = tuple(penalized(model, penalize))
+        self.units = units(model)
         self.spared = tuple(name for name in named if name not in self.penalized)
         self._over_lanes = self._choose_map(sample)
 
