@@ -42,8 +42,8 @@ class Search(SpecModel):
     )
 
     weight_decay: Parameter = Field(
-        description="λ₂ ≥ 0. Default: zero or 1e-4…3 (log) for AdamW, whose decay below "
-        "1 / (learning rate × steps) does nothing; zero or 1e-6…1e-2 (log) for the others.",
+        description="λ₂ ≥ 0. Default: zero or 1e-4…3 (log) if it is decoupled, where a decay below "
+        "1 / (learning rate × steps) does nothing; zero or 1e-6…1e-2 (log) if it is coupled.",
         examples=[{"low": 1e-4, "high": 3.0, "log": True, "or_zero": True}],
     )
     dropout: Parameter = Field(
@@ -170,12 +170,12 @@ def _check_has_no_zero(parameter: Parameter | IntegerParameter, name: str) -> No
 def default_search(training: Training) -> dict[str, Any]:
     """Return the default ranges and fixed values for a training.
 
-    In AdamW a decay λ acts over 1 / (η·λ) steps (Wang & Aitchison 2024, arXiv 2405.13698), so one
+    A decoupled decay λ acts over 1 / (η·λ) steps (Wang & Aitchison 2024, arXiv 2405.13698), so one
     below 1 / (η · steps of the whole training) does nothing; the range 1e-6…1e-2 that is usual
     for coupled decay would mostly be off on small data. Proximal L1 shrinks by η·λ₁ each step
     whatever the optimizer; the subgradient is rescaled by Adam and needs λ₁ far smaller.
     """
-    decoupled = training.optimizer == "adamw"
+    decoupled = training.decay == "decoupled"
     proximal = training.l1 == "proximal"
     return {
         "weight_decay": _zero_or(1e-4, 3.0) if decoupled else _zero_or(1e-6, 1e-2),

@@ -17,13 +17,19 @@ Optimizer = Literal["adam", "adamw", "sgd", "rmsprop"]
 class Training(PartlyUsed):
     """How each trial is trained; the same for all trials."""
 
-    model_config = ConfigDict(json_schema_extra=with_computed_defaults("learning_rate"))
+    model_config = ConfigDict(json_schema_extra=with_computed_defaults("decay", "learning_rate"))
 
     optimizer: Optimizer = Field(
         "adamw",
-        description="Weight decay is decoupled in AdamW, and coupled (added to the gradient) in "
-        "the others.",
+        description="How gradients move the weights; adamw is adam with a decoupled decay.",
         examples=["adamw"],
+    )
+    decay: Literal["coupled", "decoupled"] = Field(
+        "coupled",
+        description="coupled: λ₂·w is added to the gradient, as (λ₂/2)·‖w‖² in the loss would; "
+        "decoupled: each step first shrinks the weights by the factor 1 - η·λ₂, apart from the "
+        "gradient. Default: decoupled for adamw, which knows no other, coupled for the others.",
+        examples=["decoupled"],
     )
     learning_rate: float = Field(
         0.0,
@@ -96,6 +102,17 @@ class Training(PartlyUsed):
     )
 
     # Only what is named comes here: a default is not validated.
+    @validate_field("decay")
+    @classmethod
+    def _check_adamw_decays_apart(cls, value: str, info: ValidationInfo) -> str:
+        if value == "coupled" and info.data.get("optimizer") == "adamw":
+            raise PydanticCustomError(
+                "decay",
+                "the decay of adamw is decoupled; leave decay out, or take optimizer: adam for a "
+                "coupled one",
+            )
+        return value
+
     @validate_field("momentum", "nesterov")
     @classmethod
     def _check_optimizer_has_momentum(cls, value: Any, info: ValidationInfo) -> Any:
@@ -130,7 +147,9 @@ class Training(PartlyUsed):
         return value
 
     @validate_model(mode="after")
-    def _fill_in_learning_rate(self) -> Self:
+    def _fill_in_what_the_optimizer_decides(self) -> Self:
+        if "decay" not in self.model_fields_set and self.optimizer == "adamw":
+            self.__dict__["decay"] = "decoupled"
         if "learning_rate" not in self.model_fields_set:
             self.__dict__["learning_rate"] = 0.01 if self.optimizer == "sgd" else 0.001
         return self

@@ -145,7 +145,7 @@ def _off(spec: StudySpec, name: str, parameter: Searched) -> float:
 
 
 def _common_default(spec: StudySpec) -> dict[str, float]:
-    decoupled = spec.training.optimizer == "adamw"
+    decoupled = spec.training.decay == "decoupled"
     common = {
         "weight_decay": COMMON_DECOUPLED_DECAY if decoupled else COMMON_COUPLED_DECAY,
         "dropout": COMMON_DROPOUT,

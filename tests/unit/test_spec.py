@@ -38,6 +38,7 @@ def test_name_task_and_budget_are_enough() -> None:
         ({"optimizer": "adam"}, (1e-6, 1e-2), (1e-4, 0.3)),
         ({"optimizer": "sgd"}, (1e-6, 1e-2), (1e-4, 0.3)),
         ({"optimizer": "rmsprop"}, (1e-6, 1e-2), (1e-4, 0.3)),
+        ({"optimizer": "sgd", "decay": "decoupled"}, (1e-4, 3.0), (1e-4, 0.3)),
         ({"l1": "subgradient"}, (1e-4, 3.0), (1e-7, 1e-3)),
     ],
 )
@@ -108,6 +109,22 @@ def test_each_of_the_others_alone_is_something_to_search(name: str) -> None:
     fixed = {"weight_decay": 0, "dropout": 0, "l1_lambda": 0, "patience": 3}
     study = spec(search={**fixed, name: {"low": 0.1, "high": 0.5}})
     assert set(study.search.searched()) == {name}
+
+
+@pytest.mark.parametrize(
+    ("training", "decay"),
+    [
+        ({}, "decoupled"),
+        ({"optimizer": "adamw", "decay": "decoupled"}, "decoupled"),
+        ({"optimizer": "adam"}, "coupled"),
+        ({"optimizer": "sgd"}, "coupled"),
+        ({"optimizer": "sgd", "decay": "decoupled"}, "decoupled"),
+    ],
+)
+def test_decay_is_coupled_unless_the_optimizer_or_the_study_says_otherwise(
+    training: dict[str, Any], decay: str
+) -> None:
+    assert spec(training=training).canonical()["training"]["decay"] == decay
 
 
 def test_sgd_has_a_momentum_to_set() -> None:
@@ -234,6 +251,12 @@ def test_the_learning_rate_defaults_by_optimizer() -> None:
             "or_zero: true needs log: true; or a list of limits, in which 0 means none",
         ),
         ({"training": {"optimizer": "lion"}}, "training.optimizer", "'adam', 'adamw', 'sgd'"),
+        (
+            {"training": {"decay": "coupled"}},
+            "training.decay",
+            "the decay of adamw is decoupled; leave decay out, or take optimizer: adam",
+        ),
+        ({"training": {"decay": "none"}}, "training.decay", "'coupled' or 'decoupled'"),
         ({"training": {"learning_rate": 0}}, "training.learning_rate", "greater than 0"),
         ({"training": {"max_epochs": 0}}, "training.max_epochs", "greater than or equal to 1"),
         (
@@ -408,7 +431,7 @@ def test_reading_back_is_the_identity(
 def test_a_study_from_before_there_were_folds_and_noise_reads_the_same() -> None:
     old = spec(training={"optimizer": "sgd"}).canonical()
     for part, names in (
-        ("training", ("momentum", "nesterov", "warmup_epochs", "penalized", "precision")),
+        ("training", ("momentum", "nesterov", "warmup_epochs", "penalized", "precision", "decay")),
         (
             "search",
             Search.model_fields.keys() - {"weight_decay", "dropout", "l1_lambda", "patience"},

@@ -87,15 +87,25 @@ def test_reference_points_come_as_near_to_the_learning_rate_as_its_range_allows(
     assert used(number, search=choices, training=training)["learning_rate"] == nearest
 
 
-@pytest.mark.parametrize(("optimizer", "decay"), [("adamw", 0.01), ("sgd", 1e-4), ("adam", 1e-4)])
-def test_the_common_default_is_what_most_people_would_set(optimizer: str, decay: float) -> None:
-    assert used(1, training={"optimizer": optimizer, "max_epochs": 40}) == {
+@pytest.mark.parametrize(
+    ("training", "decay"),
+    [
+        ({"optimizer": "adamw"}, 0.01),
+        ({"optimizer": "sgd"}, 1e-4),
+        ({"optimizer": "adam"}, 1e-4),
+        ({"optimizer": "adam", "decay": "decoupled"}, 0.01),
+    ],
+)
+def test_the_common_default_is_what_most_people_would_set(
+    training: dict[str, str], decay: float
+) -> None:
+    assert used(1, training={**training, "max_epochs": 40}) == {
         "weight_decay": decay,
         "dropout": 0.2,
         "l1_lambda": 0,
         "patience": 10,
         **UNTOUCHED,
-        "learning_rate": 0.01 if optimizer == "sgd" else 0.001,
+        "learning_rate": 0.01 if training["optimizer"] == "sgd" else 0.001,
     }
 
 
