@@ -24,6 +24,7 @@ PARAMS_EXAMPLE = {
     "weight_noise": 0.0,
     "max_norm": 0.0,
     "max_gradient_norm": 0.0,
+    "input_dropout": 0.0,
 }
 
 Params = dict[str, int | float]

@@ -38,6 +38,7 @@ class Search(SpecModel):
             "weight_noise",
             "max_norm",
             "max_gradient_norm",
+            "input_dropout",
         )
     )
 
@@ -92,12 +93,18 @@ class Search(SpecModel):
         examples=[{"low": 0.1, "high": 10.0, "log": True, "or_zero": True}],
     )
 
+    input_dropout: Parameter = Field(
+        description="Rate p of dropout on the inputs, 0 ≤ p < 1, before the model and apart from "
+        "its own sites. Default: fixed at 0.",
+        examples=[{"low": 0.0, "high": 0.3}],
+    )
+
     @validate_field("weight_decay", "l1_lambda", "input_noise", "weight_noise")
     @classmethod
     def _check_strength(cls, parameter: Parameter) -> Parameter:
         return _check_numbers(parameter, lambda value: value >= 0, "must not be negative")
 
-    @validate_field("dropout", "label_smoothing")
+    @validate_field("dropout", "label_smoothing", "input_dropout")
     @classmethod
     def _check_rate(cls, parameter: Parameter) -> Parameter:
         return _check_numbers(parameter, lambda value: 0 <= value < 1, "must be in [0, 1)")
@@ -188,6 +195,7 @@ def default_search(training: Training) -> dict[str, Any]:
         "weight_noise": 0.0,
         "max_norm": 0.0,
         "max_gradient_norm": 0.0,
+        "input_dropout": 0.0,
     }
 
 

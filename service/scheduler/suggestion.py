@@ -157,6 +157,7 @@ def _common_default(spec: StudySpec) -> dict[str, float]:
         "weight_noise": 0.0,
         "max_norm": 0.0,
         "max_gradient_norm": 0.0,
+        "input_dropout": 0.0,
     }
     return {
         name: parameter.nearest(common[name]) for name, parameter in spec.search.searched().items()

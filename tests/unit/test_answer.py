@@ -13,6 +13,7 @@ PARAMS = OLD | {
     "weight_noise": 0.0,
     "max_norm": 0.0,
     "max_gradient_norm": 0.0,
+    "input_dropout": 0.0,
 }
 SCORES = ["validation loss", "test accuracy"]
 

@@ -103,6 +103,7 @@ def test_a_learning_rate_that_is_searched_leaves_that_of_the_training() -> None:
         "weight_noise",
         "max_norm",
         "max_gradient_norm",
+        "input_dropout",
     ],
 )
 def test_each_of_the_others_alone_is_something_to_search(name: str) -> None:
@@ -239,6 +240,7 @@ def test_the_learning_rate_defaults_by_optimizer() -> None:
             "search",
             "nothing to search",
         ),
+        ({"search": {"input_dropout": 1}}, "search.input_dropout", "must be in [0, 1)"),
         ({"search": {"max_norm": -1}}, "search.max_norm", "must not be negative"),
         (
             {"search": {"max_norm": {"low": 0, "high": 4}}},

@@ -27,6 +27,7 @@ UNTOUCHED = {
     "weight_noise": 0,
     "max_norm": 0,
     "max_gradient_norm": 0,
+    "input_dropout": 0,
 }
 """What a study does not search unless it says so."""
 
@@ -37,6 +38,7 @@ NEW_RANGES: dict[str, Any] = {
     "weight_noise": [0.3, 0.0, 0.1],
     "max_norm": {"low": 1.0, "high": 4.0, "log": True, "or_zero": True},
     "max_gradient_norm": [0.5, 5.0],
+    "input_dropout": {"low": 0.0, "high": 0.3},
 }
 
 
@@ -73,6 +75,7 @@ def test_reference_points_keep_to_the_learning_rate_and_add_no_noise(number: int
         "weight_noise": 0,
         "max_norm": 0,
         "max_gradient_norm": 5.0,
+        "input_dropout": 0,
     }
 
 

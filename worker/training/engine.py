@@ -54,6 +54,7 @@ KNOBS = frozenset(
         "weight_noise",
         "max_norm",
         "max_gradient_norm",
+        "input_dropout",
     }
 )
 """The strengths that a study may leave out, so that no lane spends time on them."""
@@ -329,6 +330,7 @@ class Engine:
             weight_noise=0.01,
             max_norm=3.0,
             max_gradient_norm=1.0,
+            input_dropout=0.1,
         )
         tensors = self._starting_tensors(-(-lanes // self._members))
         return (

@@ -39,6 +39,7 @@ class LaneTrial:
     weight_noise: float = 0.0
     max_norm: float = 0.0
     max_gradient_norm: float = 0.0
+    input_dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -222,11 +223,16 @@ def strengths_of(
 
     ``trials`` are those of the lanes, one for each.
     """
-    rates_K = torch.tensor([trial.dropout for trial in trials], dtype=torch.float64)
+    rates = {
+        "dropout": torch.tensor([trial.dropout for trial in trials], dtype=torch.float64),
+        "input_dropout": torch.tensor(
+            [trial.input_dropout for trial in trials], dtype=torch.float64
+        ),
+    }
     exact = {
+        **{f"{name}_scale": (1 / (1 - rate_K)).tolist() for name, rate_K in rates.items()},
         "decay": [trial.weight_decay for trial in trials],
         "l1": [trial.l1_lambda for trial in trials],
-        "dropout_scale": (1 / (1 - rates_K)).tolist(),
         "label_smoothing": [trial.label_smoothing for trial in trials],
         "input_noise": [trial.input_noise for trial in trials],
         "weight_noise": [trial.weight_noise for trial in trials],
@@ -234,7 +240,10 @@ def strengths_of(
         "max_gradient_norm": [trial.max_gradient_norm or inf for trial in trials],
     }
     return {
-        "dropout_threshold": dropout_threshold(rates_K).to(device),
+        **{
+            f"{name}_threshold": dropout_threshold(rate_K).to(device)
+            for name, rate_K in rates.items()
+        },
         **{
             name: torch.tensor(values, dtype=torch.float64).to(device, dtype)
             for name, values in exact.items()

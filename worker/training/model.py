@@ -14,9 +14,11 @@ from torch.utils import _pytree as pytree
 
 from worker.tasks.preparation import Rows
 from worker.training.layout import stacked
+from worker.training.noise import random_bits
 from worker.training.objective import Objective
 from worker.training.regularizers import (
     dropout_threshold,
+    dropped,
     install_dropout_sites,
     penalized,
     perturbed,
@@ -32,6 +34,9 @@ LaneMap = Callable[..., Callable[..., Any]]
 PERTURBATIONS = 2
 """Noise keys behind those of the dropout sites: of the inputs, and of the weights."""
 
+INPUT_KEYS = 1
+"""Noise keys behind these: of dropout on the inputs."""
+
 
 class UnsupportedModel(ValueError):
     """The model draws random numbers of its own, so its trials could not be reproduced."""
@@ -42,7 +47,8 @@ class Batch:
     """What one step sees: the same for all lanes, or with a leading lane axis if ``per_lane``.
 
     ``x`` is ``(B, *features)``, ``y`` is ``(B,)`` and ``keys`` is ``(N, 2)``, int32: one for each
-    dropout site, then one for the noise on inputs and one for that on weights.
+    dropout site, then one for the noise on inputs, one for that on weights, and one for dropout on
+    inputs.
     """
 
     x: Tensor
@@ -70,9 +76,9 @@ class LaneModel:
     ) -> None:
         """Take over ``model``, to be trained for ``objective``; ``sample`` are rows to try it on.
 
-        ``knobs`` names those of ``label_smoothing``, ``input_noise`` and ``weight_noise`` that any
-        lane may use; the others cost nothing. Raises UnsupportedModel, and whatever the model
-        itself raises.
+        ``knobs`` names those of ``label_smoothing``, ``input_noise``, ``weight_noise`` and
+        ``input_dropout`` that any lane may use; the others cost nothing. Raises UnsupportedModel,
+        and whatever the model itself raises.
         """
         self._sites = install_dropout_sites(model)
         if autocast is not None:
@@ -116,6 +122,11 @@ class LaneModel:
     def sites(self) -> tuple[str, ...]:
         """The names of the model's dropout sites."""
         return tuple(self._sites)
+
+    @property
+    def keys(self) -> int:
+        """How many noise keys a step takes."""
+        return len(self._sites) + PERTURBATIONS + INPUT_KEYS
 
     @property
     def vectorized(self) -> bool:
@@ -188,11 +199,14 @@ class LaneModel:
         x: Tensor,
         y_B: Tensor,
     ) -> Tensor:
-        *site_keys, input_key, weight_key = keys_N2.unbind()
+        *site_keys, input_key, weight_key, dropout_key = keys_N2.unbind()
         if "weight_noise" in self._knobs:
             parameters = self._with_noise(parameters, strengths["weight_noise"], weight_key)
         if "input_noise" in self._knobs:
             x = perturbed(x, strengths["input_noise"], input_key)
+        if "input_dropout" in self._knobs:
+            keep = random_bits(dropout_key, x.shape) >= strengths["input_dropout_threshold"]
+            x = dropped(x, keep, strengths["input_dropout_scale"])
         noise: dict[str, Tensor] = {}
         for (name, site), key_2 in zip(self._sites.items(), site_keys, strict=True):
             site.drawn = 0
@@ -255,7 +269,7 @@ class LaneModel:
             for parts in (self.parameters_of(self._model), self.buffers_of(self._model))
         )
         strengths = neutral_strengths(2, x.dtype)
-        keys = torch.zeros(2, len(self._sites) + PERTURBATIONS, 2, dtype=torch.int32)
+        keys = torch.zeros(2, self.keys, 2, dtype=torch.int32)
         self.gradients(parameters, buffers, strengths, Batch(x, y, keys, per_lane=True))
         self.measure(parameters, buffers, x, y, torch.ones_like(y, dtype=x.dtype), per_lane=True)
 
@@ -289,6 +303,8 @@ def neutral_strengths(lanes: int, dtype: torch.dtype) -> dict[str, Tensor]:
     return {
         "dropout_threshold": dropout_threshold(off_K),
         "dropout_scale": torch.ones(lanes, dtype=dtype),
+        "input_dropout_threshold": dropout_threshold(off_K),
+        "input_dropout_scale": torch.ones(lanes, dtype=dtype),
         "label_smoothing": off_K,
         "input_noise": off_K,
         "weight_noise": off_K,

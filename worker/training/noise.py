@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-ORDER, DROPOUT, PERTURBATION, MEMBER = 1, 2, 3, 4
+ORDER, DROPOUT, PERTURBATION, MEMBER, INPUT = 1, 2, 3, 4, 5
 """Purposes: two uses of one seed never draw the same numbers."""
 
 LOWEST, HIGHEST = -(2**31), 2**31 - 1

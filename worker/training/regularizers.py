@@ -65,7 +65,7 @@ class DropoutSite(nn.Module):
             return x
         shape = (*x.shape[:2], *(1 for _ in x.shape[2:])) if self.channelwise else x.shape
         keep = self._noise(shape) >= self.threshold
-        return self._alpha_dropped(x, keep) if self.alpha else x * (keep * self.scale)
+        return self._alpha_dropped(x, keep) if self.alpha else dropped(x, keep, self.scale)
 
     def _noise(self, shape: Sequence[int]) -> Tensor:
         """Return this call's noise: a site that is called again in a forward draws on."""
@@ -97,6 +97,11 @@ def install_dropout_sites(model: nn.Module) -> dict[str, DropoutSite]:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, sites[module])
     return names
+
+
+def dropped(x: Tensor, keep: Tensor, scale: Tensor) -> Tensor:
+    """Return ``x`` with what is kept (bool) scaled by 1 / (1 − p), and the rest at zero."""
+    return x * (keep * scale)
 
 
 def dropout_threshold(rate: Tensor) -> Tensor:

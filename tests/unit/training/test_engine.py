@@ -301,7 +301,15 @@ def test_an_epoch_sees_every_row_in_batches_of_even_size(rows, batch_size, sizes
 
 
 @pytest.mark.parametrize(
-    "knob", ["label_smoothing", "input_noise", "weight_noise", "max_norm", "max_gradient_norm"]
+    "knob",
+    [
+        "label_smoothing",
+        "input_noise",
+        "weight_noise",
+        "max_norm",
+        "max_gradient_norm",
+        "input_dropout",
+    ],
 )
 def test_a_trial_of_a_knob_is_the_same_alone_in_company_and_refilled(make_engine, knob):
     strong = trial(0, **{knob: 0.2})
