@@ -25,6 +25,8 @@ PARAMS_EXAMPLE = {
     "max_norm": 0.0,
     "max_gradient_norm": 0.0,
     "input_dropout": 0.0,
+    "augment_strength": 0.0,
+    "mixup": 0.0,
 }
 
 Params = dict[str, int | float]

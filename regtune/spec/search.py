@@ -39,6 +39,8 @@ class Search(SpecModel):
             "max_norm",
             "max_gradient_norm",
             "input_dropout",
+            "augment_strength",
+            "mixup",
         )
     )
 
@@ -99,6 +101,17 @@ class Search(SpecModel):
         examples=[{"low": 0.0, "high": 0.3}],
     )
 
+    augment_strength: Parameter = Field(
+        description="s, 0 ≤ s ≤ 1: how far training images are changed in the ways that "
+        "training.augment names. Default: 0…1 if it names any, else fixed at 0.",
+        examples=[{"low": 0.0, "high": 1.0}],
+    )
+    mixup: Parameter = Field(
+        description="m, 0 ≤ m ≤ 1: each training row is mixed with another one, inputs and loss, "
+        "of which it gets a share that is uniform between 0 and m/2. Default: fixed at 0.",
+        examples=[{"low": 0.0, "high": 1.0}],
+    )
+
     @validate_field("weight_decay", "l1_lambda", "input_noise", "weight_noise")
     @classmethod
     def _check_strength(cls, parameter: Parameter) -> Parameter:
@@ -108,6 +121,11 @@ class Search(SpecModel):
     @classmethod
     def _check_rate(cls, parameter: Parameter) -> Parameter:
         return _check_numbers(parameter, lambda value: 0 <= value < 1, "must be in [0, 1)")
+
+    @validate_field("augment_strength", "mixup")
+    @classmethod
+    def _check_share(cls, parameter: Parameter) -> Parameter:
+        return _check_numbers(parameter, lambda value: 0 <= value <= 1, "must be in [0, 1]")
 
     @validate_field("max_norm", "max_gradient_norm")
     @classmethod
@@ -196,6 +214,8 @@ def default_search(training: Training) -> dict[str, Any]:
         "max_norm": 0.0,
         "max_gradient_norm": 0.0,
         "input_dropout": 0.0,
+        "augment_strength": {"low": 0.0, "high": 1.0} if training.augment else 0.0,
+        "mixup": 0.0,
     }
 
 

@@ -103,6 +103,10 @@ DATASET_SETTINGS: Mapping[str, type[BaseModel]] = {
 """The settings of data sets that can be checked without importing the data set."""
 
 
+TABULAR = frozenset({"breast_cancer", "wine", "diabetes", "table"})
+"""Data sets whose rows are known to be no images."""
+
+
 class TaskSpec(BaseModel):
     """What is trained: a data set and a model; every further field is a setting of the model."""
 

@@ -1,8 +1,8 @@
 """How each trial is trained."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import ConfigDict, Field, ValidationInfo
+from pydantic import ConfigDict, Field, Strict, ValidationInfo
 from pydantic import field_validator as validate_field
 from pydantic import model_validator as validate_model
 from pydantic_core import PydanticCustomError
@@ -12,6 +12,10 @@ from regtune.spec.parts import PartlyUsed, with_computed_defaults
 MAX_LEARNING_RATE = 100
 
 Optimizer = Literal["adam", "adamw", "sgd", "rmsprop"]
+Augmentation = Literal["shift", "flip", "rotation", "erasing"]
+
+
+AUGMENTATIONS: tuple[str, ...] = get_args(Augmentation)
 
 
 class Training(PartlyUsed):
@@ -86,6 +90,12 @@ class Training(PartlyUsed):
         "dimensions outside normalization layers; all: biases and normalization parameters too.",
         examples=["weights"],
     )
+    augment: Annotated[tuple[Augmentation, ...], Strict(False)] = Field(
+        (),
+        description="How training images are changed at random, each by search.augment_strength: "
+        "shift, flip (left to right), rotation, erasing (of a rectangle).",
+        examples=[["shift", "rotation"]],
+    )
     precision: Literal["float32", "tf32", "bf16"] = Field(
         "float32",
         description="float32; tf32: the same with TF32 matrix products, on CUDA only (elsewhere "
@@ -102,6 +112,13 @@ class Training(PartlyUsed):
     )
 
     # Only what is named comes here: a default is not validated.
+    @validate_field("augment")
+    @classmethod
+    def _check_each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) < len(value):
+            raise PydanticCustomError("augment", "each may stand in the list only once")
+        return value
+
     @validate_field("decay")
     @classmethod
     def _check_adamw_decays_apart(cls, value: str, info: ValidationInfo) -> str:

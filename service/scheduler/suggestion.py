@@ -158,6 +158,8 @@ def _common_default(spec: StudySpec) -> dict[str, float]:
         "max_norm": 0.0,
         "max_gradient_norm": 0.0,
         "input_dropout": 0.0,
+        "augment_strength": 0.0,
+        "mixup": 0.0,
     }
     return {
         name: parameter.nearest(common[name]) for name, parameter in spec.search.searched().items()

@@ -114,6 +114,8 @@ def test_a_trial_shows_what_is_used_and_what_was_suggested(
         "max_norm": 0.0,
         "max_gradient_norm": 0.0,
         "input_dropout": 0.0,
+        "augment_strength": 0.0,
+        "mixup": 0.0,
     }
     assert isinstance(trial["params"]["patience"], int)
     assert (trial["kind"], trial["state"], trial["attempts"]) == ("baseline", "waiting", 0)

@@ -14,6 +14,8 @@ PARAMS = OLD | {
     "max_norm": 0.0,
     "max_gradient_norm": 0.0,
     "input_dropout": 0.0,
+    "augment_strength": 0.0,
+    "mixup": 0.0,
 }
 SCORES = ["validation loss", "test accuracy"]
 

@@ -104,6 +104,7 @@ def test_a_learning_rate_that_is_searched_leaves_that_of_the_training() -> None:
         "max_norm",
         "max_gradient_norm",
         "input_dropout",
+        "mixup",
     ],
 )
 def test_each_of_the_others_alone_is_something_to_search(name: str) -> None:
@@ -126,6 +127,14 @@ def test_decay_is_coupled_unless_the_optimizer_or_the_study_says_otherwise(
     training: dict[str, Any], decay: str
 ) -> None:
     assert spec(training=training).canonical()["training"]["decay"] == decay
+
+
+def test_who_names_augmentations_searches_their_strength_unless_it_is_given() -> None:
+    augmented = {"augment": ["shift", "flip"]}
+    assert spec(training=augmented).search.augment_strength.numbers() == (0, 1)
+    fixed = spec(training=augmented, search={"augment_strength": 0.5})
+    assert fixed.search.augment_strength.numbers() == (0.5,)
+    assert parse_spec(fixed.canonical()) == fixed
 
 
 def test_sgd_has_a_momentum_to_set() -> None:
@@ -241,6 +250,20 @@ def test_the_learning_rate_defaults_by_optimizer() -> None:
             "nothing to search",
         ),
         ({"search": {"input_dropout": 1}}, "search.input_dropout", "must be in [0, 1)"),
+        ({"search": {"mixup": 1.5}}, "search.mixup", "must be in [0, 1]"),
+        ({"search": {"augment_strength": [2, 0]}}, "search.augment_strength", "must be in [0, 1]"),
+        (
+            {"search": {"augment_strength": 0.5}},
+            "",
+            "training.augment goes, which names nothing; name some of shift, flip, rotation",
+        ),
+        ({"training": {"augment": ["mixup"]}}, "training.augment.0", "'shift', 'flip', 'rotation'"),
+        ({"training": {"augment": ["flip", "flip"]}}, "training.augment", "only once"),
+        (
+            {"training": {"augment": ["flip"]}, "task": {"dataset": "wine", "model": "mlp"}},
+            "",
+            "training.augment changes images, but the rows of wine are none",
+        ),
         ({"search": {"max_norm": -1}}, "search.max_norm", "must not be negative"),
         (
             {"search": {"max_norm": {"low": 0, "high": 4}}},
@@ -361,7 +384,8 @@ def test_a_grid_cannot_be_asked_for_more_trials_than_it_has() -> None:
 def test_a_grid_of_more_points_than_can_be_numbered_is_refused() -> None:
     many = [i / 1000 for i in range(1, 1000)]
     search = {name: many for name in Search.model_fields if name != "patience"}
-    found = refusal(search=search, sampler="grid", budget={"seconds": 9})
+    augmented = {"augment": ["shift"]}
+    found = refusal(search=search, training=augmented, sampler="grid", budget={"seconds": 9})
     assert "more than can be numbered" in found[0][1]
     endless = {"low": 1, "high": 10**15}
     search = {"weight_decay": many, "dropout": many, "l1_lambda": 0, "patience": endless}
@@ -433,7 +457,10 @@ def test_reading_back_is_the_identity(
 def test_a_study_from_before_there_were_folds_and_noise_reads_the_same() -> None:
     old = spec(training={"optimizer": "sgd"}).canonical()
     for part, names in (
-        ("training", ("momentum", "nesterov", "warmup_epochs", "penalized", "precision", "decay")),
+        (
+            "training",
+            ("momentum", "nesterov", "warmup_epochs", "penalized", "precision", "decay", "augment"),
+        ),
         (
             "search",
             Search.model_fields.keys() - {"weight_decay", "dropout", "l1_lambda", "patience"},

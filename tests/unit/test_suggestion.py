@@ -28,6 +28,8 @@ UNTOUCHED = {
     "max_norm": 0,
     "max_gradient_norm": 0,
     "input_dropout": 0,
+    "augment_strength": 0,
+    "mixup": 0,
 }
 """What a study does not search unless it says so."""
 
@@ -39,7 +41,10 @@ NEW_RANGES: dict[str, Any] = {
     "max_norm": {"low": 1.0, "high": 4.0, "log": True, "or_zero": True},
     "max_gradient_norm": [0.5, 5.0],
     "input_dropout": {"low": 0.0, "high": 0.3},
+    "augment_strength": {"low": 0.0, "high": 1.0},
+    "mixup": [0.5, 0.2],
 }
+AUGMENTED = {"augment": ["shift"]}
 
 
 def used(number: int, **changes: Any) -> dict[str, float]:
@@ -66,7 +71,7 @@ def test_the_baseline_is_at_the_low_end_where_a_range_has_no_zero() -> None:
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_reference_points_keep_to_the_learning_rate_and_add_no_noise(number: int) -> None:
-    training = {"learning_rate": 0.004}
+    training = {"learning_rate": 0.004, **AUGMENTED}
     point = used(number, search=NEW_RANGES, training=training)
     assert {name: point[name] for name in NEW_RANGES} == {
         "learning_rate": 0.004,
@@ -76,6 +81,8 @@ def test_reference_points_keep_to_the_learning_rate_and_add_no_noise(number: int
         "max_norm": 0,
         "max_gradient_norm": 5.0,
         "input_dropout": 0,
+        "augment_strength": 0,
+        "mixup": 0.2,
     }
 
 
@@ -84,7 +91,7 @@ def test_reference_points_keep_to_the_learning_rate_and_add_no_noise(number: int
 def test_reference_points_come_as_near_to_the_learning_rate_as_its_range_allows(
     number: int, named: float, nearest: float
 ) -> None:
-    training = {"learning_rate": named}
+    training = {"learning_rate": named, **AUGMENTED}
     assert used(number, search=NEW_RANGES, training=training)["learning_rate"] == nearest
     choices = {"learning_rate": [1e-2, 1e-4]}
     assert used(number, search=choices, training=training)["learning_rate"] == nearest
@@ -123,9 +130,11 @@ def test_a_sampler_must_say_where_the_number_alone_does_not_decide() -> None:
 
 
 def test_every_trial_has_all_values() -> None:
-    study = spec(sampler="qmc", search=NEW_RANGES)
+    study = spec(sampler="qmc", search=NEW_RANGES, training=AUGMENTED)
     assert set(distributions(study)) == set(Search.model_fields)
-    assert set(used(2, sampler="qmc", search=NEW_RANGES)) == set(Search.model_fields)
+    assert set(used(2, sampler="qmc", search=NEW_RANGES, training=AUGMENTED)) == set(
+        Search.model_fields
+    )
     assert set(used(2, sampler="qmc")) == set(Search.model_fields)
 
 

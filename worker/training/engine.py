@@ -55,6 +55,8 @@ KNOBS = frozenset(
         "max_norm",
         "max_gradient_norm",
         "input_dropout",
+        "augment_strength",
+        "mixup",
     }
 )
 """The strengths that a study may leave out, so that no lane spends time on them."""
@@ -117,6 +119,7 @@ class Engine:
             _objective(task, data, prepared, knobs),
             penalize=training.penalized,
             knobs=knobs,
+            augment=_augmentations(training, prepared),
             autocast=torch.bfloat16 if training.precision == "bf16" else None,
         ).to(device)
         self._initial = _stacked([self.model.parameters_of(m) for m in models], device)
@@ -331,6 +334,8 @@ class Engine:
             max_norm=3.0,
             max_gradient_norm=1.0,
             input_dropout=0.1,
+            augment_strength=0.5,
+            mixup=0.5,
         )
         tensors = self._starting_tensors(-(-lanes // self._members))
         return (
@@ -451,6 +456,17 @@ def _objective(task: TaskSpec, data: Data, prepared: Prepared, knobs: Collection
         if "label_smoothing" in knobs:
             raise InvalidData(f"label_smoothing smooths the cross-entropy, but this has {what}")
     return objective
+
+
+def _augmentations(training: Training, prepared: Prepared) -> Collection[str]:
+    """Return the ways in which images are changed; raise InvalidData where rows are no images."""
+    shape = prepared.rows.input_shape
+    if training.augment and len(shape) != 3:
+        raise InvalidData(
+            "training.augment changes images (channels, height, width), but a row of this data set "
+            f"has the shape {shape}"
+        )
+    return training.augment
 
 
 def _sample(rows: Rows) -> Rows:

@@ -40,6 +40,8 @@ class LaneTrial:
     max_norm: float = 0.0
     max_gradient_norm: float = 0.0
     input_dropout: float = 0.0
+    augment_strength: float = 0.0
+    mixup: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -236,6 +238,8 @@ def strengths_of(
         "label_smoothing": [trial.label_smoothing for trial in trials],
         "input_noise": [trial.input_noise for trial in trials],
         "weight_noise": [trial.weight_noise for trial in trials],
+        "augment_strength": [trial.augment_strength for trial in trials],
+        "mixup": [trial.mixup for trial in trials],
         "max_norm": [trial.max_norm or inf for trial in trials],
         "max_gradient_norm": [trial.max_gradient_norm or inf for trial in trials],
     }

@@ -13,6 +13,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.utils import _pytree as pytree
 
 from worker.tasks.preparation import Rows
+from worker.training.augmentation import augmented, before, mixed, own_shares
 from worker.training.layout import stacked
 from worker.training.noise import random_bits
 from worker.training.objective import Objective
@@ -34,8 +35,8 @@ LaneMap = Callable[..., Callable[..., Any]]
 PERTURBATIONS = 2
 """Noise keys behind those of the dropout sites: of the inputs, and of the weights."""
 
-INPUT_KEYS = 1
-"""Noise keys behind these: of dropout on the inputs."""
+INPUT_KEYS = 3
+"""Noise keys behind these: of dropout on the inputs, of augmentation, and of mixup."""
 
 
 class UnsupportedModel(ValueError):
@@ -47,8 +48,8 @@ class Batch:
     """What one step sees: the same for all lanes, or with a leading lane axis if ``per_lane``.
 
     ``x`` is ``(B, *features)``, ``y`` is ``(B,)`` and ``keys`` is ``(N, 2)``, int32: one for each
-    dropout site, then one for the noise on inputs, one for that on weights, and one for dropout on
-    inputs.
+    dropout site, then one for the noise on inputs, that on weights, dropout on inputs, augmentation
+    and mixup.
     """
 
     x: Tensor
@@ -72,13 +73,15 @@ class LaneModel:
         *,
         penalize: Literal["weights", "all"] = "weights",
         knobs: Collection[str] = (),
+        augment: Collection[str] = (),
         autocast: torch.dtype | None = None,
     ) -> None:
         """Take over ``model``, to be trained for ``objective``; ``sample`` are rows to try it on.
 
-        ``knobs`` names those of ``label_smoothing``, ``input_noise``, ``weight_noise`` and
-        ``input_dropout`` that any lane may use; the others cost nothing. Raises UnsupportedModel,
-        and whatever the model itself raises.
+        ``knobs`` names those of ``label_smoothing``, ``input_noise``, ``weight_noise``,
+        ``input_dropout``, ``augment_strength`` and ``mixup`` that any lane may use; the others cost
+        nothing. ``augment`` are the ways in which images are changed. Raises UnsupportedModel, and
+        whatever the model itself raises.
         """
         self._sites = install_dropout_sites(model)
         if autocast is not None:
@@ -87,6 +90,7 @@ class LaneModel:
         self._model = model.requires_grad_(False)
         self.objective = objective
         self._knobs = frozenset(knobs)
+        self._augment = frozenset(augment) if "augment_strength" in knobs else frozenset()
         self._autocast = autocast
         named = dict(model.named_parameters())
         self.penalized = tuple(penalized(model, penalize))
@@ -199,9 +203,15 @@ class LaneModel:
         x: Tensor,
         y_B: Tensor,
     ) -> Tensor:
-        *site_keys, input_key, weight_key, dropout_key = keys_N2.unbind()
+        *site_keys, input_key, weight_key, dropout_key, image_key, mixup_key = keys_N2.unbind()
         if "weight_noise" in self._knobs:
             parameters = self._with_noise(parameters, strengths["weight_noise"], weight_key)
+        if self._augment:
+            x = augmented(x, self._augment, strengths["augment_strength"], image_key)
+        share_B = None
+        if "mixup" in self._knobs:
+            share_B = own_shares(strengths["mixup"], mixup_key, len(x))
+            x = mixed(x, share_B)
         if "input_noise" in self._knobs:
             x = perturbed(x, strengths["input_noise"], input_key)
         if "input_dropout" in self._knobs:
@@ -217,7 +227,13 @@ class LaneModel:
             }
         output = self._output(parameters, buffers, x, noise)
         smoothing = strengths["label_smoothing"] if "label_smoothing" in self._knobs else None
-        return self.objective.loss.of_batch(output, y_B, smoothing)
+        if share_B is None:
+            return self.objective.loss.of_batch(output, y_B, smoothing)
+        own_B, other_B = (
+            self.objective.loss.of_training_rows(output, target_B, smoothing)
+            for target_B in (y_B, before(y_B))
+        )
+        return (share_B * own_B + (1 - share_B) * other_B).mean()
 
     def _measure(
         self, parameters: Tensors, buffers: Tensors, x: Tensor, y_B: Tensor, weight_B: Tensor
@@ -308,6 +324,8 @@ def neutral_strengths(lanes: int, dtype: torch.dtype) -> dict[str, Tensor]:
         "label_smoothing": off_K,
         "input_noise": off_K,
         "weight_noise": off_K,
+        "augment_strength": off_K,
+        "mixup": off_K,
     }
 
 

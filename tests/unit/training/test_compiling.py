@@ -17,7 +17,7 @@ from worker.training import compiling
 from worker.training.compiling import Program, Programs, compile_recording
 from worker.training.engine import Engine
 
-OTHERS = {"max_norm": 0.8, "max_gradient_norm": 0.3, "input_dropout": 0.2}
+OTHERS = {"max_norm": 0.8, "max_gradient_norm": 0.3, "input_dropout": 0.2, "mixup": 0.5}
 
 
 @pytest.fixture(autouse=True)

@@ -309,6 +309,7 @@ def test_an_epoch_sees_every_row_in_batches_of_even_size(rows, batch_size, sizes
         "max_norm",
         "max_gradient_norm",
         "input_dropout",
+        "mixup",
     ],
 )
 def test_a_trial_of_a_knob_is_the_same_alone_in_company_and_refilled(make_engine, knob):

@@ -285,7 +285,7 @@ def test_replicas_compute_the_same_and_share_nothing():
 
 @pytest.mark.parametrize("per_lane", [False, True])
 @pytest.mark.parametrize(
-    "knob", ["input_noise", "weight_noise", "label_smoothing", "input_dropout"]
+    "knob", ["input_noise", "weight_noise", "label_smoothing", "input_dropout", "mixup"]
 )
 def test_a_knob_acts_in_training_alone_and_is_exactly_off_at_zero(knob, per_lane):
     """Against a model without the knob, and against the loop over lanes."""
@@ -331,7 +331,7 @@ def test_input_and_weight_noise_are_what_their_names_say():
     seen = batch(1, model, per_lane=False)
     chosen = strengths(RATES[:1], input_noise=0.5, weight_noise=0.2)
     _, loss = model.gradients(parameters, {}, chosen, seen)
-    input_key, weight_key, _ = seen.keys
+    input_key, weight_key = seen.keys[:2]
     x = rows().x + 0.5 * standard_normal(input_key, rows().x.shape, torch.float64)
     weights = parameters["1.weight"][0]
     weights = weights + 0.2 * standard_normal(weight_key, weights.shape, torch.float64)
@@ -352,7 +352,7 @@ def test_dropout_on_inputs_is_dropout_on_what_the_model_gets():
         "input_dropout_scale": 1 / (1 - rates),
     }
     _, loss_K = model.gradients(parameters, {}, chosen, seen)
-    uniform = (random_bits(seen.keys[-1], rows().x.shape).double() + 2**31) / 2**32
+    uniform = (random_bits(seen.keys[2], rows().x.shape).double() + 2**31) / 2**32
     shares = []
     for lane, rate in enumerate(rates.tolist()):
         keep = uniform >= rate
