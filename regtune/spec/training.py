@@ -84,6 +84,21 @@ class Training(PartlyUsed):
         "subgradient: λ₁·‖w‖₁ is part of the loss (its useful λ₁ is about 1000 times smaller).",
         examples=["proximal"],
     )
+    averaging: Literal["none", "swa"] = Field(
+        "none",
+        description="swa (stochastic weight averaging): validated and tested is the equal mean of "
+        "the weights at the ends of the epochs since averaging_start, with the statistics of batch "
+        "norms found anew in the training rows.",
+        examples=["swa"],
+    )
+    averaging_start: float = Field(
+        0.75,
+        ge=0,
+        lt=1,
+        description="Share of max_epochs after which averaging begins; until then the weights "
+        "themselves are validated. Needs averaging: swa.",
+        examples=[0.75],
+    )
     penalized: Literal["weights", "all"] = Field(
         "weights",
         description="What weight decay and L1 act on. weights: parameters of two or more "
@@ -112,6 +127,17 @@ class Training(PartlyUsed):
     )
 
     # Only what is named comes here: a default is not validated.
+    @validate_field("averaging_start")
+    @classmethod
+    def _check_averages(cls, value: float, info: ValidationInfo) -> float:
+        if info.data.get("averaging") == "none":
+            raise PydanticCustomError(
+                "averaging",
+                "says when averaging begins, and there is none; leave it out, or take "
+                "averaging: swa",
+            )
+        return value
+
     @validate_field("augment")
     @classmethod
     def _check_each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -172,4 +198,5 @@ class Training(PartlyUsed):
         return self
 
     def _unused(self) -> tuple[str, ...]:
-        return () if self.optimizer == "sgd" else ("momentum", "nesterov")
+        of_sgd = () if self.optimizer == "sgd" else ("momentum", "nesterov")
+        return of_sgd + (() if self.averaging == "swa" else ("averaging_start",))

@@ -146,6 +146,9 @@ def test_sgd_has_a_momentum_to_set() -> None:
 
 def test_what_has_no_meaning_is_not_shown() -> None:
     assert not {"momentum", "nesterov"} & spec().canonical()["training"].keys()
+    assert "averaging_start" not in spec().canonical()["training"]
+    averaging = spec(training={"averaging": "swa"}).canonical()["training"]
+    assert averaging["averaging_start"] == 0.75
     assert "fraction" not in spec(validation={"folds": 5}).canonical()["validation"]
     assert "fraction" in spec(validation={"repeats": 5}).canonical()["validation"]
 
@@ -280,6 +283,17 @@ def test_the_learning_rate_defaults_by_optimizer() -> None:
             {"training": {"decay": "coupled"}},
             "training.decay",
             "the decay of adamw is decoupled; leave decay out, or take optimizer: adam",
+        ),
+        ({"training": {"averaging": "ema"}}, "training.averaging", "'none' or 'swa'"),
+        (
+            {"training": {"averaging_start": 0.5}},
+            "training.averaging_start",
+            "says when averaging begins, and there is none",
+        ),
+        (
+            {"training": {"averaging": "swa", "averaging_start": 1}},
+            "training.averaging_start",
+            "less than 1",
         ),
         ({"training": {"decay": "none"}}, "training.decay", "'coupled' or 'decoupled'"),
         ({"training": {"learning_rate": 0}}, "training.learning_rate", "greater than 0"),
@@ -459,7 +473,16 @@ def test_a_study_from_before_there_were_folds_and_noise_reads_the_same() -> None
     for part, names in (
         (
             "training",
-            ("momentum", "nesterov", "warmup_epochs", "penalized", "precision", "decay", "augment"),
+            (
+                "momentum",
+                "nesterov",
+                "warmup_epochs",
+                "penalized",
+                "precision",
+                "decay",
+                "augment",
+                "averaging",
+            ),
         ),
         (
             "search",

@@ -311,6 +311,8 @@ class Engine:
         weights = sum(part.nbytes for part in parameters.values())
         kept = sum(buffer.nbytes for buffer in buffers.values())
         changing = (1 + self._optimizer.moments) * weights + kept
+        if self._training.averaging == "swa":
+            changing += weights + kept
         step = self._epochs.settle_memory(*self._throwaway(WEIGHED_LANES)) // WEIGHED_LANES
         return Footprint(
             state=2 * changing + weights + kept,
@@ -405,7 +407,11 @@ class Engine:
 
     def _starting_tensors(self, trials: int) -> LaneTensors:
         return LaneTensors.starting(
-            self._initial, self._initial_buffers, self._optimizer.moments, trials
+            self._initial,
+            self._initial_buffers,
+            self._optimizer.moments,
+            trials,
+            averaging=self._training.averaging == "swa",
         )
 
     def _places(self, keys: Sequence[int]) -> list[int]:

@@ -129,7 +129,8 @@ class Lane:
 class LaneTensors:
     """All that K lanes hold on the device, by name; every tensor's first axis is the lane.
 
-    Each of the optimizer's ``moments`` has a tensor for each parameter.
+    Each of the optimizer's ``moments`` has a tensor for each parameter. ``averages`` of parameters
+    and ``average_buffers`` beside them are empty unless weights are averaged.
     """
 
     parameters: Tensors
@@ -137,9 +138,18 @@ class LaneTensors:
     moments: tuple[Tensors, ...]
     buffers: Tensors
     best_buffers: Tensors
+    averages: Tensors
+    average_buffers: Tensors
 
     @classmethod
-    def starting(cls, parameters_M: Tensors, buffers_M: Tensors, moments: int, trials: int) -> Self:
+    def starting(
+        cls,
+        parameters_M: Tensors,
+        buffers_M: Tensors,
+        moments: int,
+        trials: int,
+        averaging: bool = False,
+    ) -> Self:
         """Return lanes for ``trials`` trials, each with copies of the initial M members.
 
         Moments start at zero.
@@ -155,6 +165,8 @@ class LaneTensors:
             moments=tuple(copies(zeros_M) for _ in range(moments)),
             buffers=copies(buffers_M),
             best_buffers=copies(buffers_M),
+            averages=copies(parameters_M) if averaging else {},
+            average_buffers=copies(buffers_M) if averaging else {},
         )
 
     def __len__(self) -> int:
@@ -168,6 +180,8 @@ class LaneTensors:
             **{f"moments.{i}": moment for i, moment in enumerate(self.moments)},
             "buffers": self.buffers,
             "best_buffers": self.best_buffers,
+            "averages": self.averages,
+            "average_buffers": self.average_buffers,
         }
         return {
             f"{group}.{name}": part
@@ -192,6 +206,13 @@ class LaneTensors:
         """Return what training steps change, by name; the best weights wait for the epoch's end."""
         return {name: part for name, part in self.named().items() if not name.startswith("best_")}
 
+    @property
+    def evaluated(self) -> tuple[Tensors, Tensors]:
+        """The parameters and buffers that are validated: the averages where there are any."""
+        if self.averages:
+            return self.averages, self.average_buffers
+        return self.parameters, self.buffers
+
     def best_of(self, lanes: Sequence[int]) -> tuple[Tensors, Tensors]:
         """Return copies of these lanes' best parameters and buffers, in this order."""
         index = self._index(lanes)
@@ -202,13 +223,11 @@ class LaneTensors:
         return parameters, buffers
 
     def keep_best_(self, improved_K: Tensor) -> None:
-        """Copy parameters and buffers of the lanes that ``improved_K`` (bool) marks."""
-        for kept, current in (
-            (self.best_parameters, self.parameters),
-            (self.best_buffers, self.buffers),
-        ):
-            for name, best in kept.items():
-                _copy_where_(best, current[name], improved_K)
+        """Copy what was validated of the lanes that ``improved_K`` (bool) marks."""
+        best = (self.best_parameters, self.best_buffers)
+        for kept, current in zip(best, self.evaluated, strict=True):
+            for name, kept_K in kept.items():
+                _copy_where_(kept_K, current[name], improved_K)
 
     @property
     def _any(self) -> Tensor:
@@ -273,6 +292,8 @@ def _combine(function: Callable[..., Tensor], *stacks: LaneTensors) -> LaneTenso
         moments=tuple(map(each, *(s.moments for s in stacks))),
         buffers=each(*(s.buffers for s in stacks)),
         best_buffers=each(*(s.best_buffers for s in stacks)),
+        averages=each(*(s.averages for s in stacks)),
+        average_buffers=each(*(s.average_buffers for s in stacks)),
     )
 
 

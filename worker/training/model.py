@@ -1,8 +1,8 @@
 """K copies of one model, computed together."""
 
 import copy
-from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -95,6 +95,7 @@ class LaneModel:
         named = dict(model.named_parameters())
         self.penalized = tuple(penalized(model, penalize))
         self.units = units(model)
+        self.statistic_names = _names_of_statistics(model)
         self.spared = tuple(name for name in named if name not in self.penalized)
         self._over_lanes = self._choose_map(sample)
 
@@ -188,6 +189,22 @@ class LaneModel:
             total_KT: Tensor = mapped(parameters, buffers, x, y, weight)
         return total_KT.T
 
+    @torch.no_grad()
+    def statistics(
+        self, parameters: Tensors, buffers: Tensors, x: Tensor, per_lane: bool
+    ) -> dict[str, Tensor]:
+        """Return what each lane's batch norms find in a batch, under their buffers' names.
+
+        Dropout and noise are off; ``buffers`` stay as they are.
+        """
+        found = {name: buffer.clone() for name, buffer in buffers.items()}
+        mapped = self._map(
+            self._find_statistics, (0, 0, 0 if per_lane else None), lanes_of(parameters)
+        )
+        with TURNS.calling(), _norms_keep_the_latest_batch(self._model):
+            mapped(parameters, found, x)
+        return {name: found[name] for name in self.statistic_names}
+
     def _map(
         self, function: Callable[..., Any], in_dims: tuple[int | None, ...], lanes: int
     ) -> Callable[..., Any]:
@@ -241,6 +258,9 @@ class LaneModel:
         output = self._output(parameters, buffers, x, {})
         return self.objective.measure(output, y_B, weight_B)
 
+    def _find_statistics(self, parameters: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
+        return self._output(parameters, buffers, x, {})
+
     def _output(self, parameters: Tensors, buffers: Tensors, x: Tensor, noise: Tensors) -> Tensor:
         """Return the model's output, in the precision of ``x``."""
         with self._precision(x.device):
@@ -293,6 +313,33 @@ class LaneModel:
 def lanes_of(parameters: Tensors) -> int:
     """Return of how many lanes these are the parameters."""
     return len(next(iter(parameters.values())))
+
+
+def _names_of_statistics(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the running statistics of all batch and instance norms."""
+    return tuple(
+        f"{path}.{name}".lstrip(".")
+        for path, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase)
+        for name, buffer in module.named_buffers(recurse=False)
+        if name in ("running_mean", "running_var") and buffer is not None
+    )
+
+
+@contextmanager
+def _norms_keep_the_latest_batch(model: nn.Module) -> Iterator[None]:
+    """Let batch norms alone train, with the latest batch's statistics as running ones."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 def _normalize_in_float32(model: nn.Module) -> None:

@@ -43,6 +43,11 @@ class LaneStep:
         if model.vectorized and model.device.type == "cpu":
             self._apart = LaneStep(model.one_by_one(), optimizer, knobs=knobs, l1=l1)
 
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """The names of the buffers that hold the statistics of batch norms."""
+        return self._model.statistic_names
+
     def ways_to_take(self) -> Sequence[Callable[..., Tensor]]:
         """Return functions that take a step, all of the same result.
 
@@ -54,6 +59,10 @@ class LaneStep:
     def ways_to_measure(self) -> Sequence[Callable[..., Tensor]]:
         """Return functions that measure, all of the same result."""
         return [self.measure, self._apart.measure] if self._apart else [self.measure]
+
+    def ways_to_find_statistics(self) -> Sequence[Callable[..., Tensor]]:
+        """Return functions that find the statistics of batch norms, all of the same result."""
+        return [step.add_statistics_ for step in (self, self._apart) if step]
 
     def take(
         self,
@@ -115,6 +124,15 @@ class LaneStep:
         """
         x, y, per_lane = gather(source, index)
         return self._model.measure(parameters, buffers, x, y, weight, per_lane)
+
+    def add_statistics_(
+        self, parameters: Tensors, buffers: Tensors, total: Tensors, source: Source, index: Tensor
+    ) -> Tensor:
+        """Add the statistics that K lanes' batch norms find in a batch; return its rows."""
+        x, _, per_lane = gather(source, index)
+        for name, found_K in self._model.statistics(parameters, buffers, x, per_lane).items():
+            total[name].add_(found_K)
+        return torch.full((), index.shape[-1])
 
 
 def gather(source: Source, index: Tensor) -> tuple[Tensor, Tensor, bool]:

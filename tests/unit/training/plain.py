@@ -28,11 +28,13 @@ def plain_training(
     *,
     before_step: Change = unchanged,
     after_step: Change = unchanged,
+    evaluated: Callable[[nn.Module, list[Tensor]], nn.Module] = lambda model, batches: model,
 ) -> Tensor:
     """Train one model as ``engine`` would a lane; return each epoch's training and validation loss.
 
     ``before_step`` is called when the gradients are known, ``after_step`` when the weights have
-    moved.
+    moved; ``evaluated`` says at an epoch's end, of the model and the batches of inputs, what is
+    validated.
     """
     data = blobs(None)
     rows, held_out = train_test_split(
@@ -55,7 +57,8 @@ def plain_training(
     for number in range(1, epochs + 1):
         order = torch.from_numpy(rows[noise.data_order(SEED, number, len(rows))])
         total = 0.0
-        for index in order.tensor_split(engine.steps_per_epoch):
+        batches = order.tensor_split(engine.steps_per_epoch)
+        for index in batches:
             stepper.zero_grad()
             loss = nn.functional.cross_entropy(model.train()(x[index]), y[index])
             loss.backward()
@@ -64,8 +67,9 @@ def plain_training(
             with torch.no_grad():
                 after_step(model)
             total += loss.item() * len(index)
+        validated = evaluated(model, [x[index] for index in batches]).eval()
         with torch.no_grad():
-            validation = nn.functional.cross_entropy(model.eval()(x[held_out]), y[held_out])
+            validation = nn.functional.cross_entropy(validated(x[held_out]), y[held_out])
         curve.append([total / len(rows), validation.item()])
     return torch.tensor(curve, dtype=torch.float64)
 
