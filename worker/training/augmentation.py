@@ -35,28 +35,27 @@ def augmented(x: Tensor, kinds: Collection[str], strength: Tensor, key_2: Tensor
     They are flipped, then shifted, then rotated, all in one look-up; then a part is erased.
     """
     rows, _, height, width = x.shape
-    shift_y, shift_x, flip, rotation, erased, *rectangle = uniform(
-        key_2, (_DRAWS, rows, 1, 1), x.dtype
-    )
-    down, right = (torch.arange(n, dtype=x.dtype, device=x.device) for n in (height, width))
-    source_y, source_x = down[:, None], right[None, :]
+    draws = uniform(key_2, (_DRAWS, rows), x.dtype)
+    # Stacked, so that a compiler works them out once for an image, and not for each of its pixels.
+    numbers = torch.stack(_of_each_image(draws, strength, height, width))[..., None, None]
+    cosine, sine, shift_y, shift_x, flipped, top, bottom, left, right = numbers.unbind()
+    lines, columns = (torch.arange(n, dtype=x.dtype, device=x.device) for n in (height, width))
+    source_y, source_x = lines[:, None], columns[None, :]
     if "rotation" in kinds:
-        angle = (2 * rotation - 1) * strength * MOST_ROTATED
-        source_y, source_x = _rotated(source_y, source_x, angle)
+        source_y, source_x = _rotated(source_y, source_x, cosine, sine)
     if "shift" in kinds:
-        source_y = source_y + torch.round((2 * shift_y - 1) * strength * (MOST_SHIFTED * height))
-        source_x = source_x + torch.round((2 * shift_x - 1) * strength * (MOST_SHIFTED * width))
+        source_y, source_x = source_y + shift_y, source_x + shift_x
     if "flip" in kinds:
-        flipped = flip < strength * MOST_FLIPPED
-        source_x = torch.where(flipped, width - 1 - source_x, source_x)
+        source_x = torch.where(flipped > 0, width - 1 - source_x, source_x)
     if "rotation" in kinds:
         x = _interpolated(x, source_y, source_x)
     elif "shift" in kinds or "flip" in kinds:
         x = _looked_up(x, source_y, source_x)
     if "erasing" in kinds:
-        inside = _inside_rectangle(down[:, None], right[None, :], *rectangle)
-        inside = inside & (erased < strength * MOST_ERASED)
-        x = torch.where(inside[:, None], torch.zeros((), dtype=x.dtype, device=x.device), x)
+        inside_y = (lines[:, None] >= top) & (lines[:, None] < bottom)
+        inside_x = (columns[None, :] >= left) & (columns[None, :] < right)
+        inside = (inside_y & inside_x)[:, None]
+        x = torch.where(inside, torch.zeros((), dtype=x.dtype, device=x.device), x)
     return x
 
 
@@ -80,11 +79,39 @@ def before(rows: Tensor) -> Tensor:
     return rows.roll(1, 0)
 
 
-def _rotated(y: Tensor, x: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
+def _of_each_image(draws: Tensor, strength: Tensor, height: int, width: int) -> list[Tensor]:
+    """Return what is done to each image, ``(B,)`` each.
+
+    Cosine and sine of its angle, its shift down and right, whether it is flipped, and where the
+    rectangle to erase begins and ends, down and right; it is empty where nothing is erased.
+    """
+    shift_y, shift_x, flip, rotation, erased, area, aspect, place_y, place_x = draws.unbind()
+    angle = (2 * rotation - 1) * strength * MOST_ROTATED
+    smallest, largest = ERASED_AREA
+    pixels = (smallest + (largest - smallest) * area) * (height * width)
+    ratio = torch.exp((2 * aspect - 1) * log(ERASED_ASPECT))
+    tall = torch.round((pixels * ratio).sqrt()).clamp(1, height)
+    wide = torch.round((pixels / ratio).sqrt()).clamp(1, width)
+    # In single precision a product may be rounded up to the other factor.
+    top = torch.minimum((place_y * (height - tall + 1)).floor(), height - tall)
+    left = torch.minimum((place_x * (width - wide + 1)).floor(), width - wide)
+    return [
+        torch.cos(angle),
+        torch.sin(angle),
+        torch.round((2 * shift_y - 1) * strength * (MOST_SHIFTED * height)),
+        torch.round((2 * shift_x - 1) * strength * (MOST_SHIFTED * width)),
+        (flip < strength * MOST_FLIPPED).to(draws.dtype),
+        top,
+        top + tall * (erased < strength * MOST_ERASED),
+        left,
+        left + wide,
+    ]
+
+
+def _rotated(y: Tensor, x: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
     """Turn coordinates about the middle of the image."""
     middle_y, middle_x = (len(y) - 1) / 2, (x.shape[-1] - 1) / 2
     y, x = y - middle_y, x - middle_x
-    cosine, sine = torch.cos(angle), torch.sin(angle)
     return cosine * y - sine * x + middle_y, sine * y + cosine * x + middle_x
 
 
@@ -106,18 +133,3 @@ def _interpolated(x: Tensor, source_y: Tensor, source_x: Tensor) -> Tensor:
         for y in (top, top + 1)
     )
     return torch.lerp(upper, lower, (source_y - top)[:, None])
-
-
-def _inside_rectangle(
-    y: Tensor, x: Tensor, area: Tensor, aspect: Tensor, place_y: Tensor, place_x: Tensor
-) -> Tensor:
-    """Return which pixels lie in each image's rectangle: ``(B, height, width)``, bool."""
-    height, width = len(y), x.shape[-1]
-    smallest, largest = ERASED_AREA
-    pixels = (smallest + (largest - smallest) * area) * (height * width)
-    ratio = torch.exp((2 * aspect - 1) * log(ERASED_ASPECT))
-    tall = torch.round((pixels * ratio).sqrt()).clamp(1, height)
-    wide = torch.round((pixels / ratio).sqrt()).clamp(1, width)
-    top = (place_y * (height - tall + 1)).floor().clamp(max=height - 1)
-    left = (place_x * (width - wide + 1)).floor().clamp(max=width - 1)
-    return (y >= top) & (y < top + tall) & (x >= left) & (x < left + wide)
