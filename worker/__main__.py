@@ -11,6 +11,7 @@ from regtune.errors import DatabaseUnavailable, RegtuneError
 from regtune.settings import Settings
 from worker.loop import Worker
 from worker.shutdown import Shutdown
+from worker.training.compiling import keep_compiled_in
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,8 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.lanes is not None:
         settings = settings.model_copy(update={"lanes": options.lanes})
     logs.configure(settings)
-    # Where TorchInductor keeps compiled steps; by default a temporary folder.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.data_dir / "compiled"))
+    keep_compiled_in(settings.data_dir / "compiled")
     shutdown = Shutdown()
     shutdown.install()
     try:

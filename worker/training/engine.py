@@ -259,6 +259,8 @@ class Engine:
                 np.array([trial.learning_rate for trial in self._trial_of_each_lane()]),
                 [Place(m, lane.epoch + 1) for lane in self._lanes for m in range(self._members)],
                 tick,
+                # With free slots, a study is about to end: too late for an experiment to pay.
+                trying=not self.free_slots,
             )
             measured_TM5 = measured_K5.double().cpu().view(len(self._lanes), self._members, 5)
         seconds = perf_counter() - started
@@ -291,12 +293,12 @@ class Engine:
         return self._epochs.rehearse(*self._throwaway(trials * self._members)) / self._members
 
     def expect(self, trial_epochs: int, trial_epochs_per_second: float) -> None:
-        """Say what is to come after a rehearsal: what pays is compiled from now on, not later.
+        """Say what is to come at least: what pays is compiled from now on, not later.
 
         Without it, compiling begins after the first epoch that shows how long things take.
         """
         lanes = self.slots * self._members
-        self._epochs.rehearsed(lanes, trial_epochs / trial_epochs_per_second)
+        self._epochs.expect(lanes, trial_epochs / trial_epochs_per_second, self._throwaway)
 
     @property
     def footprint(self) -> Footprint:

@@ -17,7 +17,12 @@ from worker.tasks.preparation import Prepared, Rows
 from worker.training import regularizers
 from worker.training.averaging import average_, averaged_epochs, replace_statistics_
 from worker.training.batches import Batches, Place
-from worker.training.compiling import CALLS_BEFORE_RECORDING, Programs
+from worker.training.compiling import (
+    CALLS_BEFORE_RECORDING,
+    HEAD_START_SECONDS,
+    HEAD_START_SHARE,
+    Programs,
+)
 from worker.training.cores import Chunk, Cores, synchronize
 from worker.training.lanes import LaneTensors
 from worker.training.memory import peak_bytes
@@ -35,6 +40,7 @@ REHEARSAL_SECONDS = 0.2
 
 Tick = Callable[[], None]
 Tensors = Mapping[str, Tensor]
+Throwaway = Callable[[int], tuple[LaneTensors, Tensors, NDArray[np.float64], Sequence[Place]]]
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,7 @@ class Epochs:
                 )
             )
         self._cores = Cores(threads, prepared.rows.x.device)
+        self._later: Callable[[], None] | None = None
 
     def train(
         self,
@@ -117,12 +124,14 @@ class Epochs:
         rate_K: NDArray[np.float64],
         places: Sequence[Place],
         tick: Tick,
+        *,
+        trying: bool = True,
     ) -> Tensor:
         """Train K lanes for an epoch, in place, and validate them; return the figures ``(K, 5)``.
 
         They are each lane's mean training loss, validation loss, score, penalty and sparsity.
         ``rate_K`` are the learning rates where the schedule starts. ``tick`` is called after every
-        step and every batch of the validation, from any thread.
+        step and every batch of the validation, from any thread. ``trying`` as in ``Cores.run``.
         """
 
         def work(step: LaneStep, chunk: Chunk) -> Tensor:
@@ -144,7 +153,7 @@ class Epochs:
             loss_K1 = (total_K / self.batches.rows)[:, None]
             return torch.cat([loss_K1, held_K2, self._weigh(own)], dim=1)
 
-        return self._in_chunks(work, len(tensors))
+        return self._cores.run(self._with_replica(work), len(tensors), trying=trying)
 
     def test(self, parameters: Tensors, buffers: Tensors, members: Sequence[int]) -> Tensor:
         """Return each lane's mean loss and score on the test rows: ``(K, 2)``."""
@@ -160,7 +169,7 @@ class Epochs:
                 lambda: None,
             )
 
-        return self._in_chunks(work, len(members))
+        return self._cores.run(self._with_replica(work), len(members))
 
     def rehearse(
         self,
@@ -186,7 +195,7 @@ class Epochs:
                         break
             return torch.tensor([chunk.lanes.stop - chunk.lanes.start]) * clock.rate
 
-        rate_C = self._in_chunks(work, len(tensors))
+        rate_C = self._cores.run(self._with_replica(work), len(tensors))
         at_a_time = min(len(rate_C), self._cores.threads)
         return float(rate_C.mean()) * at_a_time / len(self.batches.sizes)
 
@@ -237,10 +246,34 @@ class Epochs:
         self._cores.note(seconds)
         if self._programs.epoch_ended(seconds, epochs_to_come):
             self._cores.forget()
+        if self._later is not None:
+            # What is needed first has been compiled by now, or is about to be.
+            self._later()
+            self._later = None
 
-    def rehearsed(self, lanes: int, seconds: float) -> None:
-        """Note that so many lanes will train for so long at the rehearsed speed."""
-        self._programs.rehearsed(self._cores.sizes(lanes), seconds)
+    def expect(self, lanes: int, seconds: float, throwaway: Throwaway) -> None:
+        """Record and compile from now on what pays if up to so many lanes train for so long.
+
+        ``throwaway`` returns so many lanes that may be trained for nothing.
+        """
+        common, rarer = set(self._cores.sizes(lanes)), self._cores.rarer_sizes(lanes)
+        if self._programs.expect("step", common | rarer, seconds):
+            self._record(common, throwaway)
+            self._programs.settle(min(HEAD_START_SECONDS, HEAD_START_SHARE * seconds))
+            self._later = lambda: self._record(rarer, throwaway)
+
+    def _record(self, sizes: Collection[int], throwaway: Throwaway) -> None:
+        """Record the step for chunks of these sizes, and let it be compiled."""
+
+        def work(step: LaneStep, chunk: Chunk) -> Tensor:
+            tensors, strengths, rate_K, places = throwaway(chunk.lanes.stop)
+            own = self._share(chunk, tensors, strengths, rate_K, places)
+            loss_K, _ = next(self._take_steps(step, chunk, own))
+            return loss_K
+
+        for size in sorted(sizes, reverse=True):
+            self._cores.run_one(self._with_replica(work), size)
+        self._programs.compile_what_pays()
 
     def settle(self) -> None:
         """Wait until nothing is being compiled any more."""
@@ -252,8 +285,8 @@ class Epochs:
         self._programs.close()
         self._cores.close()
 
-    def _in_chunks(self, work: Callable[[LaneStep, Chunk], Tensor], lanes: int) -> Tensor:
-        """Return what ``work`` returns for all lanes, ``(K, …)``, a chunk to a thread."""
+    def _with_replica(self, work: Callable[[LaneStep, Chunk], Tensor]) -> Callable[[Chunk], Tensor]:
+        """Return ``work`` with a step that no other thread uses meanwhile."""
 
         def with_replica(chunk: Chunk) -> Tensor:
             step = self._replicas.get()
@@ -262,7 +295,7 @@ class Epochs:
             finally:
                 self._replicas.put(step)
 
-        return self._cores.run(with_replica, lanes)
+        return with_replica
 
     def _share(
         self,
