@@ -6,7 +6,8 @@ extended by one decade below ``low``, and whatever falls there is trained as exa
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Generic, TypeVar
+from math import inf
+from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
 from optuna.distributions import (
     BaseDistribution,
@@ -31,6 +32,8 @@ class Range(BaseModel, Generic[Number]):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
+    _instead: ClassVar[str] = "a linear range can start at 0"
+
     low: Number = Field(description="Smallest value, included.", examples=[5])
     high: Number = Field(description="Largest value, included.", examples=[25])
     log: bool = Field(
@@ -50,7 +53,7 @@ class Range(BaseModel, Generic[Number]):
         if self.log and self.low <= 0:
             raise _invalid(f"log: true needs low > 0, but low is {self.low:g}")
         if self.or_zero and not self.log:
-            raise _invalid("or_zero: true needs log: true; a linear range can start at 0")
+            raise _invalid(f"or_zero: true needs log: true; {self._instead}")
         return self
 
     def numbers(self) -> tuple[float, ...]:
@@ -124,6 +127,56 @@ class Choices(RootModel[tuple[Number, ...]], Generic[Number]):
         return min(self.root, key=lambda choice: abs(choice - value))
 
 
+class LimitRange(Range[float]):
+    """A range of a limit, which does the less the higher it is, and of which 0 means none at all.
+
+    To a sampler no limit therefore lies above ``high``: with ``or_zero`` the log range is extended
+    by one decade there.
+    """
+
+    _instead = "or a list of limits, in which 0 means none"
+
+    def distribution(self) -> BaseDistribution:
+        """How Optuna sees it."""
+        return FloatDistribution(self.low, self._top, log=self.log)
+
+    def used(self, suggested: float) -> float:
+        """The limit that is trained with when a sampler suggests ``suggested``."""
+        return 0.0 if self.or_zero and suggested > self.high else suggested
+
+    def lowest(self) -> float:
+        """What to suggest for as little as this range allows: its highest limit, or none."""
+        return self._top
+
+    def highest(self) -> float:
+        """What to suggest for as much as this range allows."""
+        return self.low
+
+    def nearest(self, value: float) -> float:
+        """What to suggest to come as near to ``value`` as this range allows."""
+        return self._top if value == 0 else min(max(value, self.low), self.high)
+
+    @property
+    def _top(self) -> float:
+        return self.high * 10**OR_ZERO_DECADES if self.or_zero else self.high
+
+
+class LimitChoices(Choices[float]):
+    """One of these limits, of which 0 means none."""
+
+    def lowest(self) -> float:
+        """No limit if that is a choice, the largest otherwise."""
+        return 0.0 if 0 in self.root else max(self.root)
+
+    def highest(self) -> float:
+        """The smallest limit."""
+        return min(self.root, key=lambda choice: choice or inf)
+
+    def nearest(self, value: float) -> float:
+        """The choice nearest to ``value``."""
+        return self.lowest() if value == 0 else super().nearest(value)
+
+
 class Fixed(RootModel[Number], Generic[Number]):
     """Always this value: not searched, and no parameter to Optuna."""
 
@@ -168,6 +221,14 @@ IntegerParameter = Annotated[
     _BY_KIND,
 ]
 """A parameter that takes whole numbers."""
+
+LimitParameter = Annotated[
+    Annotated[LimitRange, Tag("range")]
+    | Annotated[LimitChoices, Tag("choices")]
+    | Annotated[Fixed[float], Tag("fixed")],
+    _BY_KIND,
+]
+"""A parameter that takes limits, of which 0 means none."""
 
 Searched = Range[float] | Range[int] | Choices[float] | Choices[int]
 """A parameter that is not fixed."""

@@ -67,12 +67,12 @@ class Study:
         return self.state in tables.LIVE_STUDY_STATES
 
     def decay_timescale_epochs(self, params: Mapping[str, float]) -> float | None:
-        """Return over how many epochs AdamW's decay acts on a trial's weights, 1 / (η·λ₂·steps).
+        """Return over how many epochs decay acts on a trial's weights, 1 / (η·λ₂·steps).
 
-        None without decay, in other optimizers, and until a worker has built the model. Wang &
+        None without decay, where it is coupled, and until a worker has built the model. Wang &
         Aitchison 2024, arXiv 2405.13698: it transfers between set-ups, where λ₂ does not.
         """
-        if self.spec.training.optimizer != "adamw" or self.model is None:
+        if self.spec.training.decay == "coupled" or self.model is None:
             return None
         # A trial of a study from before the learning rate could be searched does not name it.
         learning_rate = params.get("learning_rate", self.spec.training.learning_rate)

@@ -22,6 +22,11 @@ PARAMS_EXAMPLE = {
     "label_smoothing": 0.0,
     "input_noise": 0.0,
     "weight_noise": 0.0,
+    "max_norm": 0.0,
+    "max_gradient_norm": 0.0,
+    "input_dropout": 0.0,
+    "augment_strength": 0.0,
+    "mixup": 0.0,
 }
 
 Params = dict[str, int | float]
@@ -38,9 +43,10 @@ SPREAD = (
     "one."
 )
 TIMESCALE = (
-    "Epochs over which AdamW's decay acts on a weight: 1 / (learning rate × weight decay × steps "
-    "per epoch). Unlike the decay it carries over to other set-ups (Wang & Aitchison 2024, arXiv "
-    "2405.13698). Null without decay, in other optimizers, and until a worker has built the model."
+    "Epochs over which a decoupled decay acts on a weight: 1 / (learning rate × weight decay × "
+    "steps per epoch). Unlike the decay it carries over to other set-ups (Wang & Aitchison 2024, "
+    "arXiv 2405.13698). Null without decay, where it is coupled, and until a worker has built the "
+    "model."
 )
 
 

@@ -262,6 +262,7 @@ class Stack:
             torch.__version__,
             spec.task.model_dump(mode="json"),
             (spec.training.optimizer, spec.training.batch_size, spec.training.precision),
+            (sorted(spec.training.augment), spec.training.averaging),
             self._engine.members,
             sorted(knobs_of(spec)),
         )

@@ -174,3 +174,6 @@ DATASET_SETTINGS: Mapping[str, type[BaseModel]] = {
     "table": TableSettings,
 }
 """The settings of data sets that can be checked without importing the data set."""
+
+TABULAR = frozenset({"breast_cancer", "wine", "diabetes", "synthetic", "table"})
+"""Data sets whose rows are known to be no images."""

@@ -26,14 +26,6 @@ def _activation() -> Any:
     )
 
 
-def _input_dropout() -> Any:
-    return Field(
-        False,
-        description="Whether the inputs are a dropout site too, by the name of input_dropout.",
-        examples=[False],
-    )
-
-
 class _Normalized(PartlyUsed):
     """Settings with a normalization; ``groups`` is used by norm: group alone."""
 
@@ -89,16 +81,13 @@ class MlpSettings(_Normalized):
         (128,), description="Width of each hidden layer.", examples=[[128], [512, 512]]
     )
     activation: Activation = _activation()
-    input_dropout: bool = _input_dropout()
 
     def _normalized_widths(self) -> Iterator[int]:
         yield from self.hidden
 
 
 class LinearSettings(SpecModel):
-    """Settings of ``linear``: one linear layer."""
-
-    input_dropout: bool = _input_dropout()
+    """Settings of ``linear``, of which there are none."""
 
 
 class CnnSettings(_Normalized):

@@ -8,11 +8,19 @@ from pydantic import field_validator as validate_field
 from pydantic import model_validator as validate_model
 from pydantic_core import PydanticCustomError
 
-from regtune.space import Choices, Fixed, IntegerParameter, Parameter, Range, Searched
+from regtune.space import (
+    Choices,
+    Fixed,
+    IntegerParameter,
+    LimitParameter,
+    Parameter,
+    Range,
+    Searched,
+)
 from regtune.spec.parts import SpecModel, with_computed_defaults
 from regtune.spec.training import MAX_LEARNING_RATE, Training
 
-_P = TypeVar("_P", bound=Parameter | IntegerParameter)
+_P = TypeVar("_P", bound=Parameter | IntegerParameter | LimitParameter)
 
 
 class Search(SpecModel):
@@ -28,12 +36,17 @@ class Search(SpecModel):
             "label_smoothing",
             "input_noise",
             "weight_noise",
+            "max_norm",
+            "max_gradient_norm",
+            "input_dropout",
+            "augment_strength",
+            "mixup",
         )
     )
 
     weight_decay: Parameter = Field(
-        description="λ₂ ≥ 0. Default: zero or 1e-4…3 (log) for AdamW, whose decay below "
-        "1 / (learning rate × steps) does nothing; zero or 1e-6…1e-2 (log) for the others.",
+        description="λ₂ ≥ 0. Default: zero or 1e-4…3 (log) if it is decoupled, where a decay below "
+        "1 / (learning rate × steps) does nothing; zero or 1e-6…1e-2 (log) if it is coupled.",
         examples=[{"low": 1e-4, "high": 3.0, "log": True, "or_zero": True}],
     )
     dropout: Parameter = Field(
@@ -69,16 +82,62 @@ class Search(SpecModel):
         "Default: fixed at 0.",
         examples=[{"low": 1e-4, "high": 0.1, "log": True, "or_zero": True}],
     )
+    max_norm: LimitParameter = Field(
+        description="c > 0, the largest norm of the weights that lead into a unit or make up a "
+        "filter: larger ones are scaled back to it after each step. 0 is no limit. Default: fixed "
+        "at 0.",
+        examples=[{"low": 1.0, "high": 5.0, "log": True, "or_zero": True}],
+    )
+    max_gradient_norm: LimitParameter = Field(
+        description="Largest norm of the training loss's gradient, of all parameters together: a "
+        "larger one is scaled back to it, before decay and L1 are added. 0 is no limit. Default: "
+        "fixed at 0.",
+        examples=[{"low": 0.1, "high": 10.0, "log": True, "or_zero": True}],
+    )
+
+    input_dropout: Parameter = Field(
+        description="Rate p of dropout on the inputs, 0 ≤ p < 1, before the model and apart from "
+        "its own sites. Default: fixed at 0.",
+        examples=[{"low": 0.0, "high": 0.3}],
+    )
+
+    augment_strength: Parameter = Field(
+        description="s, 0 ≤ s ≤ 1: how far training images are changed in the ways that "
+        "training.augment names. Default: 0…1 if it names any, else fixed at 0.",
+        examples=[{"low": 0.0, "high": 1.0}],
+    )
+    mixup: Parameter = Field(
+        description="m, 0 ≤ m ≤ 1: each training row is mixed with another one, inputs and loss, "
+        "of which it gets a share that is uniform between 0 and m/2. Default: fixed at 0.",
+        examples=[{"low": 0.0, "high": 1.0}],
+    )
 
     @validate_field("weight_decay", "l1_lambda", "input_noise", "weight_noise")
     @classmethod
     def _check_strength(cls, parameter: Parameter) -> Parameter:
         return _check_numbers(parameter, lambda value: value >= 0, "must not be negative")
 
-    @validate_field("dropout", "label_smoothing")
+    @validate_field("dropout", "label_smoothing", "input_dropout")
     @classmethod
     def _check_rate(cls, parameter: Parameter) -> Parameter:
         return _check_numbers(parameter, lambda value: 0 <= value < 1, "must be in [0, 1)")
+
+    @validate_field("augment_strength", "mixup")
+    @classmethod
+    def _check_share(cls, parameter: Parameter) -> Parameter:
+        return _check_numbers(parameter, lambda value: 0 <= value <= 1, "must be in [0, 1]")
+
+    @validate_field("max_norm", "max_gradient_norm")
+    @classmethod
+    def _check_limit(cls, parameter: LimitParameter) -> LimitParameter:
+        if isinstance(parameter, Range) and parameter.low <= 0:
+            raise PydanticCustomError(
+                "bounds",
+                "a range of limits must begin above 0, but low is {value}; 0 means no limit: "
+                "or_zero: true on a log range adds it",
+                {"value": parameter.low},
+            )
+        return _check_numbers(parameter, lambda value: value >= 0, "must not be negative")
 
     @validate_field("patience")
     @classmethod
@@ -136,12 +195,12 @@ def _check_has_no_zero(parameter: Parameter | IntegerParameter, name: str) -> No
 def default_search(training: Training) -> dict[str, Any]:
     """Return the default ranges and fixed values for a training.
 
-    In AdamW a decay λ acts over 1 / (η·λ) steps (Wang & Aitchison 2024, arXiv 2405.13698), so one
+    A decoupled decay λ acts over 1 / (η·λ) steps (Wang & Aitchison 2024, arXiv 2405.13698), so one
     below 1 / (η · steps of the whole training) does nothing; the range 1e-6…1e-2 that is usual
     for coupled decay would mostly be off on small data. Proximal L1 shrinks by η·λ₁ each step
     whatever the optimizer; the subgradient is rescaled by Adam and needs λ₁ far smaller.
     """
-    decoupled = training.optimizer == "adamw"
+    decoupled = training.decay == "decoupled"
     proximal = training.l1 == "proximal"
     return {
         "weight_decay": _zero_or(1e-4, 3.0) if decoupled else _zero_or(1e-6, 1e-2),
@@ -152,6 +211,11 @@ def default_search(training: Training) -> dict[str, Any]:
         "label_smoothing": 0.0,
         "input_noise": 0.0,
         "weight_noise": 0.0,
+        "max_norm": 0.0,
+        "max_gradient_norm": 0.0,
+        "input_dropout": 0.0,
+        "augment_strength": {"low": 0.0, "high": 1.0} if training.augment else 0.0,
+        "mixup": 0.0,
     }
 
 

@@ -9,10 +9,11 @@ from pydantic import model_validator as validate_model
 from pydantic_core import PydanticCustomError
 
 from regtune.space import Fixed, Range
+from regtune.spec.datasets import TABULAR
 from regtune.spec.parts import PartlyUsed, SpecModel, with_computed_defaults
 from regtune.spec.search import Search, default_search, grid_values
-from regtune.spec.task import AnyTask
-from regtune.spec.training import Training
+from regtune.spec.task import AnyTask, TaskSpec
+from regtune.spec.training import AUGMENTATIONS, Training
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 REFERENCE_TRIALS = 2
@@ -269,6 +270,28 @@ class StudySpec(SpecModel):
                 {"fixed": fixed.root, "named": self.training.learning_rate},
             )
         self.__dict__["training"] = self.training.model_copy(update={"learning_rate": fixed.root})
+        return self
+
+    @validate_model(mode="after")
+    def _check_augmentation(self) -> Self:
+        if any(self.search.augment_strength.numbers()) and not self.training.augment:
+            raise PydanticCustomError(
+                "augment",
+                "search.augment_strength says how far training.augment goes, which names nothing; "
+                "name some of {known} there",
+                {"known": ", ".join(AUGMENTATIONS)},
+            )
+        if (
+            self.training.augment
+            and isinstance(self.task, TaskSpec)
+            and self.task.dataset in TABULAR
+        ):
+            raise PydanticCustomError(
+                "augment",
+                "training.augment changes images, but the rows of {dataset} are none; leave it "
+                "out, or search mixup or input_noise",
+                {"dataset": self.task.dataset},
+            )
         return self
 
     @validate_model(mode="after")

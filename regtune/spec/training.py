@@ -1,8 +1,8 @@
 """How each trial is trained."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import ConfigDict, Field, ValidationInfo
+from pydantic import ConfigDict, Field, Strict, ValidationInfo
 from pydantic import field_validator as validate_field
 from pydantic import model_validator as validate_model
 from pydantic_core import PydanticCustomError
@@ -12,18 +12,28 @@ from regtune.spec.parts import PartlyUsed, with_computed_defaults
 MAX_LEARNING_RATE = 100
 
 Optimizer = Literal["adam", "adamw", "sgd", "rmsprop"]
+Augmentation = Literal["shift", "flip", "rotation", "erasing"]
+
+
+AUGMENTATIONS: tuple[str, ...] = get_args(Augmentation)
 
 
 class Training(PartlyUsed):
     """How each trial is trained; the same for all trials."""
 
-    model_config = ConfigDict(json_schema_extra=with_computed_defaults("learning_rate"))
+    model_config = ConfigDict(json_schema_extra=with_computed_defaults("decay", "learning_rate"))
 
     optimizer: Optimizer = Field(
         "adamw",
-        description="Weight decay is decoupled in AdamW, and coupled (added to the gradient) in "
-        "the others.",
+        description="How gradients move the weights; adamw is adam with a decoupled decay.",
         examples=["adamw"],
+    )
+    decay: Literal["coupled", "decoupled"] = Field(
+        "coupled",
+        description="coupled: λ₂·w is added to the gradient, as (λ₂/2)·‖w‖² in the loss would; "
+        "decoupled: each step first shrinks the weights by the factor 1 - η·λ₂, apart from the "
+        "gradient. Default: decoupled for adamw, which knows no other, coupled for the others.",
+        examples=["decoupled"],
     )
     learning_rate: float = Field(
         0.0,
@@ -74,11 +84,32 @@ class Training(PartlyUsed):
         "subgradient: λ₁·‖w‖₁ is part of the loss (its useful λ₁ is about 1000 times smaller).",
         examples=["proximal"],
     )
+    averaging: Literal["none", "swa"] = Field(
+        "none",
+        description="swa (stochastic weight averaging): validated and tested is the equal mean of "
+        "the weights at the ends of the epochs since averaging_start, with the statistics of batch "
+        "norms found anew in the training rows.",
+        examples=["swa"],
+    )
+    averaging_start: float = Field(
+        0.75,
+        ge=0,
+        lt=1,
+        description="Share of max_epochs after which averaging begins; until then the weights "
+        "themselves are validated. Needs averaging: swa.",
+        examples=[0.75],
+    )
     penalized: Literal["weights", "all"] = Field(
         "weights",
         description="What weight decay and L1 act on. weights: parameters of two or more "
         "dimensions outside normalization layers; all: biases and normalization parameters too.",
         examples=["weights"],
+    )
+    augment: Annotated[tuple[Augmentation, ...], Strict(False)] = Field(
+        (),
+        description="How training images are changed at random, each by search.augment_strength: "
+        "shift, flip (left to right), rotation, erasing (of a rectangle).",
+        examples=[["shift", "rotation"]],
     )
     precision: Literal["float32", "tf32", "bf16"] = Field(
         "float32",
@@ -96,6 +127,35 @@ class Training(PartlyUsed):
     )
 
     # Only what is named comes here: a default is not validated.
+    @validate_field("averaging_start")
+    @classmethod
+    def _check_averages(cls, value: float, info: ValidationInfo) -> float:
+        if info.data.get("averaging") == "none":
+            raise PydanticCustomError(
+                "averaging",
+                "says when averaging begins, and there is none; leave it out, or take "
+                "averaging: swa",
+            )
+        return value
+
+    @validate_field("augment")
+    @classmethod
+    def _check_each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) < len(value):
+            raise PydanticCustomError("augment", "each may stand in the list only once")
+        return value
+
+    @validate_field("decay")
+    @classmethod
+    def _check_adamw_decays_apart(cls, value: str, info: ValidationInfo) -> str:
+        if value == "coupled" and info.data.get("optimizer") == "adamw":
+            raise PydanticCustomError(
+                "decay",
+                "the decay of adamw is decoupled; leave decay out, or take optimizer: adam for a "
+                "coupled one",
+            )
+        return value
+
     @validate_field("momentum", "nesterov")
     @classmethod
     def _check_optimizer_has_momentum(cls, value: Any, info: ValidationInfo) -> Any:
@@ -130,10 +190,13 @@ class Training(PartlyUsed):
         return value
 
     @validate_model(mode="after")
-    def _fill_in_learning_rate(self) -> Self:
+    def _fill_in_what_the_optimizer_decides(self) -> Self:
+        if "decay" not in self.model_fields_set and self.optimizer == "adamw":
+            self.__dict__["decay"] = "decoupled"
         if "learning_rate" not in self.model_fields_set:
             self.__dict__["learning_rate"] = 0.01 if self.optimizer == "sgd" else 0.001
         return self
 
     def _unused(self) -> tuple[str, ...]:
-        return () if self.optimizer == "sgd" else ("momentum", "nesterov")
+        of_sgd = () if self.optimizer == "sgd" else ("momentum", "nesterov")
+        return of_sgd + (() if self.averaging == "swa" else ("averaging_start",))

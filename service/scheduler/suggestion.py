@@ -145,7 +145,7 @@ def _off(spec: StudySpec, name: str, parameter: Searched) -> float:
 
 
 def _common_default(spec: StudySpec) -> dict[str, float]:
-    decoupled = spec.training.optimizer == "adamw"
+    decoupled = spec.training.decay == "decoupled"
     common = {
         "weight_decay": COMMON_DECOUPLED_DECAY if decoupled else COMMON_COUPLED_DECAY,
         "dropout": COMMON_DROPOUT,
@@ -155,6 +155,11 @@ def _common_default(spec: StudySpec) -> dict[str, float]:
         "label_smoothing": 0.0,
         "input_noise": 0.0,
         "weight_noise": 0.0,
+        "max_norm": 0.0,
+        "max_gradient_norm": 0.0,
+        "input_dropout": 0.0,
+        "augment_strength": 0.0,
+        "mixup": 0.0,
     }
     return {
         name: parameter.nearest(common[name]) for name, parameter in spec.search.searched().items()

@@ -111,6 +111,11 @@ def test_a_trial_shows_what_is_used_and_what_was_suggested(
         "label_smoothing": 0.0,
         "input_noise": 0.0,
         "weight_noise": 0.0,
+        "max_norm": 0.0,
+        "max_gradient_norm": 0.0,
+        "input_dropout": 0.0,
+        "augment_strength": 0.0,
+        "mixup": 0.0,
     }
     assert isinstance(trial["params"]["patience"], int)
     assert (trial["kind"], trial["state"], trial["attempts"]) == ("baseline", "waiting", 0)

@@ -247,6 +247,36 @@ def test_a_table_is_trained_on_and_scored_as_the_study_asks(engine, run, tmp_pat
     assert audit(engine) == {}
 
 
+def test_every_technique_can_be_searched_at_once(engine, run):
+    search = {
+        "max_norm": {"low": 1.0, "high": 4.0, "log": True, "or_zero": True},
+        "max_gradient_norm": [0.0, 1.0],
+        "input_dropout": {"low": 0.0, "high": 0.3},
+        "mixup": {"low": 0.0, "high": 1.0},
+        "label_smoothing": 0.1,
+        "input_noise": [0.0, 0.1],
+        "weight_noise": 0.01,
+    }
+    training = {
+        **SHORT["training"],
+        "optimizer": "sgd",
+        "decay": "decoupled",
+        "augment": ["shift", "flip", "rotation", "erasing"],
+        "averaging": "swa",
+        "averaging_start": 0.5,
+    }
+    study = builders.create(
+        engine, **SHORT | {"training": training}, search=search, sampler="random", pruner="none"
+    )
+    run(study, lanes=4)
+    rows = trials(engine, study)
+    assert [row.state for row in rows] == ["complete"] * 6
+    off = {"max_norm", "max_gradient_norm", "input_dropout", "mixup", "augment_strength"}
+    assert {name: rows[0].params[name] for name in off} == dict.fromkeys(off, 0)
+    assert all(any(row.params[name] for row in rows) for name in off)
+    assert audit(engine) == {}
+
+
 def test_a_regression_is_trained_to_explain_its_target(engine, run):
     study = builders.create(
         engine,

@@ -11,6 +11,11 @@ PARAMS = OLD | {
     "label_smoothing": 0.0,
     "input_noise": 0.0,
     "weight_noise": 0.0,
+    "max_norm": 0.0,
+    "max_gradient_norm": 0.0,
+    "input_dropout": 0.0,
+    "augment_strength": 0.0,
+    "mixup": 0.0,
 }
 SCORES = ["validation loss", "test accuracy"]
 

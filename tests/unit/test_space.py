@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from regtune.space import Choices, Range
+from regtune.space import Choices, LimitChoices, LimitRange, Range
 
 
 def test_a_range_with_a_zero_is_one_decade_longer_to_the_sampler() -> None:
@@ -42,3 +42,21 @@ def test_choices_are_a_category_to_the_sampler() -> None:
     parameter = Choices[float]((0.5, 0.0, 0.2))
     assert parameter.distribution() == CategoricalDistribution((0.5, 0.0, 0.2))
     assert (parameter.lowest(), parameter.highest(), parameter.nearest(0.3)) == (0.0, 0.5, 0.2)
+
+
+@given(st.floats(1.0, 40.0))
+def test_what_lies_above_a_limits_range_is_no_limit(suggested: float) -> None:
+    parameter = LimitRange(low=1.0, high=4.0, log=True, or_zero=True)
+    assert parameter.distribution() == FloatDistribution(1.0, 40.0, log=True)
+    assert parameter.used(suggested) == (suggested if suggested <= 4 else 0.0)
+
+
+def test_a_limit_does_the_least_where_there_is_none() -> None:
+    parameter = LimitRange(low=1.0, high=4.0, log=True, or_zero=True)
+    assert (parameter.lowest(), parameter.highest(), parameter.nearest(0)) == (40.0, 1.0, 40.0)
+    assert (parameter.nearest(3.0), parameter.nearest(9.0)) == (3.0, 4.0)
+    without = LimitRange(low=1.0, high=4.0)
+    assert (without.lowest(), without.highest(), without.nearest(0)) == (4.0, 1.0, 4.0)
+    choices = LimitChoices((2.0, 0.0, 1.0))
+    assert (choices.lowest(), choices.highest(), choices.nearest(0)) == (0.0, 1.0, 0.0)
+    assert (LimitChoices((2.0, 1.0)).lowest(), LimitChoices((2.0, 1.0)).nearest(0)) == (2.0, 2.0)

@@ -12,7 +12,7 @@ from regtune.spec import Search, StudySpec, load_yaml, parse_spec, parse_text
 from tests.builders import BASE, spec
 
 TABLE = {"dataset": "table", "model": "mlp"}
-MLP = {"hidden": [128], "norm": "batch", "activation": "relu", "input_dropout": False}
+MLP = {"hidden": [128], "norm": "batch", "activation": "relu"}
 
 
 def refusal(**changes: Any) -> list[tuple[str, str]]:
@@ -66,6 +66,7 @@ def test_what_is_wrong_with_a_task_is_said(task: Any, field: str, message: str) 
         ({"optimizer": "adam"}, (1e-6, 1e-2), (1e-4, 0.3)),
         ({"optimizer": "sgd"}, (1e-6, 1e-2), (1e-4, 0.3)),
         ({"optimizer": "rmsprop"}, (1e-6, 1e-2), (1e-4, 0.3)),
+        ({"optimizer": "sgd", "decay": "decoupled"}, (1e-4, 3.0), (1e-4, 0.3)),
         ({"l1": "subgradient"}, (1e-4, 3.0), (1e-7, 1e-3)),
     ],
 )
@@ -100,7 +101,7 @@ def test_the_learning_rate_is_fixed_and_noise_off_unless_they_are_named(optimize
     study = spec(training={"optimizer": optimizer})
     assert study.search.learning_rate.numbers() == (study.training.learning_rate,)
     assert spec(training={"learning_rate": 0.3}).search.learning_rate.numbers() == (0.3,)
-    for name in ("label_smoothing", "input_noise", "weight_noise"):
+    for name in Search.model_fields.keys() - {*study.search.searched(), "learning_rate"}:
         assert study.search.parameters()[name].numbers() == (0,)
     assert set(study.search.searched()) == {"weight_decay", "dropout", "l1_lambda", "patience"}
 
@@ -122,12 +123,46 @@ def test_a_learning_rate_that_is_searched_leaves_that_of_the_training() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["learning_rate", "label_smoothing", "input_noise", "weight_noise"]
+    "name",
+    [
+        "learning_rate",
+        "label_smoothing",
+        "input_noise",
+        "weight_noise",
+        "max_norm",
+        "max_gradient_norm",
+        "input_dropout",
+        "mixup",
+    ],
 )
 def test_each_of_the_others_alone_is_something_to_search(name: str) -> None:
     fixed = {"weight_decay": 0, "dropout": 0, "l1_lambda": 0, "patience": 3}
     study = spec(search={**fixed, name: {"low": 0.1, "high": 0.5}})
     assert set(study.search.searched()) == {name}
+
+
+@pytest.mark.parametrize(
+    ("training", "decay"),
+    [
+        ({}, "decoupled"),
+        ({"optimizer": "adamw", "decay": "decoupled"}, "decoupled"),
+        ({"optimizer": "adam"}, "coupled"),
+        ({"optimizer": "sgd"}, "coupled"),
+        ({"optimizer": "sgd", "decay": "decoupled"}, "decoupled"),
+    ],
+)
+def test_decay_is_coupled_unless_the_optimizer_or_the_study_says_otherwise(
+    training: dict[str, Any], decay: str
+) -> None:
+    assert spec(training=training).canonical()["training"]["decay"] == decay
+
+
+def test_who_names_augmentations_searches_their_strength_unless_it_is_given() -> None:
+    augmented = {"augment": ["shift", "flip"]}
+    assert spec(training=augmented).search.augment_strength.numbers() == (0, 1)
+    fixed = spec(training=augmented, search={"augment_strength": 0.5})
+    assert fixed.search.augment_strength.numbers() == (0.5,)
+    assert parse_spec(fixed.canonical()) == fixed
 
 
 def test_sgd_has_a_momentum_to_set() -> None:
@@ -139,6 +174,9 @@ def test_sgd_has_a_momentum_to_set() -> None:
 
 def test_what_has_no_meaning_is_not_shown() -> None:
     assert not {"momentum", "nesterov"} & spec().canonical()["training"].keys()
+    assert "averaging_start" not in spec().canonical()["training"]
+    averaging = spec(training={"averaging": "swa"}).canonical()["training"]
+    assert averaging["averaging_start"] == 0.75
     assert "fraction" not in spec(validation={"folds": 5}).canonical()["validation"]
     assert "fraction" in spec(validation={"repeats": 5}).canonical()["validation"]
 
@@ -313,7 +351,50 @@ def test_the_learning_rate_defaults_by_optimizer() -> None:
             "search",
             "nothing to search",
         ),
+        ({"search": {"input_dropout": 1}}, "search.input_dropout", "must be in [0, 1)"),
+        ({"search": {"mixup": 1.5}}, "search.mixup", "must be in [0, 1]"),
+        ({"search": {"augment_strength": [2, 0]}}, "search.augment_strength", "must be in [0, 1]"),
+        (
+            {"search": {"augment_strength": 0.5}},
+            "",
+            "training.augment goes, which names nothing; name some of shift, flip, rotation",
+        ),
+        ({"training": {"augment": ["mixup"]}}, "training.augment.0", "'shift', 'flip', 'rotation'"),
+        ({"training": {"augment": ["flip", "flip"]}}, "training.augment", "only once"),
+        (
+            {"training": {"augment": ["flip"]}, "task": {"dataset": "wine", "model": "mlp"}},
+            "",
+            "training.augment changes images, but the rows of wine are none",
+        ),
+        ({"search": {"max_norm": -1}}, "search.max_norm", "must not be negative"),
+        (
+            {"search": {"max_norm": {"low": 0, "high": 4}}},
+            "search.max_norm",
+            "a range of limits must begin above 0, but low is 0.0; 0 means no limit",
+        ),
+        (
+            {"search": {"max_gradient_norm": {"low": 1, "high": 4, "or_zero": True}}},
+            "search.max_gradient_norm",
+            "or_zero: true needs log: true; or a list of limits, in which 0 means none",
+        ),
         ({"training": {"optimizer": "lion"}}, "training.optimizer", "'adam', 'adamw', 'sgd'"),
+        (
+            {"training": {"decay": "coupled"}},
+            "training.decay",
+            "the decay of adamw is decoupled; leave decay out, or take optimizer: adam",
+        ),
+        ({"training": {"averaging": "ema"}}, "training.averaging", "'none' or 'swa'"),
+        (
+            {"training": {"averaging_start": 0.5}},
+            "training.averaging_start",
+            "says when averaging begins, and there is none",
+        ),
+        (
+            {"training": {"averaging": "swa", "averaging_start": 1}},
+            "training.averaging_start",
+            "less than 1",
+        ),
+        ({"training": {"decay": "none"}}, "training.decay", "'coupled' or 'decoupled'"),
         ({"training": {"learning_rate": 0}}, "training.learning_rate", "greater than 0"),
         ({"training": {"max_epochs": 0}}, "training.max_epochs", "greater than or equal to 1"),
         (
@@ -416,7 +497,8 @@ def test_a_grid_cannot_be_asked_for_more_trials_than_it_has() -> None:
 def test_a_grid_of_more_points_than_can_be_numbered_is_refused() -> None:
     many = [i / 1000 for i in range(1, 1000)]
     search = {name: many for name in Search.model_fields if name != "patience"}
-    found = refusal(search=search, sampler="grid", budget={"seconds": 9})
+    augmented = {"augment": ["shift"]}
+    found = refusal(search=search, training=augmented, sampler="grid", budget={"seconds": 9})
     assert "more than can be numbered" in found[0][1]
     endless = {"low": 1, "high": 10**15}
     search = {"weight_decay": many, "dropout": many, "l1_lambda": 0, "patience": endless}
@@ -488,9 +570,24 @@ def test_reading_back_is_the_identity(
 def test_a_study_from_before_there_were_folds_and_noise_reads_the_same() -> None:
     old = spec(training={"optimizer": "sgd"}).canonical()
     for part, names in (
-        ("task", ("activation", "input_dropout")),
-        ("training", ("momentum", "nesterov", "warmup_epochs", "penalized", "precision")),
-        ("search", ("learning_rate", "label_smoothing", "input_noise", "weight_noise")),
+        ("task", ("activation",)),
+        (
+            "training",
+            (
+                "momentum",
+                "nesterov",
+                "warmup_epochs",
+                "penalized",
+                "precision",
+                "decay",
+                "augment",
+                "averaging",
+            ),
+        ),
+        (
+            "search",
+            Search.model_fields.keys() - {"weight_decay", "dropout", "l1_lambda", "patience"},
+        ),
         ("validation", ("folds", "repeats")),
     ):
         for name in names:
@@ -501,7 +598,7 @@ def test_a_study_from_before_there_were_folds_and_noise_reads_the_same() -> None
 @pytest.mark.parametrize(
     "task",
     [
-        {"model": "mlp", "norm": "group", "hidden": [16], "input_dropout": True},
+        {"model": "mlp", "norm": "group", "hidden": [16]},
         {"model": "cnn", "channels": [8, 8], "norm": "group", "groups": 4},
         {"model": "torchvision", "architecture": "densenet121"},
         {"model": "tabular_resnet", "dataset": "synthetic", "data": {"kind": "classification"}},

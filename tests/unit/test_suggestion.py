@@ -25,6 +25,11 @@ UNTOUCHED = {
     "label_smoothing": 0,
     "input_noise": 0,
     "weight_noise": 0,
+    "max_norm": 0,
+    "max_gradient_norm": 0,
+    "input_dropout": 0,
+    "augment_strength": 0,
+    "mixup": 0,
 }
 """What a study does not search unless it says so."""
 
@@ -33,7 +38,13 @@ NEW_RANGES: dict[str, Any] = {
     "label_smoothing": {"low": 0.05, "high": 0.3},
     "input_noise": {"low": 0.1, "high": 1.0, "log": True, "or_zero": True},
     "weight_noise": [0.3, 0.0, 0.1],
+    "max_norm": {"low": 1.0, "high": 4.0, "log": True, "or_zero": True},
+    "max_gradient_norm": [0.5, 5.0],
+    "input_dropout": {"low": 0.0, "high": 0.3},
+    "augment_strength": {"low": 0.0, "high": 1.0},
+    "mixup": [0.5, 0.2],
 }
+AUGMENTED = {"augment": ["shift"]}
 
 
 def used(number: int, **changes: Any) -> dict[str, float]:
@@ -60,13 +71,18 @@ def test_the_baseline_is_at_the_low_end_where_a_range_has_no_zero() -> None:
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_reference_points_keep_to_the_learning_rate_and_add_no_noise(number: int) -> None:
-    training = {"learning_rate": 0.004}
+    training = {"learning_rate": 0.004, **AUGMENTED}
     point = used(number, search=NEW_RANGES, training=training)
     assert {name: point[name] for name in NEW_RANGES} == {
         "learning_rate": 0.004,
         "label_smoothing": 0.05,
         "input_noise": 0,
         "weight_noise": 0,
+        "max_norm": 0,
+        "max_gradient_norm": 5.0,
+        "input_dropout": 0,
+        "augment_strength": 0,
+        "mixup": 0.2,
     }
 
 
@@ -75,21 +91,31 @@ def test_reference_points_keep_to_the_learning_rate_and_add_no_noise(number: int
 def test_reference_points_come_as_near_to_the_learning_rate_as_its_range_allows(
     number: int, named: float, nearest: float
 ) -> None:
-    training = {"learning_rate": named}
+    training = {"learning_rate": named, **AUGMENTED}
     assert used(number, search=NEW_RANGES, training=training)["learning_rate"] == nearest
     choices = {"learning_rate": [1e-2, 1e-4]}
     assert used(number, search=choices, training=training)["learning_rate"] == nearest
 
 
-@pytest.mark.parametrize(("optimizer", "decay"), [("adamw", 0.01), ("sgd", 1e-4), ("adam", 1e-4)])
-def test_the_common_default_is_what_most_people_would_set(optimizer: str, decay: float) -> None:
-    assert used(1, training={"optimizer": optimizer, "max_epochs": 40}) == {
+@pytest.mark.parametrize(
+    ("training", "decay"),
+    [
+        ({"optimizer": "adamw"}, 0.01),
+        ({"optimizer": "sgd"}, 1e-4),
+        ({"optimizer": "adam"}, 1e-4),
+        ({"optimizer": "adam", "decay": "decoupled"}, 0.01),
+    ],
+)
+def test_the_common_default_is_what_most_people_would_set(
+    training: dict[str, str], decay: float
+) -> None:
+    assert used(1, training={**training, "max_epochs": 40}) == {
         "weight_decay": decay,
         "dropout": 0.2,
         "l1_lambda": 0,
         "patience": 10,
         **UNTOUCHED,
-        "learning_rate": 0.01 if optimizer == "sgd" else 0.001,
+        "learning_rate": 0.01 if training["optimizer"] == "sgd" else 0.001,
     }
 
 
@@ -103,10 +129,12 @@ def test_a_sampler_must_say_where_the_number_alone_does_not_decide() -> None:
     assert predetermined(spec(), 2) is None
 
 
-def test_every_trial_has_all_eight_values() -> None:
-    study = spec(sampler="qmc", search=NEW_RANGES)
+def test_every_trial_has_all_values() -> None:
+    study = spec(sampler="qmc", search=NEW_RANGES, training=AUGMENTED)
     assert set(distributions(study)) == set(Search.model_fields)
-    assert set(used(2, sampler="qmc", search=NEW_RANGES)) == set(Search.model_fields)
+    assert set(used(2, sampler="qmc", search=NEW_RANGES, training=AUGMENTED)) == set(
+        Search.model_fields
+    )
     assert set(used(2, sampler="qmc")) == set(Search.model_fields)
 
 

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from worker.tasks.preparation import Split
-from worker.training.model import PERTURBATIONS
-from worker.training.noise import PERTURBATION, data_order, member_seed, step_keys
+from worker.training.model import INPUT_KEYS, PERTURBATIONS
+from worker.training.noise import INPUT, PERTURBATION, data_order, member_seed, step_keys
 
 
 @dataclass(frozen=True, order=True)
@@ -65,6 +65,7 @@ class Batches:
             [
                 step_keys(seed, place.epoch, steps, self._sites),
                 step_keys(seed, place.epoch, steps, PERTURBATIONS, PERTURBATION),
+                step_keys(seed, place.epoch, steps, INPUT_KEYS, INPUT),
             ],
             axis=1,
         )

@@ -62,7 +62,19 @@ WEIGHED_LANES = 2
 """Lanes that take a step to see how much memory that needs: the fewest that make a batch."""
 
 KNOBS = frozenset(
-    {"weight_decay", "dropout", "l1_lambda", "label_smoothing", "input_noise", "weight_noise"}
+    {
+        "weight_decay",
+        "dropout",
+        "l1_lambda",
+        "label_smoothing",
+        "input_noise",
+        "weight_noise",
+        "max_norm",
+        "max_gradient_norm",
+        "input_dropout",
+        "augment_strength",
+        "mixup",
+    }
 )
 """The strengths that a study may leave out, so that no lane spends time on them."""
 
@@ -138,6 +150,7 @@ class Engine:
             _objective(task, own, data, prepared, knobs),
             penalize=training.penalized,
             knobs=knobs,
+            augment=_augmentations(training, prepared),
             autocast=torch.bfloat16 if training.precision == "bf16" else None,
         ).to(device)
         self._initial = _stacked([self.model.parameters_of(m) for m in models], device)
@@ -336,6 +349,8 @@ class Engine:
         weights = sum(part.nbytes for part in parameters.values())
         kept = sum(buffer.nbytes for buffer in buffers.values())
         changing = (1 + self._optimizer.moments) * weights + kept
+        if self._training.averaging == "swa":
+            changing += weights + kept
         step = self._epochs.settle_memory(*self._throwaway(WEIGHED_LANES)) // WEIGHED_LANES
         return Footprint(
             state=2 * changing + weights + kept,
@@ -346,7 +361,22 @@ class Engine:
         self, lanes: int
     ) -> tuple[LaneTensors, dict[str, Tensor], NDArray[np.float64], list[Place]]:
         """Return lanes of typical trials before their first epoch, as an epoch wants them."""
-        typical = LaneTrial(0, 1e-3, 0.2, 1e-4, 1, self._training.learning_rate, 0.1, 0.1, 0.01)
+        typical = LaneTrial(
+            key=0,
+            weight_decay=1e-3,
+            dropout=0.2,
+            l1_lambda=1e-4,
+            patience=1,
+            learning_rate=self._training.learning_rate,
+            label_smoothing=0.1,
+            input_noise=0.1,
+            weight_noise=0.01,
+            max_norm=3.0,
+            max_gradient_norm=1.0,
+            input_dropout=0.1,
+            augment_strength=0.5,
+            mixup=0.5,
+        )
         tensors = self._starting_tensors(-(-lanes // self._members))
         return (
             tensors.slice(slice(0, lanes)),
@@ -415,7 +445,11 @@ class Engine:
 
     def _starting_tensors(self, trials: int) -> LaneTensors:
         return LaneTensors.starting(
-            self._initial, self._initial_buffers, self._optimizer.moments, trials
+            self._initial,
+            self._initial_buffers,
+            self._optimizer.moments,
+            trials,
+            averaging=self._training.averaging == "swa",
         )
 
     def _places(self, keys: Sequence[int]) -> list[int]:
@@ -484,6 +518,17 @@ def _check_both_classes(prepared: Prepared) -> None:
             raise InvalidData(
                 f"task.score: auroc compares two classes, but the {what} rows have one"
             )
+
+
+def _augmentations(training: Training, prepared: Prepared) -> Collection[str]:
+    """Return the ways in which images are changed; raise InvalidData where rows are no images."""
+    shape = prepared.rows.input_shape
+    if training.augment and len(shape) != 3:
+        raise InvalidData(
+            "training.augment changes images (channels, height, width), but a row of this data set "
+            f"has the shape {shape}"
+        )
+    return training.augment
 
 
 def _sample(rows: Rows) -> Rows:

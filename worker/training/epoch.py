@@ -15,6 +15,7 @@ from torch import Tensor
 from regtune.spec import Training
 from worker.tasks.preparation import Prepared, Rows
 from worker.training import regularizers
+from worker.training.averaging import average_, averaged_epochs, replace_statistics_
 from worker.training.batches import Batches, Place
 from worker.training.compiling import (
     CALLS_BEFORE_RECORDING,
@@ -109,8 +110,8 @@ class Epochs:
                 LaneStep(
                     model.replica(),
                     optimizer,
-                    decay="weight_decay" in knobs,
-                    l1=training.l1 if "l1_lambda" in knobs else None,
+                    knobs=knobs,
+                    l1=training.l1,
                 )
             )
         self._cores = Cores(threads, prepared.rows.x.device)
@@ -139,11 +140,12 @@ class Epochs:
             for loss_K, rows in self._take_steps(step, chunk, own):
                 total_K += loss_K * rows
                 tick()
+            if own.tensors.averages:
+                self._average(step, chunk, own, tick)
             held_K2 = self._measure(
                 step,
                 chunk,
-                own.tensors.parameters,
-                own.tensors.buffers,
+                *own.tensors.evaluated,
                 own.members,
                 self._validation,
                 tick,
@@ -326,6 +328,32 @@ class Epochs:
             loss_K = take(index.shape)(rate_SK[number], coefficients_SCK[number], keys, index)
             yield loss_K, index.shape[-1]
 
+    def _average(self, step: LaneStep, chunk: Chunk, own: "_Share", tick: Tick) -> None:
+        """Take the weights into their averages, and find what batch norms see of those."""
+        tensors = own.tensors
+        counts = averaged_epochs(self._training, [place.epoch for place in own.places])
+        count_K = torch.tensor(counts).to(self._rows.x)
+        average_(tensors.averages, tensors.parameters, count_K)
+        found: dict[str, Tensor] = {}
+        if max(counts) > 1:
+            names = step.statistics
+            found = {name: torch.zeros_like(tensors.buffers[name]) for name in names}
+        source = self._source(self._rows, own.members)
+
+        @cache
+        def find(shape: torch.Size) -> Callable[..., Tensor]:
+            program = self.programs.find("statistics", len(counts), chunk.threads, shape)
+            ways = step.ways_to_find_statistics()
+            return program.bind(ways, tensors.averages, tensors.buffers, found, source)
+
+        if found:
+            for index, _ in self.batches.of_epoch(own.places):
+                find(index.shape)(index)
+                tick()
+            for total_K in found.values():
+                total_K.div_(len(self.batches.sizes))
+        replace_statistics_(tensors.average_buffers, tensors.buffers, found, count_K)
+
     def _measure(
         self,
         step: LaneStep,
@@ -391,6 +419,8 @@ class Epochs:
         weights = [own.tensors.parameters[name] for name in self._penalized]
         coupled_K = None if self._optimizer.decoupled_decay else own.strengths["decay"]
         penalty_K = regularizers.penalty(weights, own.strengths["l1"], coupled_K)
+        evaluated, _ = own.tensors.evaluated
+        weights = [evaluated[name] for name in self._penalized]
         sparsity_K = regularizers.sparsity(weights) if weights else torch.zeros_like(penalty_K)
         return torch.stack([penalty_K, sparsity_K.to(penalty_K)], dim=1)
 

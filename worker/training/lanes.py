@@ -6,7 +6,7 @@ side, start together and end together.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite, nan
+from math import inf, isfinite, nan
 from statistics import fmean, stdev
 from typing import Literal, Self
 
@@ -23,7 +23,10 @@ Ended = Literal["finished", "early_stopped", "diverged"]
 
 @dataclass(frozen=True)
 class LaneTrial:
-    """A trial to train; ``key`` is the caller's name for it, the rest are its hyperparameters."""
+    """A trial to train; ``key`` is the caller's name for it, the rest are its hyperparameters.
+
+    A limit of 0 is no limit.
+    """
 
     key: int
     weight_decay: float
@@ -34,6 +37,11 @@ class LaneTrial:
     label_smoothing: float = 0.0
     input_noise: float = 0.0
     weight_noise: float = 0.0
+    max_norm: float = 0.0
+    max_gradient_norm: float = 0.0
+    input_dropout: float = 0.0
+    augment_strength: float = 0.0
+    mixup: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -121,7 +129,8 @@ class Lane:
 class LaneTensors:
     """All that K lanes hold on the device, by name; every tensor's first axis is the lane.
 
-    Each of the optimizer's ``moments`` has a tensor for each parameter.
+    Each of the optimizer's ``moments`` has a tensor for each parameter. ``averages`` of parameters
+    and ``average_buffers`` beside them are empty unless weights are averaged.
     """
 
     parameters: Tensors
@@ -129,9 +138,18 @@ class LaneTensors:
     moments: tuple[Tensors, ...]
     buffers: Tensors
     best_buffers: Tensors
+    averages: Tensors
+    average_buffers: Tensors
 
     @classmethod
-    def starting(cls, parameters_M: Tensors, buffers_M: Tensors, moments: int, trials: int) -> Self:
+    def starting(
+        cls,
+        parameters_M: Tensors,
+        buffers_M: Tensors,
+        moments: int,
+        trials: int,
+        averaging: bool = False,
+    ) -> Self:
         """Return lanes for ``trials`` trials, each with copies of the initial M members.
 
         Moments start at zero.
@@ -147,6 +165,8 @@ class LaneTensors:
             moments=tuple(copies(zeros_M) for _ in range(moments)),
             buffers=copies(buffers_M),
             best_buffers=copies(buffers_M),
+            averages=copies(parameters_M) if averaging else {},
+            average_buffers=copies(buffers_M) if averaging else {},
         )
 
     def __len__(self) -> int:
@@ -160,6 +180,8 @@ class LaneTensors:
             **{f"moments.{i}": moment for i, moment in enumerate(self.moments)},
             "buffers": self.buffers,
             "best_buffers": self.best_buffers,
+            "averages": self.averages,
+            "average_buffers": self.average_buffers,
         }
         return {
             f"{group}.{name}": part
@@ -184,6 +206,13 @@ class LaneTensors:
         """Return what training steps change, by name; the best weights wait for the epoch's end."""
         return {name: part for name, part in self.named().items() if not name.startswith("best_")}
 
+    @property
+    def evaluated(self) -> tuple[Tensors, Tensors]:
+        """The parameters and buffers that are validated: the averages where there are any."""
+        if self.averages:
+            return self.averages, self.average_buffers
+        return self.parameters, self.buffers
+
     def best_of(self, lanes: Sequence[int]) -> tuple[Tensors, Tensors]:
         """Return copies of these lanes' best parameters and buffers, in this order."""
         index = self._index(lanes)
@@ -194,13 +223,11 @@ class LaneTensors:
         return parameters, buffers
 
     def keep_best_(self, improved_K: Tensor) -> None:
-        """Copy parameters and buffers of the lanes that ``improved_K`` (bool) marks."""
-        for kept, current in (
-            (self.best_parameters, self.parameters),
-            (self.best_buffers, self.buffers),
-        ):
-            for name, best in kept.items():
-                _copy_where_(best, current[name], improved_K)
+        """Copy what was validated of the lanes that ``improved_K`` (bool) marks."""
+        best = (self.best_parameters, self.best_buffers)
+        for kept, current in zip(best, self.evaluated, strict=True):
+            for name, kept_K in kept.items():
+                _copy_where_(kept_K, current[name], improved_K)
 
     @property
     def _any(self) -> Tensor:
@@ -217,17 +244,29 @@ def strengths_of(
 
     ``trials`` are those of the lanes, one for each.
     """
-    rates_K = torch.tensor([trial.dropout for trial in trials], dtype=torch.float64)
+    rates = {
+        "dropout": torch.tensor([trial.dropout for trial in trials], dtype=torch.float64),
+        "input_dropout": torch.tensor(
+            [trial.input_dropout for trial in trials], dtype=torch.float64
+        ),
+    }
     exact = {
+        **{f"{name}_scale": (1 / (1 - rate_K)).tolist() for name, rate_K in rates.items()},
         "decay": [trial.weight_decay for trial in trials],
         "l1": [trial.l1_lambda for trial in trials],
-        "dropout_scale": (1 / (1 - rates_K)).tolist(),
         "label_smoothing": [trial.label_smoothing for trial in trials],
         "input_noise": [trial.input_noise for trial in trials],
         "weight_noise": [trial.weight_noise for trial in trials],
+        "augment_strength": [trial.augment_strength for trial in trials],
+        "mixup": [trial.mixup for trial in trials],
+        "max_norm": [trial.max_norm or inf for trial in trials],
+        "max_gradient_norm": [trial.max_gradient_norm or inf for trial in trials],
     }
     return {
-        "dropout_threshold": dropout_threshold(rates_K).to(device),
+        **{
+            f"{name}_threshold": dropout_threshold(rate_K).to(device)
+            for name, rate_K in rates.items()
+        },
         **{
             name: torch.tensor(values, dtype=torch.float64).to(device, dtype)
             for name, values in exact.items()
@@ -253,6 +292,8 @@ def _combine(function: Callable[..., Tensor], *stacks: LaneTensors) -> LaneTenso
         moments=tuple(map(each, *(s.moments for s in stacks))),
         buffers=each(*(s.buffers for s in stacks)),
         best_buffers=each(*(s.best_buffers for s in stacks)),
+        averages=each(*(s.averages for s in stacks)),
+        average_buffers=each(*(s.average_buffers for s in stacks)),
     )
 
 

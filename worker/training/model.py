@@ -1,8 +1,8 @@
 """K copies of one model, computed together."""
 
 import copy
-from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -13,13 +13,17 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.utils import _pytree as pytree
 
 from worker.tasks.preparation import Rows
+from worker.training.augmentation import augmented, before, mixed, own_shares
 from worker.training.layout import stacked
+from worker.training.noise import random_bits
 from worker.training.objective import Objective
 from worker.training.regularizers import (
     dropout_threshold,
+    dropped,
     install_dropout_sites,
     penalized,
     perturbed,
+    units,
 )
 from worker.training.tracing import TURNS
 
@@ -31,6 +35,9 @@ LaneMap = Callable[..., Callable[..., Any]]
 PERTURBATIONS = 2
 """Noise keys behind those of the dropout sites: of the inputs, and of the weights."""
 
+INPUT_KEYS = 3
+"""Noise keys behind these: of dropout on the inputs, of augmentation, and of mixup."""
+
 
 class UnsupportedModel(ValueError):
     """The model cannot be trained here: it draws random numbers of its own, or learns nothing."""
@@ -41,7 +48,8 @@ class Batch:
     """What one step sees: the same for all lanes, or with a leading lane axis if ``per_lane``.
 
     ``x`` is ``(B, *features)``, ``y`` is ``(B,)`` and ``keys`` is ``(N, 2)``, int32: one for each
-    dropout site, then one for the noise on inputs and one for that on weights.
+    dropout site, then one for the noise on inputs, that on weights, dropout on inputs, augmentation
+    and mixup.
     """
 
     x: Tensor
@@ -65,13 +73,15 @@ class LaneModel:
         *,
         penalize: Literal["weights", "all"] = "weights",
         knobs: Collection[str] = (),
+        augment: Collection[str] = (),
         autocast: torch.dtype | None = None,
     ) -> None:
         """Take over ``model``, to be trained for ``objective``; ``sample`` are rows to try it on.
 
-        ``knobs`` names those of ``label_smoothing``, ``input_noise`` and ``weight_noise`` that any
-        lane may use; the others cost nothing. Raises UnsupportedModel, and whatever the model
-        itself raises.
+        ``knobs`` names those of ``label_smoothing``, ``input_noise``, ``weight_noise``,
+        ``input_dropout``, ``augment_strength`` and ``mixup`` that any lane may use; the others cost
+        nothing. ``augment`` are the ways in which images are changed. Raises UnsupportedModel, and
+        whatever the model itself raises.
         """
         self._sites = install_dropout_sites(model)
         if autocast is not None:
@@ -83,8 +93,11 @@ class LaneModel:
         self._model = model.requires_grad_(False)
         self.objective = objective
         self._knobs = frozenset(knobs)
+        self._augment = frozenset(augment) if "augment_strength" in knobs else frozenset()
         self._autocast = autocast
         self.penalized = tuple(name for name in penalized(model, penalize) if name in learned)
+        self.units = units(model)
+        self.statistic_names = _names_of_statistics(model)
         self.spared = tuple(
             name
             for name, _ in model.named_parameters()
@@ -121,6 +134,11 @@ class LaneModel:
     def sites(self) -> tuple[str, ...]:
         """The names of the model's dropout sites."""
         return tuple(self._sites)
+
+    @property
+    def keys(self) -> int:
+        """How many noise keys a step takes."""
+        return len(self._sites) + PERTURBATIONS + INPUT_KEYS
 
     @property
     def vectorized(self) -> bool:
@@ -184,6 +202,22 @@ class LaneModel:
             total_KT: Tensor = mapped(parameters, buffers, x, y, weight)
         return total_KT.T
 
+    @torch.no_grad()
+    def statistics(
+        self, parameters: Tensors, buffers: Tensors, x: Tensor, per_lane: bool
+    ) -> dict[str, Tensor]:
+        """Return what each lane's batch norms find in a batch, under their buffers' names.
+
+        Dropout and noise are off; ``buffers`` stay as they are.
+        """
+        found = {name: buffer.clone() for name, buffer in buffers.items()}
+        mapped = self._map(
+            self._find_statistics, (0, 0, 0 if per_lane else None), lanes_of(parameters)
+        )
+        with TURNS.calling(), _norms_keep_the_latest_batch(self._model):
+            mapped(parameters, found, x)
+        return {name: found[name] for name in self.statistic_names}
+
     def _map(
         self, function: Callable[..., Any], in_dims: tuple[int | None, ...], lanes: int
     ) -> Callable[..., Any]:
@@ -199,11 +233,20 @@ class LaneModel:
         x: Tensor,
         y_B: Tensor,
     ) -> Tensor:
-        *site_keys, input_key, weight_key = keys_N2.unbind()
+        *site_keys, input_key, weight_key, dropout_key, image_key, mixup_key = keys_N2.unbind()
         if "weight_noise" in self._knobs:
             parameters = self._with_noise(parameters, strengths["weight_noise"], weight_key)
+        if self._augment:
+            x = augmented(x, self._augment, strengths["augment_strength"], image_key)
+        share_B = None
+        if "mixup" in self._knobs:
+            share_B = own_shares(strengths["mixup"], mixup_key, len(x))
+            x = mixed(x, share_B)
         if "input_noise" in self._knobs:
             x = perturbed(x, strengths["input_noise"], input_key)
+        if "input_dropout" in self._knobs:
+            keep = random_bits(dropout_key, x.shape) >= strengths["input_dropout_threshold"]
+            x = dropped(x, keep, strengths["input_dropout_scale"])
         noise: dict[str, Tensor] = {}
         for (name, site), key_2 in zip(self._sites.items(), site_keys, strict=True):
             site.drawn = 0
@@ -214,13 +257,22 @@ class LaneModel:
             }
         output = self._output(parameters, buffers, x, noise)
         smoothing = strengths["label_smoothing"] if "label_smoothing" in self._knobs else None
-        return self.objective.loss.of_batch(output, y_B, smoothing)
+        if share_B is None:
+            return self.objective.loss.of_batch(output, y_B, smoothing)
+        own_B, other_B = (
+            self.objective.loss.of_training_rows(output, target_B, smoothing)
+            for target_B in (y_B, before(y_B))
+        )
+        return (share_B * own_B + (1 - share_B) * other_B).mean()
 
     def _measure(
         self, parameters: Tensors, buffers: Tensors, x: Tensor, y_B: Tensor, weight_B: Tensor
     ) -> Tensor:
         output = self._output(parameters, buffers, x, {})
         return self.objective.measure(output, y_B, weight_B)
+
+    def _find_statistics(self, parameters: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
+        return self._output(parameters, buffers, x, {})
 
     def _output(self, parameters: Tensors, buffers: Tensors, x: Tensor, noise: Tensors) -> Tensor:
         """Return the model's output, in the precision of ``x``."""
@@ -267,7 +319,7 @@ class LaneModel:
             for parts in (self.parameters_of(self._model), self.buffers_of(self._model))
         )
         strengths = neutral_strengths(2, x.dtype)
-        keys = torch.zeros(2, len(self._sites) + PERTURBATIONS, 2, dtype=torch.int32)
+        keys = torch.zeros(2, self.keys, 2, dtype=torch.int32)
         self.gradients(parameters, buffers, strengths, Batch(x, y, keys, per_lane=True))
         self.measure(parameters, buffers, x, y, x.new_ones(x.shape[:2]), per_lane=True)
 
@@ -275,6 +327,33 @@ class LaneModel:
 def lanes_of(parameters: Tensors) -> int:
     """Return of how many lanes these are the parameters."""
     return len(next(iter(parameters.values())))
+
+
+def _names_of_statistics(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the running statistics of all batch and instance norms."""
+    return tuple(
+        f"{path}.{name}".lstrip(".")
+        for path, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase)
+        for name, buffer in module.named_buffers(recurse=False)
+        if name in ("running_mean", "running_var") and buffer is not None
+    )
+
+
+@contextmanager
+def _norms_keep_the_latest_batch(model: nn.Module) -> Iterator[None]:
+    """Let batch norms alone train, with the latest batch's statistics as running ones."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 def _normalize_in_float32(model: nn.Module) -> None:
@@ -301,9 +380,13 @@ def neutral_strengths(lanes: int, dtype: torch.dtype) -> dict[str, Tensor]:
     return {
         "dropout_threshold": dropout_threshold(off_K),
         "dropout_scale": torch.ones(lanes, dtype=dtype),
+        "input_dropout_threshold": dropout_threshold(off_K),
+        "input_dropout_scale": torch.ones(lanes, dtype=dtype),
         "label_smoothing": off_K,
         "input_noise": off_K,
         "weight_noise": off_K,
+        "augment_strength": off_K,
+        "mixup": off_K,
     }
 
 

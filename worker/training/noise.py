@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-ORDER, DROPOUT, PERTURBATION, MEMBER = 1, 2, 3, 4
+ORDER, DROPOUT, PERTURBATION, MEMBER, INPUT = 1, 2, 3, 4, 5
 """Purposes: two uses of one seed never draw the same numbers."""
 
 LOWEST, HIGHEST = -(2**31), 2**31 - 1
@@ -74,17 +74,29 @@ def random_bits(key_2: Tensor, shape: Sequence[int], start: int = 0) -> Tensor:
     return x.view(shape)
 
 
+def uniform(key_2: Tensor, shape: Sequence[int], dtype: torch.dtype, start: int = 0) -> Tensor:
+    """Return noise of ``shape``, uniform between 0 and 1, both excluded."""
+    return _middles(key_2, shape, dtype, start) * 2.0**-23 + 0.5
+
+
 def standard_normal(
     key_2: Tensor, shape: Sequence[int], dtype: torch.dtype, start: int = 0
 ) -> Tensor:
     """Return standard normal noise of ``shape``, by inversion of the distribution function.
 
-    The upper 23 bits of each hash give the middle of one of 2²³ equal intervals, exactly in any
-    precision, so that float32 and float64 see the same noise; it ends at ±5.2.
+    It ends at ±5.2.
     """
-    uniform = ((random_bits(key_2, shape, start) >> 9).to(dtype) + 0.5) * 2.0**-22
-    normal: Tensor = torch.erfinv(uniform) * 2.0**0.5
+    normal: Tensor = torch.erfinv(_middles(key_2, shape, dtype, start) * 2.0**-22) * 2.0**0.5
     return normal
+
+
+def _middles(key_2: Tensor, shape: Sequence[int], dtype: torch.dtype, start: int) -> Tensor:
+    """Return the middles of 2²³ intervals of length 1 about 0, each as likely as the others.
+
+    They are the upper 23 bits of each hash, exact in any precision, so that float32 and float64 see
+    the same noise.
+    """
+    return (random_bits(key_2, shape, start) >> 9).to(dtype) + 0.5
 
 
 def _generator(seed: int, purpose: int, epoch: int) -> np.random.Generator:

@@ -34,11 +34,15 @@ class CrossEntropy:
 
     def of_batch(self, output_BC: Tensor, y_B: Tensor, smoothing: Tensor | None) -> Tensor:
         """Return the mean loss of a batch, with labels smoothed where ``smoothing`` is given."""
-        if smoothing is not None:
-            return self._weighted(smoothed_cross_entropy(output_BC, y_B, smoothing), y_B).mean()
-        if self.weights_C is None:
+        if smoothing is None and self.weights_C is None:
             return cross_entropy(output_BC, y_B)  # one kernel, where the others are two
-        return self.of_rows(output_BC, y_B).mean()
+        return self.of_training_rows(output_BC, y_B, smoothing).mean()
+
+    def of_training_rows(self, output_BC: Tensor, y_B: Tensor, smoothing: Tensor | None) -> Tensor:
+        """Return each row's loss, ``(B,)``, with labels smoothed where ``smoothing`` is given."""
+        if smoothing is None:
+            return self.of_rows(output_BC, y_B)
+        return self._weighted(smoothed_cross_entropy(output_BC, y_B, smoothing), y_B)
 
     def to(self, device: torch.device) -> "CrossEntropy":
         """Return the same with its weights on ``device``."""
@@ -61,6 +65,10 @@ class LossOfRows:
     def of_batch(self, output: Tensor, y_B: Tensor, smoothing: Tensor | None) -> Tensor:
         """Return the mean loss of a batch."""
         return self.of_rows(output, y_B).mean()
+
+    def of_training_rows(self, output: Tensor, y_B: Tensor, smoothing: Tensor | None) -> Tensor:
+        """Return each row's loss: ``(B,)``."""
+        return self.of_rows(output, y_B)
 
     def to(self, device: torch.device) -> "LossOfRows":
         """Return itself: it holds no tensors."""

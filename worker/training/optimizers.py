@@ -33,7 +33,7 @@ class LaneOptimizer(Protocol):
 
     @property
     def decoupled_decay(self) -> bool:
-        """Whether weight decay acts beside the gradient (AdamW) or within it."""
+        """Whether weight decay acts beside the gradient, as in AdamW, or within it."""
 
     def coefficients(self, rate_SK: Float64s, step_SK: Float64s) -> Float64s:
         """Return ``(coefficients, S, K)`` for steps counted from 1 at the scheduled rates."""
@@ -57,8 +57,8 @@ class Sgd:
 
     momentum: float = 0.9
     nesterov: bool = False
+    decoupled_decay: bool = False
     moments = 1
-    decoupled_decay = False
 
     def coefficients(self, rate_SK: Float64s, step_SK: Float64s) -> Float64s:
         """Return the negative rate."""
@@ -82,7 +82,7 @@ class Sgd:
 
 @dataclass(frozen=True)
 class Adam:
-    """Adam, as ``torch.optim.Adam``; with ``decoupled_decay`` the gradient's part of AdamW."""
+    """Adam, as ``torch.optim.Adam``; with ``decoupled_decay`` it is AdamW."""
 
     decoupled_decay: bool = False
     beta1: float = 0.9
@@ -119,10 +119,10 @@ class Adam:
 class RmsProp:
     """RMSprop without momentum, as ``torch.optim.RMSprop``."""
 
+    decoupled_decay: bool = False
     alpha: float = 0.99
     epsilon: float = 1e-8
     moments = 1
-    decoupled_decay = False
 
     def coefficients(self, rate_SK: Float64s, step_SK: Float64s) -> Float64s:
         """Return the negative rate."""
@@ -145,15 +145,14 @@ class RmsProp:
 
 def find_optimizer(training: Training) -> LaneOptimizer:
     """Return the optimizer that a training names."""
+    decoupled = training.decay == "decoupled"
     match training.optimizer:
         case "sgd":
-            return Sgd(training.momentum, training.nesterov)
-        case "adam":
-            return Adam()
-        case "adamw":
-            return Adam(decoupled_decay=True)
+            return Sgd(training.momentum, training.nesterov, decoupled)
+        case "adam" | "adamw":
+            return Adam(decoupled)
         case "rmsprop":
-            return RmsProp()
+            return RmsProp(decoupled)
 
 
 def scheduled_rates(

@@ -1,13 +1,14 @@
-"""Regularizers with one strength per lane: dropout, decay, L1, label smoothing and noise.
+"""Regularizers with one strength per lane: dropout, decay, L1, limits, label smoothing and noise.
 
 Decay and L1 act on weights alone, not on biases or normalization parameters, unless a study says
 otherwise. They act in place on one parameter of K lanes, ``weights_K``, of any shape behind the
 lane axis; strengths and rates have as many dimensions, ``(K, 1, …)``.
 
-Dropout: N. Srivastava et al., JMLR 15 (2014). Alpha dropout: G. Klambauer et al., arXiv 1706.02515.
-Decoupled decay: I. Loshchilov and F. Hutter, arXiv 1711.05101. Proximal step: N. Parikh and S.
-Boyd, Proximal Algorithms (2014). Label smoothing: C. Szegedy et al., arXiv 1512.00567. Input
-noise: C. Bishop, Neural Computation 7 (1995). Weight noise: A. Graves, NIPS 2011.
+Dropout and max-norm: N. Srivastava et al., JMLR 15 (2014). Alpha dropout: G. Klambauer et al.,
+arXiv 1706.02515. Decoupled decay: I. Loshchilov and F. Hutter, arXiv 1711.05101. Proximal step: N.
+Parikh and S. Boyd, Proximal Algorithms (2014). Label smoothing: C. Szegedy et al., arXiv
+1512.00567. Input noise: C. Bishop, Neural Computation 7 (1995). Weight noise: A. Graves, NIPS 2011.
+Clipping: R. Pascanu, T. Mikolov and Y. Bengio, arXiv 1211.5063.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,7 @@ _ELEMENTWISE = (nn.Dropout, nn.AlphaDropout)
 _CHANNELWISE = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.FeatureAlphaDropout)
 _ALPHA = (nn.AlphaDropout, nn.FeatureAlphaDropout)
 _ALPHA_OFF = -1.7580993408473766  # the value to which SELU saturates
+_CLIPPING_EPSILON = 1e-6  # what torch adds to a gradient's norm before it divides by it
 
 
 class DropoutSite(nn.Module):
@@ -65,7 +67,7 @@ class DropoutSite(nn.Module):
             return x
         shape = (*x.shape[:2], *(1 for _ in x.shape[2:])) if self.channelwise else x.shape
         keep = self._noise(shape) >= self.threshold
-        return self._alpha_dropped(x, keep) if self.alpha else x * (keep * self.scale)
+        return self._alpha_dropped(x, keep) if self.alpha else dropped(x, keep, self.scale)
 
     def _noise(self, shape: Sequence[int]) -> Tensor:
         """Return this call's noise: a site that is called again in a forward draws on."""
@@ -99,6 +101,11 @@ def install_dropout_sites(model: nn.Module) -> dict[str, DropoutSite]:
     return names
 
 
+def dropped(x: Tensor, keep: Tensor, scale: Tensor) -> Tensor:
+    """Return ``x`` with what is kept (bool) scaled by 1 / (1 − p), and the rest at zero."""
+    return x * (keep * scale)
+
+
 def dropout_threshold(rate: Tensor) -> Tensor:
     """Return the int32 noise below which an element is dropped; rates are in [0, 1)."""
     threshold = torch.round(rate.double() * 2**32) + LOWEST
@@ -106,10 +113,27 @@ def dropout_threshold(rate: Tensor) -> Tensor:
 
 
 def penalized(model: nn.Module, which: Literal["weights", "all"]) -> Iterator[str]:
-    """Yield the names of the parameters on which decay and L1 act.
+    """Yield the names of the parameters on which decay and L1 act."""
+    for name, _ in model.named_parameters() if which == "all" else _weights(model):
+        yield name
 
-    The weights are the parameters of two or more dimensions that belong to no normalization layer.
+
+def units(model: nn.Module) -> dict[str, int]:
+    """Return the weights that lead into units, by name.
+
+    Beside each the number of groups if it is of a transposed convolution, whose axes are swapped,
+    and 0 otherwise.
     """
+    groups = {
+        id(module.weight): module.groups
+        for module in model.modules()
+        if isinstance(module, nn.modules.conv._ConvTransposeNd)
+    }
+    return {name: groups.get(id(weight), 0) for name, weight in _weights(model)}
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters of two or more dimensions that belong to no normalization layer."""
     spared = {
         id(parameter)
         for module in model.modules()
@@ -117,8 +141,8 @@ def penalized(model: nn.Module, which: Literal["weights", "all"]) -> Iterator[st
         for parameter in module.parameters(recurse=False)
     }
     for name, parameter in model.named_parameters():
-        if which == "all" or (parameter.ndim >= 2 and id(parameter) not in spared):
-            yield name
+        if parameter.ndim >= 2 and id(parameter) not in spared:
+            yield name, parameter
 
 
 def smoothed_cross_entropy(logits_BC: Tensor, y_B: Tensor, smoothing: Tensor) -> Tensor:
@@ -158,6 +182,37 @@ def soft_threshold_(weights_K: Tensor, threshold_K: Tensor) -> None:
     """
     clipped_K = torch.maximum(weights_K, -threshold_K)
     weights_K.sub_(torch.minimum(clipped_K, threshold_K, out=clipped_K))
+
+
+def clip_(gradients: Sequence[Tensor], limit_K: Tensor) -> None:
+    """Scale each lane's gradient to this norm if it is longer, over all parameters together.
+
+    As ``torch.nn.utils.clip_grad_norm_``. A limit of infinity changes nothing.
+    """
+    norms = [
+        torch.linalg.vector_norm(gradient_KN, dim=1) for gradient_KN in map(_by_lane, gradients)
+    ]
+    norm_K = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    scale_K = (limit_K / (norm_K + _CLIPPING_EPSILON)).clamp(max=1)
+    for gradient_K in gradients:
+        gradient_K.mul_(scale_K.view(-1, *(1 for _ in gradient_K.shape[1:])))
+
+
+def limit_norm_(weights_K: Tensor, limit_K: Tensor, groups: int = 0) -> None:
+    """Scale the weights of each unit to this norm if theirs is larger.
+
+    The units of a weight lie along its first axis behind the lanes; those of a transposed
+    convolution, told by its number of ``groups``, along its second. A limit of infinity changes
+    nothing.
+    """
+    incoming = 2
+    if groups:
+        weights_K = weights_K.view(len(weights_K), groups, -1, *weights_K.shape[2:]).transpose(2, 3)
+        incoming = 3
+    dims = tuple(range(incoming, weights_K.ndim))
+    norm_K = torch.linalg.vector_norm(weights_K, dim=dims, keepdim=True)
+    limit_K = limit_K.view(-1, *(1 for _ in weights_K.shape[1:]))
+    weights_K.mul_((limit_K / norm_K).clamp(max=1))
 
 
 def penalty(weights: Sequence[Tensor], l1_K: Tensor, coupled_decay_K: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@ Whatever differs from lane to lane or from step to step is an argument, so that 
 and compiled once for a number of lanes and used for any of them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -22,24 +22,31 @@ Source = tuple[Tensor, ...]
 
 
 class LaneStep:
-    """How lanes move: gradient, decay, optimizer, proximal step."""
+    """How lanes move: gradient, clipped; decay, optimizer, proximal step, max-norm."""
 
     def __init__(
         self,
         model: LaneModel,
         optimizer: LaneOptimizer,
         *,
-        decay: bool,
-        l1: Literal["proximal", "subgradient"] | None,
+        knobs: Collection[str],
+        l1: Literal["proximal", "subgradient"],
     ) -> None:
-        """``decay`` and ``l1`` say whether any lane of the study may use them."""
+        """``knobs`` are the strengths that any lane of the study may use."""
         self._model = model
         self._optimizer = optimizer
-        self._decay = decay
-        self._l1 = l1
+        self._decay = "weight_decay" in knobs
+        self._l1 = l1 if "l1_lambda" in knobs else None
+        self._clips = "max_gradient_norm" in knobs
+        self._bounded = model.units if "max_norm" in knobs else {}
         self._apart: LaneStep | None = None
         if model.vectorized and model.device.type == "cpu":
-            self._apart = LaneStep(model.one_by_one(), optimizer, decay=decay, l1=l1)
+            self._apart = LaneStep(model.one_by_one(), optimizer, knobs=knobs, l1=l1)
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """The names of the buffers that hold the statistics of batch norms."""
+        return self._model.statistic_names
 
     def ways_to_take(self) -> Sequence[Callable[..., Tensor]]:
         """Return functions that take a step, all of the same result.
@@ -52,6 +59,10 @@ class LaneStep:
     def ways_to_measure(self) -> Sequence[Callable[..., Tensor]]:
         """Return functions that measure, all of the same result."""
         return [self.measure, self._apart.measure] if self._apart else [self.measure]
+
+    def ways_to_find_statistics(self) -> Sequence[Callable[..., Tensor]]:
+        """Return functions that find the statistics of batch norms, all of the same result."""
+        return [step.add_statistics_ for step in (self, self._apart) if step]
 
     def take(
         self,
@@ -73,6 +84,8 @@ class LaneStep:
         gradients, loss_K = self._model.gradients(
             parameters, buffers, strengths, Batch(x, y, keys, per_lane)
         )
+        if self._clips:
+            regularizers.clip_(list(gradients.values()), strengths["max_gradient_norm"])
         per_lane_numbers = torch.stack([strengths["decay"], strengths["l1"], rate_K])
         for name, weights_K in parameters.items():
             decay_K, l1_K, own_rate_K = _shaped_like(weights_K, per_lane_numbers)
@@ -92,6 +105,9 @@ class LaneStep:
             )
             if penalized and self._l1 == "proximal":
                 regularizers.soft_threshold_(weights_K, own_rate_K * l1_K)
+            # Behind the soft threshold: one after the other they are the proximal step of both.
+            if name in self._bounded:
+                regularizers.limit_norm_(weights_K, strengths["max_norm"], self._bounded[name])
         return loss_K
 
     def measure(
@@ -108,6 +124,15 @@ class LaneStep:
         """
         x, y, per_lane = gather(source, index)
         return self._model.measure(parameters, buffers, x, y, weight, per_lane)
+
+    def add_statistics_(
+        self, parameters: Tensors, buffers: Tensors, total: Tensors, source: Source, index: Tensor
+    ) -> Tensor:
+        """Add the statistics that K lanes' batch norms find in a batch; return its rows."""
+        x, _, per_lane = gather(source, index)
+        for name, found_K in self._model.statistics(parameters, buffers, x, per_lane).items():
+            total[name].add_(found_K)
+        return torch.full((), index.shape[-1])
 
 
 def gather(source: Source, index: Tensor) -> tuple[Tensor, Tensor, bool]:

@@ -93,14 +93,6 @@ def test_a_self_normalizing_network_has_alpha_dropout_and_keeps_its_variance_thr
     assert activations.std() == pytest.approx(1, abs=0.2)
 
 
-def test_the_dropout_of_inputs_is_a_site_of_its_own_and_moves_no_other_name():
-    for build in (mlp, linear):
-        without, site = (build({"input_dropout": it}, (1, 4, 4), 3) for it in (False, True))
-        assert kinds(site)[:3] == [nn.Flatten, nn.Dropout, nn.Linear]
-        assert isinstance(site.get_submodule("input_dropout"), nn.Dropout)
-        assert site.state_dict().keys() == without.state_dict().keys()
-
-
 def test_a_bias_that_batch_norm_would_cancel_is_left_out():
     for norm, has_bias in (("batch", False), ("layer", True), ("group", True), ("none", True)):
         model = mlp({"hidden": [8], "norm": norm}, (5,), 3)

@@ -104,7 +104,7 @@ MODELS = {
     "own convolutions": (convolutional, 1),
     "own gates": (own, 1),
     "torchvision's transformer": (transformer, 7),
-    "mlp": (of(built_in.mlp, hidden=[16, 16], input_dropout=True), 3),
+    "mlp": (of(built_in.mlp, hidden=[16, 16]), 2),
     "mlp, groups": (of(built_in.mlp, hidden=[16], norm="group", activation="silu"), 1),
     "mlp, selu": (of(built_in.mlp, **SELF_NORMALIZING), 2),
     "linear": (of(built_in.linear), 0),

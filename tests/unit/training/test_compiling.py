@@ -18,6 +18,8 @@ from worker.training import compiling
 from worker.training.compiling import Program, Programs, compile_recording
 from worker.training.engine import Engine
 
+OTHERS = {"max_norm": 0.8, "max_gradient_norm": 0.3, "input_dropout": 0.2, "mixup": 0.5}
+
 
 @pytest.fixture(autouse=True)
 def eager_to_record(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,7 +434,7 @@ def compiled(engine: Engine) -> None:
 @pytest.mark.parametrize("training", [{}, {"optimizer": "sgd", "l1": "subgradient"}])
 def test_a_trial_is_the_same_compiled(make_engine, training, dtype, epochs, tolerance):
     settings = {"dtype": dtype, "batch_size": 20, **training}  # three batches of 20 rows
-    strong = trial(0, weight_decay=0.3, dropout=0.4, l1_lambda=0.02, input_noise=0.1)
+    strong = trial(0, weight_decay=0.3, dropout=0.4, l1_lambda=0.02, input_noise=0.1, **OTHERS)
     plain, engine = make_engine(**settings), make_engine(**settings)
     plain.join([strong, trial(1)])
     expected = losses(train(plain, epochs)[0])

@@ -4,14 +4,12 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from sklearn.model_selection import train_test_split
-from torch import nn
 
-from tests.unit.training.conftest import blobs, losses, train, trial
-from worker.training import compiling, cores, noise
+from tests.unit.training.conftest import losses, train, trial
+from tests.unit.training.plain import plain_training
+from worker.training import compiling, cores
 from worker.training import engine as engine_module
 from worker.training.batches import batch_sizes
 from worker.training.early_stopping import replay
@@ -185,58 +183,8 @@ def test_a_lane_is_the_plain_training_that_torch_would_do(make_engine, optimizer
     train(engine, 2)
     engine.join([trial(0, weight_decay=decay)])
     lane = train(engine, EPOCHS)[0]
-    expected = plain_training(engine, optimizer, decay)
+    expected = plain_training(engine, EPOCHS, optimizer, decay)
     torch.testing.assert_close(losses(lane), expected, rtol=1e-8, atol=0)
-
-
-def plain_training(engine: Engine, optimizer: str, decay: float) -> torch.Tensor:
-    """Train one model with torch alone; return training and validation loss of each epoch."""
-    data = blobs(None)
-    rows, held_out = train_test_split(
-        np.arange(len(data.train_y)), test_size=0.2, stratify=data.train_y, random_state=3
-    )
-    rows, held_out = np.sort(rows), np.sort(held_out)
-    mean, deviation = (f(data.train_x[rows], axis=0, dtype=np.float64) for f in (np.mean, np.std))
-    x = torch.from_numpy((data.train_x - mean) / deviation)
-    y = torch.from_numpy(data.train_y)
-    torch.manual_seed(3)
-    model = nn.Sequential(
-        nn.Flatten(),
-        nn.Linear(6, 16, bias=False),
-        nn.BatchNorm1d(16),
-        nn.ReLU(),
-        nn.Linear(16, 3),
-    ).double()
-    stepper = plain_optimizer(optimizer, model, decay)
-    curve = []
-    for number in range(1, EPOCHS + 1):
-        order = torch.from_numpy(rows[noise.data_order(3, number, len(rows))])
-        total = 0.0
-        for index in order.tensor_split(engine.steps_per_epoch):
-            stepper.zero_grad()
-            loss = nn.functional.cross_entropy(model.train()(x[index]), y[index])
-            loss.backward()
-            stepper.step()
-            total += loss.item() * len(index)
-        with torch.no_grad():
-            validation = nn.functional.cross_entropy(model.eval()(x[held_out]), y[held_out])
-        curve.append([total / len(rows), validation.item()])
-    return torch.tensor(curve, dtype=torch.float64)
-
-
-def plain_optimizer(name: str, model: nn.Module, decay: float) -> torch.optim.Optimizer:
-    weights = [model[1].weight, model[4].weight]
-    others = [*model[2].parameters(), model[4].bias]
-    groups = [{"params": weights, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
-    match name:
-        case "sgd":
-            return torch.optim.SGD(groups, lr=0.01, momentum=0.9)
-        case "adam":
-            return torch.optim.Adam(groups, lr=0.01)
-        case "adamw":
-            return torch.optim.AdamW(groups, lr=0.01)
-        case _:
-            return torch.optim.RMSprop(groups, lr=0.01)
 
 
 def test_a_batch_norms_scale_does_not_decay(make_engine):
@@ -352,8 +300,19 @@ def test_an_epoch_sees_every_row_in_batches_of_even_size(rows, batch_size, sizes
     assert batch_sizes(rows, batch_size) == sizes
 
 
-@pytest.mark.parametrize("knob", ["label_smoothing", "input_noise", "weight_noise"])
-def test_a_trial_with_noise_is_the_same_alone_in_company_and_refilled(make_engine, knob):
+@pytest.mark.parametrize(
+    "knob",
+    [
+        "label_smoothing",
+        "input_noise",
+        "weight_noise",
+        "max_norm",
+        "max_gradient_norm",
+        "input_dropout",
+        "mixup",
+    ],
+)
+def test_a_trial_of_a_knob_is_the_same_alone_in_company_and_refilled(make_engine, knob):
     strong = trial(0, **{knob: 0.2})
     engine, by_itself, refilled, plain = (make_engine() for _ in range(4))
     engine.join([trial(1), strong])

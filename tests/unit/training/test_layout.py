@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tests.unit.training.conftest import trial
-from tests.unit.training.test_architectures import cnn, small_images
+from tests.unit.training.test_architectures import convolutional, small_images
 from worker.tasks.preparation import Rows
 from worker.training.engine import Engine
 from worker.training.lanes import LaneTensors
@@ -57,7 +57,7 @@ def test_only_convolutions_on_a_cpu_are_turned():
 @pytest.fixture
 def engine(make_engine, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
     monkeypatch.setattr("tests.unit.training.conftest.blobs", small_images)
-    return lambda: make_engine(model=cnn, batch_size=8, max_epochs=4)
+    return lambda: make_engine(model=convolutional, batch_size=8, max_epochs=4)
 
 
 def lies_channels_last(tensors: LaneTensors) -> bool:

@@ -9,14 +9,13 @@ from torch.func import vmap
 from worker.tasks.models import mlp
 from worker.tasks.preparation import Rows
 from worker.training.model import (
-    PERTURBATIONS,
     Batch,
     LaneModel,
     UnsupportedModel,
     loop,
     neutral_strengths,
 )
-from worker.training.noise import standard_normal
+from worker.training.noise import random_bits, standard_normal
 from worker.training.objective import classification
 from worker.training.regularizers import dropout_threshold
 
@@ -102,7 +101,7 @@ def lane_model(model: nn.Module, **options: Any) -> LaneModel:
 
 def batch(lanes: int, model: LaneModel, per_lane: bool) -> Batch:
     generator = torch.Generator().manual_seed(1)
-    shape = (lanes, len(model.sites) + PERTURBATIONS, 2)
+    shape = (lanes, model.keys, 2)
     keys = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, generator=generator)
     if not per_lane:
         return Batch(rows().x, rows().y, keys[0], per_lane)
@@ -123,12 +122,17 @@ def stack(model: LaneModel, lanes: int) -> tuple[dict[str, torch.Tensor], dict[s
     )
 
 
-def strengths(rates: torch.Tensor = RATES, **others: float) -> dict[str, torch.Tensor]:
+def strengths(
+    rates: torch.Tensor = RATES, input_dropout: float = 0.0, **others: float
+) -> dict[str, torch.Tensor]:
     neutral = neutral_strengths(len(rates), torch.float64)
+    input_rates = torch.full_like(neutral["input_noise"], input_dropout)
     return {
         **neutral,
         "dropout_threshold": dropout_threshold(rates),
         "dropout_scale": 1 / (1 - rates.double()),
+        "input_dropout_threshold": dropout_threshold(input_rates),
+        "input_dropout_scale": 1 / (1 - input_rates),
         **{name: torch.full_like(neutral[name], value) for name, value in others.items()},
     }
 
@@ -280,7 +284,9 @@ def test_replicas_compute_the_same_and_share_nothing():
 
 
 @pytest.mark.parametrize("per_lane", [False, True])
-@pytest.mark.parametrize("knob", ["input_noise", "weight_noise", "label_smoothing"])
+@pytest.mark.parametrize(
+    "knob", ["input_noise", "weight_noise", "label_smoothing", "input_dropout", "mixup"]
+)
 def test_a_knob_acts_in_training_alone_and_is_exactly_off_at_zero(knob, per_lane):
     """Against a model without the knob, and against the loop over lanes."""
     plain, with_knob = (lane_model(cnn(), knobs=knobs) for knobs in ((), (knob,)))
@@ -325,12 +331,36 @@ def test_input_and_weight_noise_are_what_their_names_say():
     seen = batch(1, model, per_lane=False)
     chosen = strengths(RATES[:1], input_noise=0.5, weight_noise=0.2)
     _, loss = model.gradients(parameters, {}, chosen, seen)
-    input_key, weight_key = seen.keys
+    input_key, weight_key = seen.keys[:2]
     x = rows().x + 0.5 * standard_normal(input_key, rows().x.shape, torch.float64)
     weights = parameters["1.weight"][0]
     weights = weights + 0.2 * standard_normal(weight_key, weights.shape, torch.float64)
     logits = x.flatten(1) @ weights.T + parameters["1.bias"][0]
     torch.testing.assert_close(loss[0], nn.functional.cross_entropy(logits, rows().y))
+
+
+def test_dropout_on_inputs_is_dropout_on_what_the_model_gets():
+    """One linear layer, at lanes of different rates: what is left of its inputs is known."""
+    rates = torch.tensor([0.0, 0.2, 0.6], dtype=torch.float64)
+    model = lane_model(
+        nn.Sequential(nn.Flatten(), nn.Linear(64, CLASSES)), knobs=("input_dropout",)
+    )
+    parameters, _ = stack(model, 3)
+    seen = batch(3, model, per_lane=False)
+    chosen = strengths() | {
+        "input_dropout_threshold": dropout_threshold(rates),
+        "input_dropout_scale": 1 / (1 - rates),
+    }
+    _, loss_K = model.gradients(parameters, {}, chosen, seen)
+    uniform = (random_bits(seen.keys[2], rows().x.shape).double() + 2**31) / 2**32
+    shares = []
+    for lane, rate in enumerate(rates.tolist()):
+        keep = uniform >= rate
+        shares.append(1 - float(keep.double().mean()))
+        x = torch.where(keep, rows().x / (1 - rate), 0.0)
+        logits = x.flatten(1) @ parameters["1.weight"][lane].T + parameters["1.bias"][lane]
+        torch.testing.assert_close(loss_K[lane], nn.functional.cross_entropy(logits, rows().y))
+    assert shares == pytest.approx(rates.tolist(), abs=4.5 * 0.5 / uniform.numel() ** 0.5)
 
 
 def test_bfloat16_keeps_weights_and_losses_in_full_precision():

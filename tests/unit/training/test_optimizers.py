@@ -34,6 +34,9 @@ KINDS = {
     "adam": Training(optimizer="adam"),
     "adamw": Training(optimizer="adamw"),
     "rmsprop": Training(optimizer="rmsprop"),
+    "sgd, decoupled": Training(optimizer="sgd", decay="decoupled"),
+    "adam, decoupled": Training(optimizer="adam", decay="decoupled"),
+    "rmsprop, decoupled": Training(optimizer="rmsprop", decay="decoupled"),
 }
 
 
@@ -52,6 +55,12 @@ def twin(name: str, w: Tensor, lane: int) -> torch.optim.Optimizer:
             return torch.optim.AdamW([w], **arguments)
         case "rmsprop":
             return torch.optim.RMSprop([w], **arguments)
+        case "sgd, decoupled":
+            return torch.optim.SGD([w], lr=RATES[lane], momentum=0.9)
+        case "adam, decoupled":
+            return torch.optim.AdamW([w], **arguments)
+        case "rmsprop, decoupled":
+            return torch.optim.RMSprop([w], lr=RATES[lane])
     raise ValueError(name)
 
 
@@ -61,6 +70,8 @@ def trained_by_twin(name: str, lane: int, steps: int) -> list[Tensor]:
     path = []
     for _ in range(steps):
         w.grad = gradient(w.detach())
+        if name in ("sgd, decoupled", "rmsprop, decoupled"):  # which torch does not have
+            w.data.mul_(1 - RATES[lane] * DECAYS[lane])
         optimizer.step()
         path.append(w.detach().clone())
     return path

@@ -1,7 +1,6 @@
 """Multilayer perceptrons, and the one without a hidden layer."""
 
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import prod
 from typing import Any
 
@@ -18,7 +17,7 @@ def mlp(settings: Mapping[str, Any], input_shape: tuple[int, ...], outputs: int)
     """
     asked = MlpSettings.model_validate(settings)
     width = prod(input_shape)
-    layers: list[nn.Module] = []
+    layers: list[nn.Module] = [nn.Flatten()]
     for hidden in asked.hidden:
         layers += [
             nn.Linear(width, hidden, bias=asked.norm != "batch"),
@@ -28,17 +27,10 @@ def mlp(settings: Mapping[str, Any], input_shape: tuple[int, ...], outputs: int)
         ]
         width = hidden
     layers.append(nn.Linear(width, outputs))
-    return initialize(_flat(layers, asked.input_dropout), asked.activation)
+    return initialize(nn.Sequential(*layers), asked.activation)
 
 
 def linear(settings: Mapping[str, Any], input_shape: tuple[int, ...], outputs: int) -> nn.Module:
     """Build one linear layer. Inputs are flattened. Settings: ``LinearSettings``."""
-    asked = LinearSettings.model_validate(settings)
-    return _flat([nn.Linear(prod(input_shape), outputs)], asked.input_dropout)
-
-
-def _flat(layers: Sequence[nn.Module], input_dropout: bool) -> nn.Module:
-    """Return layers on flat inputs, numbered from 1; the site at the inputs has a name instead."""
-    first = [("input_dropout", nn.Dropout())] if input_dropout else []
-    numbered = [(str(number), layer) for number, layer in enumerate(layers, start=1)]
-    return nn.Sequential(OrderedDict([("0", nn.Flatten()), *first, *numbered]))
+    LinearSettings.model_validate(settings)
+    return nn.Sequential(nn.Flatten(), nn.Linear(prod(input_shape), outputs))
