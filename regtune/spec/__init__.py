@@ -29,6 +29,8 @@ from regtune.spec.study import NAME_PATTERN, REFERENCE_TRIALS, Requires, StudySp
 from regtune.spec.task import (
     CLASSIFICATION_SCORES,
     REGRESSION_SCORES,
+    AnyTask,
+    NamedTask,
     ScoreName,
     TaskSpec,
 )
@@ -42,10 +44,12 @@ __all__ = [
     "REGRESSION_SCORES",
     "STOCHASTIC_DEPTH_MODELS",
     "TORCHVISION_MODELS",
+    "AnyTask",
     "CnnSettings",
     "ImageFolderSettings",
     "LinearSettings",
     "MlpSettings",
+    "NamedTask",
     "Requires",
     "ScoreName",
     "Search",

@@ -203,15 +203,15 @@ STOCHASTIC_DEPTH_MODELS: Sequence[str] = (
 class TorchvisionSettings(SpecModel):
     """Settings of ``torchvision``: a classifier of torchvision, with weights drawn anew."""
 
-    name: str = Field(
+    architecture: str = Field(
         max_length=100,
         description="Name of the model in torchvision.models.",
         examples=["resnet18", "densenet121"],
     )
 
-    @validate_field("name")
+    @validate_field("architecture")
     @classmethod
-    def _check_name(cls, value: str) -> str:
+    def _check_architecture(cls, value: str) -> str:
         if value in STOCHASTIC_DEPTH_MODELS:
             raise PydanticCustomError(
                 "torchvision",

@@ -31,7 +31,7 @@ from regtune.spec.study import (
     StudySpec,
     Validation,
 )
-from regtune.spec.task import TaskSpec
+from regtune.spec.task import TASK_KINDS, TaskSpec
 from regtune.spec.training import Training
 
 MAX_BODY_BYTES = 256 * 1024
@@ -150,7 +150,7 @@ def _field_error(
     fields_of: Mapping[tuple[str, ...], type[BaseModel]] = _FIELDS_OF,
 ) -> FieldError:
     """Say in plain words what pydantic found, without the union tags that it puts in the way."""
-    parts = [str(part) for part in detail["loc"] if part not in PARAMETER_KINDS]
+    parts = [str(part) for part in detail["loc"] if part not in PARAMETER_KINDS + TASK_KINDS]
     field = ".".join(parts)
     if detail["type"] == "extra_forbidden":
         return FieldError(

@@ -57,7 +57,7 @@ FILES: Mapping[str, Callable[[Path, pytest.MonkeyPatch], Any]] = {
 
 SMALLER: Mapping[str, dict[str, Any]] = {
     "cifar10": {"channels": [4, 8], "depth": 1},
-    "image_folder": {"model": "torchvision", "name": "squeezenet1_1"},
+    "image_folder": {"model": "torchvision", "architecture": "squeezenet1_1"},
 }
 """Networks that take less time on two cores."""
 

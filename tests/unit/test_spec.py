@@ -32,6 +32,33 @@ def test_name_task_and_budget_are_enough() -> None:
     assert (minimal.sampler.name, minimal.pruner.name) == ("tpe", "extrapolation")
 
 
+def test_a_task_may_be_named_instead_of_a_data_set_and_a_model() -> None:
+    short, long = spec(task="waves"), spec(task={"name": "waves"})
+    assert short == long
+    task = {"name": "waves", "score": "rmse", "width": 3}
+    written = spec(task=task)
+    assert written.task.settings == {"width": 3}
+    assert written.canonical()["task"] == task | {"class_weights": "none"}
+    assert parse_spec(written.canonical()) == written
+
+
+@pytest.mark.parametrize(
+    ("task", "field", "message"),
+    [
+        ({"name": "waves", "dataset": "digits"}, "task", "has data and model of its own"),
+        ({"name": "waves", "data": {}, "model": "mlp"}, "task", "leave data and model out"),
+        ({"name": "waves", "score": "best"}, "task.score", "'accuracy'"),
+        ({"name": 3}, "task.name", "valid string"),
+        ({}, "task.dataset", "is required"),
+        (3, "task", "valid dictionary"),
+    ],
+)
+def test_what_is_wrong_with_a_task_is_said(task: Any, field: str, message: str) -> None:
+    found = refusal(task=task)
+    assert found[0][0] == field
+    assert message in found[0][1]
+
+
 @pytest.mark.parametrize(
     ("training", "decay", "l1"),
     [
@@ -178,21 +205,25 @@ def test_the_learning_rate_defaults_by_optimizer() -> None:
             "task.hidden_factor",
             "greater than 0",
         ),
-        ({"task": {"dataset": "digits", "model": "torchvision"}}, "task.name", "is required"),
         (
-            {"task": {"dataset": "digits", "model": "torchvision", "name": "resnet19"}},
-            "task.name",
+            {"task": {"dataset": "digits", "model": "torchvision"}},
+            "task.architecture",
+            "is required",
+        ),
+        (
+            {"task": {"dataset": "digits", "model": "torchvision", "architecture": "resnet19"}},
+            "task.architecture",
             "known: alexnet, googlenet",
         ),
         (
-            {"task": {"dataset": "digits", "model": "torchvision", "name": "swin_t"}},
-            "task.name",
+            {"task": {"dataset": "digits", "model": "torchvision", "architecture": "swin_t"}},
+            "task.architecture",
             "swin_t leaves out whole layers at random (stochastic depth)",
         ),
         (
             {"task": {"dataset": "digits", "model": "resnet18", "norm": "group"}},
             "task.norm",
-            "known for the model resnet18: dataset, data, score, class_weights, model",
+            "known for the model resnet18: score, class_weights, dataset, data, model",
         ),
         (
             {"task": {"dataset": "digits", "model": "linear", "data": {"rows": 3}}},
@@ -472,7 +503,7 @@ def test_a_study_from_before_there_were_folds_and_noise_reads_the_same() -> None
     [
         {"model": "mlp", "norm": "group", "hidden": [16], "input_dropout": True},
         {"model": "cnn", "channels": [8, 8], "norm": "group", "groups": 4},
-        {"model": "torchvision", "name": "densenet121"},
+        {"model": "torchvision", "architecture": "densenet121"},
         {"model": "tabular_resnet", "dataset": "synthetic", "data": {"kind": "classification"}},
         {"model": "linear", "dataset": "image_folder", "data": {"path": "flowers"}},
     ],

@@ -102,6 +102,9 @@ class Program:
 
         Programs of the same ``kind`` do the same on different numbers of threads; which number is
         the best can be told only when all are compiled or none is.
+
+        ``speedup`` is how many times faster the compiled form has been found, ``obstacle`` what has
+        kept this program from being recorded or compiled.
         """
         self.name = name
         self.kind = kind
@@ -115,6 +118,8 @@ class Program:
         self._first_called = perf_counter()
         self.queued = False
         self.challenger: Form | None = None
+        self.speedup: float | None = None
+        self.obstacle: str | None = None
         self.recording: GraphModule | None = None
         self.examples: Leaves = ()
         self._form: Form | None = None
@@ -218,7 +223,8 @@ class Program:
             self._form = self.recording.forward
             log.debug("recorded", program=self.name, lanes=self.lanes, way=chosen)
         except Exception as error:  # noqa: BLE001 - whatever it is, the function itself still works
-            log.warning("not_recorded", program=self.name, reason=first_line(error))
+            self.obstacle = first_line(error)
+            log.warning("not_recorded", program=self.name, reason=self.obstacle)
             self._recordable = False
 
     def _difference(self, one: Form, ones: Leaves, other: Form, others: Leaves) -> float:
@@ -250,15 +256,17 @@ class Program:
             difference = self._difference(champion, copies, challenger, others)
             seconds, before = fastest(challenger, copies), fastest(champion, copies)
         except Exception as error:  # noqa: BLE001 - whatever it is, the champion still works
-            log.warning("compiled_in_vain", program=self.name, reason=first_line(error))
+            self.obstacle = first_line(error)
+            log.warning("compiled_in_vain", program=self.name, reason=self.obstacle)
             return
+        self.speedup = before / seconds
         if difference <= TOLERANCE and seconds < before:
             self._form = challenger
         log.info(
             "compiled" if self._form is challenger else "compiled_in_vain",
             program=self.name,
             lanes=self.lanes,
-            speedup=round(before / seconds, 2),
+            speedup=round(self.speedup, 2),
             difference=float(f"{difference:.1e}"),
         )
 
@@ -378,7 +386,8 @@ class Programs:
                 assert program.recording is not None  # else it would not have been queued
                 form = compile_recording(program.recording, program.examples, program.threads)
             except Exception as error:  # noqa: BLE001 - no compiler, or not for this model
-                log.warning("not_compiled", program=program.name, reason=first_line(error))
+                program.obstacle = first_line(error)
+                log.warning("not_compiled", program=program.name, reason=program.obstacle)
                 return
             self._compiled.put((program, form))
             self._queue.task_done()

@@ -99,7 +99,7 @@ class Epochs:
         self._evaluation_rows = max(self.batches.sizes)
         self._validation = Held.out(prepared.rows, [split.validation for split in prepared.splits])
         self._test = Held.out(prepared.test, [split.test for split in prepared.splits])
-        self._programs = Programs(
+        self.programs = Programs(
             compiles=compiles and model.vectorized,
             constants=[*_tensors(prepared.rows), *_tensors(prepared.test)],
         )
@@ -242,7 +242,7 @@ class Epochs:
         ``epochs_to_come`` are those that will be trained for certain.
         """
         self._cores.note(seconds)
-        if self._programs.epoch_ended(seconds, epochs_to_come):
+        if self.programs.epoch_ended(seconds, epochs_to_come):
             self._cores.forget()
         if self._later is not None:
             # What is needed first has been compiled by now, or is about to be.
@@ -255,9 +255,9 @@ class Epochs:
         ``throwaway`` returns so many lanes that may be trained for nothing.
         """
         common, rarer = set(self._cores.sizes(lanes)), self._cores.rarer_sizes(lanes)
-        if self._programs.expect("step", common | rarer, seconds):
+        if self.programs.expect("step", common | rarer, seconds):
             self._record(common, throwaway)
-            self._programs.settle(min(HEAD_START_SECONDS, HEAD_START_SHARE * seconds))
+            self.programs.settle(min(HEAD_START_SECONDS, HEAD_START_SHARE * seconds))
             self._later = lambda: self._record(rarer, throwaway)
 
     def _record(self, sizes: Collection[int], throwaway: Throwaway) -> None:
@@ -271,16 +271,16 @@ class Epochs:
 
         for size in sorted(sizes, reverse=True):
             self._cores.run_one(self._with_replica(work), size)
-        self._programs.compile_what_pays()
+        self.programs.compile_what_pays()
 
     def settle(self) -> None:
         """Wait until nothing is being compiled any more."""
-        if self._programs.settle():
+        if self.programs.settle():
             self._cores.forget()
 
     def close(self) -> None:
         """Give the threads back."""
-        self._programs.close()
+        self.programs.close()
         self._cores.close()
 
     def _with_replica(self, work: Callable[[LaneStep, Chunk], Tensor]) -> Callable[[Chunk], Tensor]:
@@ -319,7 +319,7 @@ class Epochs:
 
         @cache
         def take(shape: torch.Size) -> Callable[..., Tensor]:
-            program = self._programs.find("step", len(own.places), chunk.threads, shape)
+            program = self.programs.find("step", len(own.places), chunk.threads, shape)
             return program.bind(step.ways_to_take(), own.live, own.strengths, source)
 
         for number, (index, keys) in enumerate(self.batches.of_epoch(own.places)):
@@ -350,7 +350,7 @@ class Epochs:
         @cache
         def measure(shape: torch.Size) -> Callable[..., Tensor]:
             shapes = shape, len(held.rows)
-            program = self._programs.find("measure", len(members), chunk.threads, *shapes)
+            program = self.programs.find("measure", len(members), chunk.threads, *shapes)
             return program.bind(step.ways_to_measure(), parameters, buffers, source)
 
         for some, counts in zip(*batches, strict=True):

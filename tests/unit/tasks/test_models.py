@@ -218,16 +218,16 @@ def test_patches_must_fill_the_images():
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "squeezenet1_1", "vit_b_32"])
 def test_a_model_of_torchvision_is_fitted_to_channels_and_classes(name: str):
-    model = torchvision({"name": name}, (1, 32, 32), 7).eval()
+    model = torchvision({"architecture": name}, (1, 32, 32), 7).eval()
     assert model(torch.randn(2, 1, 32, 32)).shape == (2, 7)
     assert next(p for p in model.parameters() if p.ndim == 4).shape[1] == 1
 
 
 def test_a_model_of_torchvision_that_has_no_dropout_gets_one_before_its_classifier():
     assert kinds(resnet18({}, IMAGES, 7).fc) == [nn.Dropout, nn.Linear]
-    densenet = torchvision({"name": "densenet121"}, IMAGES, 7)
+    densenet = torchvision({"architecture": "densenet121"}, IMAGES, 7)
     assert kinds(densenet.classifier) == [nn.Dropout, nn.Linear]
-    mobilenet = torchvision({"name": "mobilenet_v3_small"}, IMAGES, 7)
+    mobilenet = torchvision({"architecture": "mobilenet_v3_small"}, IMAGES, 7)
     assert kinds(mobilenet.classifier) == [nn.Linear, nn.Hardswish, nn.Dropout, nn.Linear]
 
 
@@ -238,7 +238,7 @@ def test_all_of_torchvisions_classifiers_are_known_and_those_with_other_noise_ar
     }
     for name in STOCHASTIC_DEPTH_MODELS:
         with pytest.raises(ValidationError, match=f"{name} leaves out whole layers at random"):
-            torchvision({"name": name}, IMAGES, 7)
+            torchvision({"architecture": name}, IMAGES, 7)
     for name in ("convnext_tiny", "efficientnet_b0", "efficientnet_v2_s", "swin_t", "swin_v2_t"):
         with torch.device("meta"):
             model = theirs.get_model(name)

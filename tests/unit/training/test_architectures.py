@@ -111,9 +111,9 @@ MODELS = {
     "cnn": (of(built_in.cnn, channels=[4, 8], norm="group", groups=2), 3),
     "vit_tiny": (of(built_in.vit_tiny, width=16, heads=2, depth=2), 9),
     "tabular_resnet": (of(built_in.tabular_resnet, width=16), 4),
-    "resnet18": (of(torchvision, name="resnet18"), 1),
-    "mobilenet_v3_small": (of(torchvision, name="mobilenet_v3_small"), 1),
-    "shufflenet_v2_x0_5": (of(torchvision, name="shufflenet_v2_x0_5"), 1),
+    "resnet18": (of(torchvision, architecture="resnet18"), 1),
+    "mobilenet_v3_small": (of(torchvision, architecture="mobilenet_v3_small"), 1),
+    "shufflenet_v2_x0_5": (of(torchvision, architecture="shufflenet_v2_x0_5"), 1),
 }
 """Models, and how many dropout sites each has."""
 

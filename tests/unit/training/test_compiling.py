@@ -201,8 +201,8 @@ def test_an_engine_that_expects_a_long_study_compiles_first_what_is_needed_first
 ):
     engine = make_engine(threads=2)
     submitted = []
-    monkeypatch.setattr(engine._epochs._programs, "_compiles", True)
-    monkeypatch.setattr(engine._epochs._programs, "_submit", submitted.append)
+    monkeypatch.setattr(engine._epochs.programs, "_compiles", True)
+    monkeypatch.setattr(engine._epochs.programs, "_submit", submitted.append)
     engine.max_lanes = lanes
     engine.expect(1000, 1.0)
     assert {(program.name, program.lanes) for program in submitted} == {
@@ -421,7 +421,7 @@ def test_a_short_study_never_compiles():
 
 def compiled(engine: Engine) -> None:
     """Compile, right now, every program that the engine has used."""
-    for program in engine._epochs._programs:
+    for program in engine.programs:
         assert program.recording is not None
         program._form = compile_recording(program.recording, program.examples, program.threads)
 
@@ -440,7 +440,7 @@ def test_a_trial_is_the_same_compiled(make_engine, training, dtype, epochs, tole
     train(engine, 3)
     engine.leave([2, 3])
     compiled(engine)
-    assert len(list(engine._epochs._programs)) == 2  # the step and the measurement
+    assert len(list(engine.programs)) == 2  # the step and the measurement
     engine.join([strong, trial(1)])
     curve = losses(train(engine, epochs)[0])
     torch.testing.assert_close(curve, expected, rtol=tolerance, atol=0)

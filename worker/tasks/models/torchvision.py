@@ -28,7 +28,7 @@ def torchvision(
     it has no dropout, the classifier gets one in front. Raises InvalidData for rows that are no
     images.
     """
-    name = TorchvisionSettings.model_validate(settings).name
+    name = TorchvisionSettings.model_validate(settings).architecture
     channels, height, _ = check_images(name, input_shape)
     own = {"image_size": height} if name.startswith("vit_") else _OWN_ARGUMENTS.get(name, {})
     model: nn.Module = models.get_model(name, weights=None, num_classes=outputs, **own)
@@ -40,7 +40,7 @@ def torchvision(
 def _named(
     name: str, settings: Mapping[str, Any], input_shape: tuple[int, ...], outputs: int
 ) -> nn.Module:
-    return torchvision({"name": name}, input_shape, outputs)
+    return torchvision({"architecture": name}, input_shape, outputs)
 
 
 resnet18 = partial(_named, "resnet18")
