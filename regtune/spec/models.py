@@ -200,7 +200,7 @@ class TorchvisionSettings(SpecModel):
 
     @validate_field("architecture")
     @classmethod
-    def _check_name(cls, value: str) -> str:
+    def _check_architecture(cls, value: str) -> str:
         if value in STOCHASTIC_DEPTH_MODELS:
             raise PydanticCustomError(
                 "torchvision",

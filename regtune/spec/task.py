@@ -84,7 +84,7 @@ class TaskSpec(Measured):
 
     dataset: str = Field(
         description="Name of the data set, as a worker has it installed.",
-        examples=["digits", "mnist", "fashion_mnist", "table"],
+        examples=["digits", "mnist", "cifar10", "table", "image_folder"],
         max_length=100,
     )
     data: dict[str, Any] = Field(
