@@ -105,6 +105,8 @@ class DataRaise(Good):
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
+    # It is for a process of its own: set up once, logs stay so for the tests to come.
+    monkeypatch.setattr("regtune.logs.configure", lambda settings: None)
     classes = [Good, *Good.__subclasses__()]
     tasks = ",".join(f"{own.__name__}={__name__}:{own.__name__}" for own in classes)
     monkeypatch.setenv("REGTUNE_TASKS", f"{tasks},gone=no.such.module:Class")
