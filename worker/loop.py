@@ -100,15 +100,23 @@ class Worker:
         log.info("worker_stopped", worker=self.name)
 
     def _train_next(self) -> bool:
-        """Train the study whose turn it is for as long as it has trials; say if there was one."""
+        """Train the study whose turn it is for as long as it has trials; say if another's came.
+
+        A stack that is there asks whose turn it is as it meets, and leases in the same transaction.
+        """
         try:
-            study_id = self._choose()
-            if study_id is None:
+            if self._stack is None:
+                study_id = self._choose()
+            else:
+                self._train(self._stack)
+                study_id = self._stack.turn
+                if study_id == self._stack.study.study_id:
+                    return False
+            if study_id is None or self._shutdown.requested:
                 return False
-            if self._stack is None or self._stack.study.study_id != study_id:
-                self._drop_stack()
-                self._stack = self._build_stack(self._read_study(study_id))
-            return self._stack is not None and self._train(self._stack)
+            self._drop_stack()
+            self._stack = self._build_stack(self._read_study(study_id))
+            return self._stack is not None
         except (DBAPIError, DatabaseUnavailable, NotFound) as error:
             log.warning("database_lost", worker=self.name, error=str(error).splitlines()[0])
             return False
@@ -194,11 +202,11 @@ class Worker:
             if isinstance(error, InvalidData):
                 studies.fail(session, study.study_id, str(error), self.name)
 
-    def _train(self, stack: Stack) -> bool:
-        """Train until the study has no trial left for this worker; say if there was any."""
+    def _train(self, stack: Stack) -> None:
+        """Train until the study has no trial left for this worker."""
         stack.meet()
         if stack.idle:
-            return False
+            return
         heartbeat = Heartbeat(
             stack.renew, self._settings.lease_seconds, self._settings.hung_seconds
         )
@@ -219,7 +227,6 @@ class Worker:
             stack.release()
         finally:
             heartbeat.stop()
-        return True
 
     def _wait(self) -> None:
         """Wait until there may be something to train, for one poll at most."""
