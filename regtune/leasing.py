@@ -337,7 +337,13 @@ WITH token AS (
              >= cast(:max_attempts AS int) THEN 'failed'
         ELSE 'waiting' END AS state) outcome
     WHERE t.trial_id = held.trial_id
-    RETURNING t.trial_id, t.study_id, t.number, t.state, t.reason, t.finished_at
+    RETURNING t.trial_id, t.study_id, t.number, t.state, t.reason, t.finished_at, t.share,
+              t.leased_at
+), charged AS (
+    INSERT INTO regtune.charges (study_id, seconds)
+    SELECT study_id, coalesce(sum(share * greatest(0, extract(
+        epoch FROM coalesce(cast(:now AS timestamptz), now()) - leased_at)::float)), 0)
+    FROM given_up GROUP BY study_id
 ), public_trials AS (
     UPDATE public.trials o
     SET state = CASE WHEN given_up.state = 'waiting' THEN 'WAITING'

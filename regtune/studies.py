@@ -467,18 +467,22 @@ FROM regtune.trials WHERE study_id = :study_id
 
 _CANCEL = """
 WITH picked AS (
-    SELECT trial_id FROM regtune.trials
+    SELECT trial_id, CASE state WHEN 'running' THEN share * greatest(0, extract(
+        epoch FROM now() - leased_at)::float) ELSE 0 END AS seconds
+    FROM regtune.trials
     WHERE study_id = :study_id AND state = ANY(:states)
     ORDER BY trial_id FOR UPDATE
 ), cancelled AS (
     UPDATE regtune.trials t
     SET state = 'cancelled', reason = :reason, token = NULL, lease_expires_at = NULL,
         stop_request = NULL,
-        worker_seconds = t.worker_seconds + CASE t.state WHEN 'running' THEN
-            t.share * greatest(0, extract(epoch FROM now() - t.leased_at)::float) ELSE 0 END,
+        worker_seconds = t.worker_seconds + coalesce(picked.seconds, 0),
         finished_at = now()
     FROM picked WHERE t.trial_id = picked.trial_id
     RETURNING t.trial_id, t.number
+), charged AS (
+    INSERT INTO regtune.charges (study_id, seconds)
+    SELECT :study_id, sum(seconds) FROM picked HAVING sum(seconds) > 0
 ), public_trials AS (
     UPDATE public.trials o
     SET state = 'FAIL', datetime_complete = now() AT TIME ZONE 'utc',
@@ -502,6 +506,7 @@ _OF_TRIALS = "(SELECT trial_id FROM public.trials WHERE study_id = :study_id)"
 _DELETIONS = (
     f"DELETE FROM regtune.epochs WHERE trial_id IN {_OF_TRIALS}",
     "DELETE FROM regtune.trials WHERE study_id = :study_id",
+    "DELETE FROM regtune.charges WHERE study_id = :study_id",
     "DELETE FROM regtune.shares WHERE study_id = :study_id",
     "DELETE FROM regtune.studies WHERE study_id = :study_id",
     "DELETE FROM regtune.events WHERE study_id = :study_id AND number IS NOT NULL",

@@ -10,6 +10,7 @@ from sqlalchemy import (
     DateTime,
     Double,
     ForeignKey,
+    Identity,
     Index,
     Integer,
     MetaData,
@@ -157,7 +158,24 @@ shares = Table(
         server_default="0",
         comment="of workers' time, up to settled_at",
     ),
+    Column(
+        "ended_seconds",
+        Double,
+        nullable=False,
+        server_default="0",
+        comment="of those, by leases that have ended",
+    ),
     Column("settled_at", DateTime(timezone=True), nullable=False, server_default=_now),
+    schema=SCHEMA,
+)
+
+charges = Table(
+    "charges",
+    metadata,
+    Column("charge_id", BigInteger, Identity(always=True), primary_key=True),
+    Column("study_id", Integer, nullable=False),
+    Column("seconds", Double, nullable=False, comment="of workers' time, not yet settled"),
+    Index("charges_of_study", "study_id"),
     schema=SCHEMA,
 )
 
