@@ -5,7 +5,7 @@ meanwhile, see each other's outcome. Functions take a session and never commit.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -41,6 +41,14 @@ class ModelFacts:
     training_rows: int
     score: str = "accuracy"
     data_hash: str | None = None
+
+
+@dataclass(frozen=True)
+class Born:
+    """A study of some database, told from those of others by when it was created."""
+
+    study_id: int
+    created_at: datetime
 
 
 @dataclass(frozen=True)
@@ -157,6 +165,17 @@ def by_id(session: Session, study_id: int) -> Study:
     if row is None:
         raise NotFound("the study has been deleted")
     return _study(row)
+
+
+def over(session: Session, candidates: Collection[Born]) -> set[Born]:
+    """Return those that are this database's own, and are over or have been deleted."""
+    return {one for one in candidates if session.execute(text(_IS_OVER), asdict(one)).scalar()}
+
+
+def trials_over(session: Session, study: Born, trial_ids: Collection[int]) -> set[int]:
+    """Return those of a study's trials that have ended; none if it is another database's."""
+    found = session.execute(text(_TRIALS_OVER), {**asdict(study), "trial_ids": list(trial_ids)})
+    return set(found.scalars())
 
 
 def has_more(session: Session, study_id: int) -> bool:
@@ -453,6 +472,22 @@ def _cancel_trials(
         ).all()
     )
 
+
+# What was done to a study stays on record when it is deleted, its making at its very moment too.
+_IS_OVER = f"""
+SELECT EXISTS (SELECT FROM regtune.studies
+               WHERE study_id = :study_id AND created_at = :created_at
+                 AND NOT {tables.IS_LIVE})
+    OR (EXISTS (SELECT FROM regtune.events WHERE study_id = :study_id AND kind = 'study_deleted')
+        AND EXISTS (SELECT FROM regtune.events WHERE study_id = :study_id
+                    AND kind = 'study_created' AND at = :created_at))
+"""
+
+_TRIALS_OVER = """
+SELECT trial_id FROM regtune.trials JOIN regtune.studies s USING (study_id)
+WHERE study_id = :study_id AND s.created_at = :created_at AND trial_id = ANY(:trial_ids)
+  AND trials.state NOT IN ('waiting', 'running')
+"""
 
 _HAS_MORE = """
 SELECT s.state = 'active' AND (s.appended < s.budget_trials OR EXISTS (

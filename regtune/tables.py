@@ -52,6 +52,9 @@ def _one_of(column: str, values: tuple[str, ...]) -> str:
     return f"{column} IN ({', '.join(repr(value) for value in values)})"
 
 
+IS_LIVE = _one_of("state", LIVE_STUDY_STATES)
+"""Whether a row of ``studies`` may still change by itself, in SQL."""
+
 _now = text("now()")
 
 studies = Table(
@@ -78,7 +81,7 @@ studies = Table(
     Column("finished_at", DateTime(timezone=True)),
     CheckConstraint(_one_of("state", STUDY_STATES), name="studies_state_known"),
     CheckConstraint("appended BETWEEN 0 AND budget_trials", name="studies_within_budget"),
-    Index("studies_live", "study_id", postgresql_where=text(_one_of("state", LIVE_STUDY_STATES))),
+    Index("studies_live", "study_id", postgresql_where=text(IS_LIVE)),
     schema=SCHEMA,
 )
 

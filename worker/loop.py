@@ -1,6 +1,7 @@
 """The worker's loop: choose a study, build its engine, train its trials, until told to stop."""
 
 import os
+import random
 import socket
 import time
 from collections.abc import Callable
@@ -65,6 +66,8 @@ class Worker:
         )
         self._stack: Stack | None = None
         self._idle_beat = 0.0
+        # Not all workers of a fleet at once.
+        self._sweep_due = time.monotonic() + random.uniform(0, settings.sweep_seconds)
         self._refused: set[int] = set()
 
     def run(self) -> None:
@@ -88,6 +91,7 @@ class Worker:
         log.info("worker_started", worker=self.name, device=str(self._device), lanes=self._lanes)
         with self._listener:
             while not self._shutdown.requested:
+                self._sweep_in_time()
                 if not self._train_next():
                     self._wait()
         self._drop_stack()
@@ -125,6 +129,31 @@ class Worker:
         if self._stack is not None:
             self._stack.close()
         self._stack = None
+
+    def _sweep_in_time(self) -> None:
+        """Remove, now and then, checkpoints that whoever wrote them has not lived to remove."""
+        if time.monotonic() < self._sweep_due:
+            return
+        self._sweep_due = time.monotonic() + self._settings.sweep_seconds
+        try:
+            self._sweep()
+        except Exception as error:  # noqa: BLE001 - a file system may raise anything
+            log.warning("sweep_failed", error=str(error) or type(error).__name__)
+
+    def _sweep(self) -> None:
+        kept = self._checkpoints.studies()
+        with transaction(self._database) as session:
+            over = studies.over(session, kept)
+        for study in over:
+            self._checkpoints.remove_study(study)
+            log.info("swept", study_id=study.study_id)
+        for study in kept - over:
+            if self._shutdown.requested:
+                return
+            trials = self._checkpoints.trials(study)
+            with transaction(self._database) as session:
+                ended = studies.trials_over(session, study, trials)
+            self._checkpoints.remove(study, ended)
 
     def _choose(self) -> int | None:
         """Return the study whose turn it is; where there is none, say that all lanes are free.
