@@ -209,9 +209,11 @@ class Stack:
 
     def _agree_on_data(self, database: Database) -> None:
         """Let the first worker that builds the model say which data the study is about."""
-        with transaction(database) as session:
-            studies.describe_model(session, self.study.study_id, _facts(self._engine))
-            facts = studies.by_id(session, self.study.study_id).model
+        facts = self.study.model
+        if facts is None:
+            with transaction(database) as session:
+                studies.describe_model(session, self.study.study_id, _facts(self._engine))
+                facts = studies.by_id(session, self.study.study_id).model
         if facts and facts.data_hash not in (None, self._engine.data_hash):
             raise DataDiffer(
                 f"the study began with the data {facts.data_hash}, but those of "
