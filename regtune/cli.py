@@ -4,6 +4,7 @@ import json
 import signal
 import sys
 from datetime import datetime
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from regtune.client import Client, Refused, ServiceUnreachable, Verb
 from regtune.errors import DatabaseUnavailable, FieldError, InvalidSpec, RegtuneError
 from regtune.settings import Settings
 from regtune.spec import StudySpec, parse_text
+from regtune.task import DATASETS, MODELS, TASKS, points
 
 FAILED = 1
 USAGE = 2
@@ -44,8 +46,8 @@ More workers make it faster; on any machine that reaches the database:
 
 _EXIT_CODES = """
 **Exit codes**: 0 all went well · 1 refused, or something failed · 2 the command, a setting or a
-study's file is wrong · 3 the service or the database cannot be reached · 4 there is no such study,
-or no best trial yet · 130 ended by Ctrl-C.
+study's file is wrong · 3 the service or the database cannot be reached · 4 there is no such study
+or task, or no best trial yet · 130 ended by Ctrl-C.
 """
 
 app = typer.Typer(
@@ -57,6 +59,10 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+tasks = typer.Typer(
+    no_args_is_help=True, help="List tasks, data sets and models; show or check one of them."
+)
+app.add_typer(tasks, name="task")
 db = typer.Typer(no_args_is_help=True, help="Migrate the database, or check it.")
 app.add_typer(db, name="db")
 
@@ -353,6 +359,80 @@ def worker(
         programs.become("worker", *_options(device=chosen, lanes=lanes, name=name))
 
 
+Subject = Annotated[
+    str,
+    typer.Argument(metavar="NAME|FILE", help="A task, data set or model; or the file of a study."),
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SETTING=VALUE", help="A setting of it; may be given again."),
+]
+ForData = Annotated[
+    str | None,
+    typer.Option("--data", metavar="NAME", help="What a model is built for. Default: digits."),
+]
+WithModel = Annotated[
+    str | None,
+    typer.Option("--model", metavar="NAME", help="What learns a data set. Default: mlp."),
+]
+
+
+@tasks.command("list")
+def list_tasks(as_json: AsJson = False) -> None:
+    """List what is installed here, or named by `REGTUNE_TASKS`; nothing is imported."""
+    own = _settings().tasks
+    found = [
+        {"name": point.name, "kind": kind, "defined_in": point.value, "package": _package(point)}
+        for kind, group in (("task", TASKS), ("data set", DATASETS), ("model", MODELS))
+        for point in sorted(points(group, own).values(), key=lambda point: point.name)
+    ]
+    if as_json:
+        _write_json(found)
+        return
+    table = Table("name", "kind", "defined in", "package", box=None, pad_edge=False)
+    for entry in found:
+        table.add_row(*(escape(part or "") for part in entry.values()))
+    _out.print(table)
+
+
+@tasks.command("show")
+def show_task(
+    name: Subject,
+    sets: Sets = None,
+    data: ForData = None,
+    model: WithModel = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a task, data set or model is: settings, rows, parameters, dropout sites.
+
+    Its data is loaded, and downloaded where that is needed, and its model built.
+
+        regtune task show mlp --set hidden=[64,64] --data wine
+    """
+    _inspect("show", name, sets, data, model, as_json)
+
+
+@tasks.command("check")
+def check_task(
+    name: Subject,
+    sets: Sets = None,
+    data: ForData = None,
+    model: WithModel = None,
+    device: Annotated[
+        str, typer.Option(help="Any device of PyTorch; by default the first GPU, or the CPU.")
+    ] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Train a task for two epochs, and say how that goes and what is wrong.
+
+    Exit code 1 if something is wrong. A task's own code is run, in a process of its own.
+
+        regtune task check my_task --set width=64
+        regtune task check study.yaml
+    """
+    _inspect("check", name, sets, data, model, as_json, device=device)
+
+
 @db.command()
 def upgrade() -> None:
     """Bring the schema up to date; safe at any time, and from several places at once."""
@@ -461,6 +541,26 @@ def _device(gpu: str, home: Path) -> str:
     if not gpu.isdecimal():
         raise typer.BadParameter(f"a number or free, not {gpu!r}", param_hint="--gpu")
     return f"cuda:{gpu}"
+
+
+def _inspect(
+    verb: str,
+    name: str,
+    sets: list[str] | None,
+    data: str | None,
+    model: str | None,
+    as_json: bool,
+    **options: str,
+) -> None:
+    """Become the worker's program that imports what is looked at: here is no torch."""
+    _settings()
+    given = [part for setting in sets or () for part in ("--set", setting)]
+    given += _options(data=data, model=model, **options)
+    programs.become("worker.inspection", verb, name, *given, *(["--json"] if as_json else []))
+
+
+def _package(point: EntryPoint) -> str | None:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else None
 
 
 def _options(**options: Any) -> list[str]:

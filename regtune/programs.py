@@ -24,9 +24,13 @@ class NotInstalled(RegtuneError):
 
 
 def command(program: str, *options: str) -> list[str]:
-    """Return the command line of a program; raise NotInstalled if it could not run."""
-    if importlib.util.find_spec(_NEEDS[program]) is None:
-        raise NotInstalled(f"the {program} is not installed here: pip install 'regtune[{program}]'")
+    """Return the command line of a program, a part of regtune or a module of it.
+
+    Raise NotInstalled if it could not run.
+    """
+    part = program.partition(".")[0]
+    if importlib.util.find_spec(_NEEDS[part]) is None:
+        raise NotInstalled(f"the {part} is not installed here: pip install 'regtune[{part}]'")
     # -P: a folder named `worker` where the person happens to be is not ours.
     return [sys.executable, "-P", "-m", program, *options]
 

@@ -1,5 +1,7 @@
 """Every setting, read once from ``REGTUNE_*`` environment variables and passed in from there."""
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -32,6 +34,11 @@ class Settings(BaseSettings):
         (),
         description="Folders and addresses, with commas between, under which a study may name "
         "files for a worker to read; the data folder is always one.",
+    )
+    tasks: Annotated[Mapping[str, str], NoDecode] = Field(
+        {},
+        description="Tasks of one's own that are not installed by an entry point, as "
+        "name=package.module:Class, with commas between.",
     )
     pool_size: int = Field(5, ge=1, le=1000, description="Most database connections of a process.")
     lease_seconds: float = Field(30.0, gt=0, description="How long a lease lasts unrenewed.")
@@ -71,4 +78,25 @@ class Settings(BaseSettings):
     def _split_at_commas(cls, value: object) -> object:
         if not isinstance(value, str):
             return value
-        return tuple(root.strip() for root in value.split(",") if root.strip())
+        return _parts(value)
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _split_names_from_classes(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        pairs = [part.partition("=") for part in _parts(value)]
+        for name, _, where in pairs:
+            if not name.strip() or not re.fullmatch(_CLASS, where.strip()):
+                raise ValueError(
+                    f"{name!r} is not given as name=package.module:Class, but as {where!r}"
+                )
+        return {name.strip(): where.strip() for name, _, where in pairs}
+
+
+_CLASS = r"\w+(\.\w+)*:\w+(\.\w+)*"
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    """Return what stands between commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())

@@ -64,8 +64,10 @@ def choose(
 
 
 SUITS = """
-jsonb_exists(w.datasets, s.spec -> 'task' ->> 'dataset')
-AND jsonb_exists(w.models, s.spec -> 'task' ->> 'model')
+CASE WHEN jsonb_exists(s.spec -> 'task', 'name')
+     THEN jsonb_exists(w.tasks, s.spec -> 'task' ->> 'name')
+     ELSE jsonb_exists(w.datasets, s.spec -> 'task' ->> 'dataset')
+          AND jsonb_exists(w.models, s.spec -> 'task' ->> 'model') END
 AND coalesce(s.spec -> 'requires' ->> 'device', w.device_kind) = w.device_kind
 AND coalesce(cast(s.spec -> 'requires' ->> 'min_memory_gb' AS float), 0) * 1e9
     <= coalesce(w.memory_bytes, 0)

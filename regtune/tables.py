@@ -215,6 +215,7 @@ workers = Table(
     Column("capacity", JSONB, comment="how the number of lanes was found"),
     Column("datasets", JSONB, nullable=False),
     Column("models", JSONB, nullable=False),
+    Column("tasks", JSONB, nullable=False, server_default=text("'[]'::jsonb")),
     Column("study_id", Integer, comment="the study that it trains now"),
     Column("started_at", DateTime(timezone=True), nullable=False),
     Column("heartbeat_at", DateTime(timezone=True), nullable=False),
@@ -241,5 +242,6 @@ events = Table(
     Column("detail", JSONB, nullable=False, server_default=text("'{}'::jsonb")),
     Index("events_of_study", "study_id", "event_id"),
     Index("events_of_deletions", "study_id", postgresql_where=text("kind = 'study_deleted'")),
+    Index("events_of_refusals", "study_id", postgresql_where=text("kind = 'study_refused'")),
     schema=SCHEMA,
 )

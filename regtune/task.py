@@ -1,29 +1,36 @@
-"""What is trained: data sets and models, the built-in ones and a user's own, by the same door.
+"""What is trained: tasks, data sets and models, the built-in ones and a user's own, by one door.
 
-A package offers data sets and models through entry points of two groups, ``regtune.datasets`` and
-``regtune.models``. Names are listed without importing anything, so that a service without torch
-knows them; only a worker loads what is behind a name.
+A package offers them through entry points of three groups: ``regtune.datasets`` and
+``regtune.models``, of which a study names a pair, and ``regtune.tasks``, which are both in one
+class. Names are listed without importing anything, so that a service without torch knows them; only
+a worker loads what is behind a name.
 """
 
 import hashlib
+import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic_core import ErrorDetails
 
-from regtune.errors import NotFound
+from regtune.errors import FieldError, InvalidSpec, NotFound
 
 DATASETS = "regtune.datasets"
 MODELS = "regtune.models"
+TASKS = "regtune.tasks"
+
+_FIELDS = frozenset({"name", "dataset", "data", "model", "score", "class_weights"})
 
 RowFunction = Callable[[Any, Any], Any]
-"""A function of a model's outputs ``(B, outputs)`` and targets ``(B,)``, to one number a row.
+"""A function of a model's outputs ``(B, …)`` and targets ``(B, …)``, to one number a row: ``(B,)``.
 
-Both are tensors of torch. It must not branch on their values: it runs under ``vmap``.
+All are tensors of torch. It must not branch on their values: it runs under ``vmap``.
 """
 
 
@@ -52,14 +59,18 @@ Inputs = NDArray[Any] | Columns
 class Data:
     """A data set in memory, for classification or for regression.
 
-    ``train_x`` and ``test_x`` are ``(rows, *features)``, float32 or uint8, or the columns of a
-    table; neither normalized nor imputed nor encoded, since that depends on which rows are trained
-    on, so that only the worker can. With ``classes``, ``train_y`` and ``test_y`` are ``(rows,)``,
-    int64, from 0 to ``classes - 1``; with ``classes=None`` they are numbers to predict, float32.
+    ``train_x`` and ``test_x`` are ``(rows, *features)``, or the columns of a table; neither
+    normalized nor imputed nor encoded, since that depends on which rows are trained on, so that
+    only the worker can. With ``standardize=False`` arrays are left as they are. A model gets them
+    as float32 either way; whole numbers up to 2^24, such as token ids, stay exact in it.
+
+    With ``classes``, ``train_y`` and ``test_y`` are ``(rows,)``, int64, from 0 to ``classes - 1``;
+    with ``classes=None`` they are numbers to predict, float32, and standardized as well. A task
+    with a loss of its own gets them as they are, and they may then be of any type and have any
+    shape ``(rows, …)``.
+
     Validation rows are taken from the training rows; test rows are looked at once, at the best
     weights.
-
-    ``loss`` and ``score`` take the place of the built-in ones; both are means over rows.
     """
 
     train_x: Inputs
@@ -67,8 +78,7 @@ class Data:
     test_x: Inputs
     test_y: NDArray[Any]
     classes: int | None
-    loss: RowFunction | None = None
-    score: RowFunction | None = None
+    standardize: bool = True
 
     @property
     def outputs(self) -> int:
@@ -114,20 +124,71 @@ class ModelBuilder(Protocol):
         """Return a new model for these settings; it is built under the study's seed."""
 
 
+class Task(Protocol):
+    """Data, model, and what is measured, in one class; a study's settings are its arguments.
+
+    They must be annotated, by name, so that they can be checked and shown: ``width: int = 32``. A
+    dataclass or a model of pydantic will do. The methods ``loss(output, target)`` and
+    ``score(output, target)``, both RowFunctions, may be left out; the built-in ones then take their
+    place.
+    """
+
+    def data(self, storage: Storage) -> Data:
+        """Return the data set: the same rows at every call, and on every machine."""
+
+    def model(self, input_shape: tuple[int, ...], outputs: int) -> Any:
+        """Return a new ``torch.nn.Module`` from ``(batch, *input_shape)`` to ``(batch, …)``.
+
+        It is built under the study's seed. ``outputs`` is the number of classes, or 1.
+        """
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A data set and a model as a task; it measures what is usual for their kind."""
+
+    load: DatasetLoader
+    data_settings: Mapping[str, Any]
+    build: ModelBuilder
+    model_settings: Mapping[str, Any]
+
+    def data(self, storage: Storage) -> Data:
+        """Load the data set."""
+        return self.load(storage, **self.data_settings)
+
+    def model(self, input_shape: tuple[int, ...], outputs: int) -> Any:
+        """Build a model."""
+        return self.build(self.model_settings, input_shape, outputs)
+
+
 @dataclass(frozen=True)
 class Offer:
-    """The names of the data sets and models that a program has installed."""
+    """The names of the data sets, models and tasks that a program has installed."""
 
     datasets: frozenset[str]
     models: frozenset[str]
+    tasks: frozenset[str] = field(default=frozenset())
 
 
-def installed() -> Offer:
-    """Return what is installed here, without importing any of it."""
+def installed(configured: Mapping[str, str]) -> Offer:
+    """Return what is installed or configured here, without importing any of it."""
     return Offer(
         datasets=frozenset(entry_points(group=DATASETS).names),
         models=frozenset(entry_points(group=MODELS).names),
+        tasks=frozenset(points(TASKS, configured)),
     )
+
+
+def points(group: str, configured: Mapping[str, str]) -> dict[str, EntryPoint]:
+    """Return where everything of a group is found, by name, without importing any of it.
+
+    ``configured`` are tasks that this program's own configuration names, by name, each as
+    ``package.module:Class``; they come before those that are installed.
+    """
+    own = configured if group == TASKS else {}
+    return {point.name: point for point in entry_points(group=group)} | {
+        name: EntryPoint(name, where, group) for name, where in own.items()
+    }
 
 
 def find_dataset(name: str) -> DatasetLoader:
@@ -142,8 +203,56 @@ def find_model(name: str) -> ModelBuilder:
     return builder
 
 
-def _find(group: str, name: str) -> EntryPoint:
-    points = entry_points(group=group)
-    if name not in points.names:
-        raise NotFound(f"no {group} entry point {name!r}; installed: {sorted(points.names)}")
-    return points[name]
+def find_task(name: str, configured: Mapping[str, str]) -> Callable[..., Task]:
+    """Import the class of a task; raise NotFound, listing the known ones."""
+    factory: Callable[..., Task] = _find(TASKS, name, configured).load()
+    return factory
+
+
+def make_task(factory: Callable[..., Task], settings: Mapping[str, Any]) -> Task:
+    """Return a task with a study's settings; raise InvalidSpec with those that are wrong."""
+    schema = settings_schema(factory)
+    if taken := _FIELDS & schema.model_fields.keys():
+        says = "the task has an argument of this name, which is a field of every task"
+        raise InvalidSpec(tuple(FieldError(f"task.{name}", says) for name in sorted(taken)))
+    try:
+        checked = schema.model_validate(settings)
+    except ValidationError as error:
+        raise InvalidSpec(
+            tuple(_wrong_setting(detail, schema) for detail in error.errors())
+        ) from None
+    return factory(**{name: getattr(checked, name) for name in schema.model_fields})
+
+
+def settings_schema(factory: Callable[..., Any]) -> type[BaseModel]:
+    """Return what may be set of a task or a data set, by the annotated arguments of its making."""
+    arguments = inspect.signature(factory, eval_str=True).parameters.values()
+    fields: dict[str, Any] = {
+        argument.name: (
+            Any if argument.annotation is argument.empty else argument.annotation,
+            ... if argument.default is argument.empty else argument.default,
+        )
+        for argument in arguments
+        if argument.kind in (argument.POSITIONAL_OR_KEYWORD, argument.KEYWORD_ONLY)
+        and argument.annotation is not Storage
+    }
+    config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
+    return create_model("Settings", __config__=config, **fields)
+
+
+def _wrong_setting(detail: ErrorDetails, schema: type[BaseModel]) -> FieldError:
+    field = ".".join(["task", *map(str, detail["loc"])])
+    match detail["type"]:
+        case "extra_forbidden":
+            known = ", ".join(schema.model_fields) or "none"
+            return FieldError(field, f"unknown setting; known: {known}")
+        case "missing":
+            return FieldError(field, "is required")
+    return FieldError(field, detail["msg"].removeprefix("Input "))
+
+
+def _find(group: str, name: str, configured: Mapping[str, str] | None = None) -> EntryPoint:
+    known = points(group, configured or {})
+    if name not in known:
+        raise NotFound(f"no {group} entry point {name!r}; installed: {sorted(known)}")
+    return known[name]

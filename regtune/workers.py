@@ -38,6 +38,7 @@ class Worker:
     capacity: Mapping[str, Any] | None
     datasets: Sequence[str]
     models: Sequence[str]
+    tasks: Sequence[str]
     study: str | None
     started_at: datetime
     heartbeat_at: datetime
@@ -73,6 +74,7 @@ def register(
             "lanes": lanes,
             "datasets": sorted(offer.datasets),
             "models": sorted(offer.models),
+            "tasks": sorted(offer.tasks),
         },
     )
     events.notify(session, NEWS, ANY_STUDY)
@@ -128,12 +130,19 @@ def everyone(session: Session, alive_seconds: float) -> Sequence[Worker]:
 
 
 def offered(session: Session, alive_seconds: float) -> Offer:
-    """Return the data sets and models that at least one living worker has."""
+    """Return the data sets, models and tasks that at least one living worker has."""
     living = [worker for worker in everyone(session, alive_seconds) if worker.alive]
     return Offer(
         datasets=frozenset(name for worker in living for name in worker.datasets),
         models=frozenset(name for worker in living for name in worker.models),
+        tasks=frozenset(name for worker in living for name in worker.tasks),
     )
+
+
+def refusals(session: Session, study_id: int) -> Mapping[str, str]:
+    """Return why workers train no trial of a study, by their names, until they are restarted."""
+    rows = session.execute(text(_REFUSALS), {"study_id": study_id})
+    return {row.name: row.reason for row in rows}
 
 
 def wanted_lanes(session: Session, study_id: int, alive_seconds: float) -> int:
@@ -146,15 +155,17 @@ def wanted_lanes(session: Session, study_id: int, alive_seconds: float) -> int:
 
 _REGISTER = """
 INSERT INTO regtune.workers (name, host, pid, device, device_kind, memory_bytes, lanes,
-                             wanted_lanes, datasets, models, started_at, heartbeat_at)
+                             wanted_lanes, datasets, models, tasks, started_at,
+                             heartbeat_at)
 VALUES (:name, :host, :pid, :device, :device_kind, :memory_bytes, :lanes, :lanes,
-        to_jsonb(cast(:datasets AS text[])), to_jsonb(cast(:models AS text[])), now(), now())
+        to_jsonb(cast(:datasets AS text[])), to_jsonb(cast(:models AS text[])),
+        to_jsonb(cast(:tasks AS text[])), now(), now())
 ON CONFLICT (name) DO UPDATE
 SET host = excluded.host, pid = excluded.pid, device = excluded.device,
     device_kind = excluded.device_kind, memory_bytes = excluded.memory_bytes,
     lanes = excluded.lanes,
     wanted_lanes = excluded.wanted_lanes, datasets = excluded.datasets,
-    models = excluded.models, started_at = excluded.started_at,
+    models = excluded.models, tasks = excluded.tasks, started_at = excluded.started_at,
     heartbeat_at = excluded.heartbeat_at, study_id = NULL, stopped_at = NULL,
     occupancy = NULL, capacity = NULL
 """
@@ -181,11 +192,18 @@ WHERE beaten.wanted_lanes > 0
 
 _EVERYONE = """
 SELECT w.name, w.host, w.pid, w.device, w.device_kind, w.memory_bytes, w.lanes,
-       w.wanted_lanes, w.occupancy, w.capacity, w.datasets, w.models, s.name AS study,
-       w.started_at, w.heartbeat_at, w.stopped_at IS NULL
+       w.wanted_lanes, w.occupancy, w.capacity, w.datasets, w.models, w.tasks,
+       s.name AS study, w.started_at, w.heartbeat_at, w.stopped_at IS NULL
        AND w.heartbeat_at > now() - make_interval(secs => :alive_seconds) AS alive
 FROM regtune.workers w LEFT JOIN regtune.studies s USING (study_id)
 ORDER BY alive DESC, w.name
+"""
+
+_REFUSALS = """
+SELECT w.name, e.detail ->> 'reason' AS reason
+FROM regtune.events e JOIN regtune.workers w ON w.name = e.actor AND e.at >= w.started_at
+WHERE e.study_id = :study_id AND e.kind = 'study_refused'
+ORDER BY e.event_id
 """
 
 _WANTED_LANES = f"""

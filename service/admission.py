@@ -7,7 +7,8 @@ from sqlalchemy.orm import Session
 
 from regtune import studies, workers
 from regtune.errors import FieldError, InvalidSpec, NotFound
-from regtune.spec import Requires, StudySpec, TaskSpec
+from regtune.spec import AnyTask, NamedTask, Requires, StudySpec
+from regtune.studies import Study
 from regtune.task import Offer
 from regtune.workers import Worker
 
@@ -28,33 +29,45 @@ def check(session: Session, spec: StudySpec, installed: Offer, alive_seconds: fl
             raise InvalidSpec(errors) from None
 
 
-def warning(session: Session, spec: StudySpec, alive_seconds: float) -> str | None:
+def warning(session: Session, study: Study, alive_seconds: float) -> str | None:
     """Say why nobody would train this study now; None if somebody would."""
+    spec = study.spec
     living = [worker for worker in workers.everyone(session, alive_seconds) if worker.alive]
-    offering = [worker for worker in living if _offers(worker, spec.task)]
-    if any(_meets(worker, spec.requires) for worker in offering):
-        return None
     if not living:
         return "no worker is alive; the study waits for one (start it with `regtune worker`)"
-    if offering:
+    offering = [worker for worker in living if _offers(worker, spec.task)]
+    if not offering:
+        return (
+            f"none of the {len(living)} living workers offers {spec.task}; "
+            "the study waits for one that does"
+        )
+    suited = [worker for worker in offering if _meets(worker, spec.requires)]
+    if not suited:
         return (
             f"none of the {len(offering)} living workers that offer its task has "
             f"{_in_words(spec.requires)}; the study waits for one that does"
         )
-    task = spec.task
-    return (
-        f"none of the {len(living)} living workers offers the data set {task.dataset!r} with the "
-        f"model {task.model!r}; the study waits for one that does"
-    )
+    refusals = workers.refusals(session, study.study_id)
+    if all(worker.name in refusals for worker in suited):
+        return (
+            f"all of the {len(suited)} living workers that could train it have refused it; the "
+            f"study waits for another, or for one to be restarted. {suited[-1].name}: "
+            f"{refusals[suited[-1].name]}"
+        )
+    return None
 
 
-def _unknown(task: TaskSpec, installed: Offer, offered: Offer) -> Iterator[FieldError]:
-    datasets = installed.datasets | offered.datasets
-    models = installed.models | offered.models
-    if task.dataset not in datasets:
-        yield FieldError("task.dataset", _not_known("data set", task.dataset, datasets))
-    if task.model not in models:
-        yield FieldError("task.model", _not_known("model", task.model, models))
+def _unknown(task: AnyTask, installed: Offer, offered: Offer) -> Iterator[FieldError]:
+    if isinstance(task, NamedTask):
+        asked = [("task.name", "task", task.name, installed.tasks | offered.tasks)]
+    else:
+        asked = [
+            ("task.dataset", "data set", task.dataset, installed.datasets | offered.datasets),
+            ("task.model", "model", task.model, installed.models | offered.models),
+        ]
+    for field, what, name, known in asked:
+        if name not in known:
+            yield FieldError(field, _not_known(what, name, known))
 
 
 def _not_known(what: str, name: str, known: frozenset[str]) -> str:
@@ -72,7 +85,9 @@ def _missing(spec: StudySpec) -> Iterator[FieldError]:
         )
 
 
-def _offers(worker: Worker, task: TaskSpec) -> bool:
+def _offers(worker: Worker, task: AnyTask) -> bool:
+    if isinstance(task, NamedTask):
+        return task.name in worker.tasks
     return task.dataset in worker.datasets and task.model in worker.models
 
 

@@ -59,7 +59,7 @@ def create_app(settings: Settings, *, schedule: bool = True) -> FastAPI:
         separate_input_output_schemas=False,
         responses=PROBLEM,
     )
-    app.state.context = Context(settings, engine, newsroom, task.installed())
+    app.state.context = Context(settings, engine, newsroom, task.installed(settings.tasks))
     problems.install(app)
     for part in (studies, trials, history, events, workers, health):
         app.include_router(part.router)

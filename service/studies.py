@@ -190,7 +190,7 @@ class StudyDetail(StudySummary):
     )
     warning: str | None = Field(
         description="Why nothing happens, if no living worker offers the study's task on a device "
-        "as it requires.",
+        "as it requires, or all that do have refused it because their data differ.",
         examples=["no worker is alive; the study waits for one (start it with `regtune worker`)"],
     )
 
@@ -319,7 +319,7 @@ def _detail(session: Session, study: Study, context: Context) -> StudyDetail:
         eta_seconds=records.eta_seconds(session, study, standing),
         best=best,
         baseline=TrialResult.of(baseline) if baseline else None,
-        warning=admission.warning(session, study.spec, alive_seconds) if study.live else None,
+        warning=admission.warning(session, study, alive_seconds) if study.live else None,
     )
 
 

@@ -66,6 +66,9 @@ class WorkerDetail(Document):
         examples=[["digits", "fashion_mnist", "mnist"]],
     )
     models: list[str] = Field(description="The models that it has installed.", examples=[["mlp"]])
+    tasks: list[str] = Field(
+        description="The tasks that it has installed or configured.", examples=[["waves"]]
+    )
     study: str | None = Field(description="The study that it trains now.", examples=["digits"])
     started_at: datetime = Field(
         description="When it started.", examples=["2026-03-01T11:58:00.000000Z"]

@@ -28,6 +28,12 @@ def create(engine: Engine, name: str = "study", **changes: Any) -> Study:
         return studies.create(session, spec(name, **changes), "test")[0]
 
 
+def find(engine: Engine, name: str) -> Study:
+    """A study by its name."""
+    with transaction(engine) as session:
+        return studies.find(session, name)
+
+
 def suggestion(study: Study, number: int = 2) -> Suggestion:
     """A suggestion in the middle of every range."""
     point = {

@@ -4,13 +4,13 @@ import argparse
 import os
 import sys
 
-import torch
-
 from regtune import database, logs
 from regtune.errors import DatabaseUnavailable, RegtuneError
 from regtune.settings import Settings
+from worker.devices import find_device
 from worker.loop import Worker
 from worker.shutdown import Shutdown
+from worker.training.compiling import keep_compiled_in
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,13 +23,12 @@ def main(arguments: list[str] | None = None) -> int:
     if options.lanes is not None:
         settings = settings.model_copy(update={"lanes": options.lanes})
     logs.configure(settings)
-    # Where TorchInductor keeps compiled steps; by default a temporary folder.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.data_dir / "compiled"))
+    keep_compiled_in(settings.data_dir / "compiled")
     shutdown = Shutdown()
     shutdown.install()
     try:
         url = database.address(_required(settings.database_url))
-        Worker(url, settings, _device(options.device), options.name, shutdown).run()
+        Worker(url, settings, find_device(options.device), options.name, shutdown).run()
     except RegtuneError as error:
         print(f"regtune worker: {error}", file=sys.stderr)  # noqa: T201 - a program's last word
         return 3 if isinstance(error, DatabaseUnavailable) else 2
@@ -55,17 +54,6 @@ def _required(url: str | None) -> str:
     if not url:
         raise DatabaseUnavailable("set REGTUNE_DATABASE_URL to the database that the service uses")
     return url
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise RegtuneError(f"device {name!r}: {str(error).splitlines()[0]}") from None
-    return device
 
 
 if __name__ == "__main__":

@@ -13,14 +13,15 @@ from sqlalchemy.exc import DBAPIError
 
 from regtune import database, events, leasing, reporting, shares, studies, task, workers
 from regtune.database import transaction
-from regtune.errors import DatabaseUnavailable, DataDiffer, InvalidData, NotFound
+from regtune.errors import DatabaseUnavailable, DataDiffer, InvalidData, InvalidSpec, NotFound
 from regtune.reporting import Failed
 from regtune.settings import Settings
 from regtune.studies import Study
 from worker.checkpoints import CheckpointStore
+from worker.devices import describe
 from worker.heartbeat import Heartbeat
 from worker.shutdown import Interrupted, Shutdown
-from worker.stack import Stack, describe
+from worker.stack import Stack
 from worker.training import capacity
 from worker.training.engine import Engine
 
@@ -49,7 +50,7 @@ class Worker:
         self._settings = settings
         self._device = device
         self._lanes = settings.lanes or capacity.provisional(device)
-        self._offer = task.installed()
+        self._offer = task.installed(settings.tasks)
         self._shutdown = shutdown or Shutdown()
         self._make_engine = make_engine
         self._database: Database = database.connect(
@@ -219,7 +220,8 @@ class Worker:
     def _fail_one(self, study: Study, error: Exception) -> None:
         """Fail one trial alone: other workers may well have what this one lacks.
 
-        Data that cannot be trained on are the same for all of them, and end the study.
+        Data that cannot be trained on, and wrong settings, are the same for all of them, and end
+        the study.
         """
         failed = Failed.by(error)
         with transaction(self._database) as session:
@@ -228,7 +230,7 @@ class Worker:
                 session, study.study_id, self.name, 1, self._settings.lease_seconds
             )
             reporting.finish(session, [(lease, failed) for lease in leases], self.name)
-            if isinstance(error, InvalidData):
+            if isinstance(error, InvalidData | InvalidSpec):
                 studies.fail(session, study.study_id, str(error), self.name)
 
     def _train(self, stack: Stack) -> None:

@@ -23,6 +23,7 @@ from regtune.spec import StudySpec
 from regtune.studies import ModelFacts, Study
 from regtune.task import Storage
 from worker.checkpoints import CheckpointStore, CheckpointWriter, Saved
+from worker.devices import describe
 from worker.meeting import Answer, Meetings, Report
 from worker.shutdown import Interrupted
 from worker.training import capacity
@@ -203,8 +204,9 @@ class Stack:
             validation=spec.validation,
             storage=Storage(self._settings.data_dir, self._settings.data_roots),
             device=self._device,
+            own_tasks=self._settings.tasks,
             max_lanes=self._settings.lanes or capacity.MOST_LANES,
-            knobs=_knobs(spec),
+            knobs=knobs_of(spec),
         )
 
     def _agree_on_data(self, database: Database) -> None:
@@ -217,7 +219,7 @@ class Stack:
         if facts and facts.data_hash not in (None, self._engine.data_hash):
             raise DataDiffer(
                 f"the study began with the data {facts.data_hash}, but those of "
-                f"{self.study.spec.task.dataset!r} are {self._engine.data_hash} here"
+                f"{self.study.spec.task} are {self._engine.data_hash} here"
             )
 
     def _settle_capacity(self) -> Capacity:
@@ -264,7 +266,7 @@ class Stack:
             spec.task.model_dump(mode="json"),
             (spec.training.optimizer, spec.training.batch_size, spec.training.precision),
             self._engine.members,
-            sorted(_knobs(spec)),
+            sorted(knobs_of(spec)),
         )
 
     def _is_time_to_meet(self) -> bool:
@@ -435,13 +437,6 @@ def _halves(keys: Sequence[int]) -> list[Sequence[int]]:
     return [keys[:middle], keys[middle:]] if middle else []
 
 
-def describe(device: torch.device) -> str:
-    """Return the name of a device, as people know it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu ({torch.get_num_threads()} threads)"
-
-
 def _facts(engine: Engine) -> ModelFacts:
     return ModelFacts(
         parameters=engine.parameters,
@@ -456,7 +451,7 @@ def _facts(engine: Engine) -> ModelFacts:
     )
 
 
-def _knobs(spec: StudySpec) -> frozenset[str]:
+def knobs_of(spec: StudySpec) -> frozenset[str]:
     """Return the strengths that a trial of the study may use: all that are not fixed at zero."""
     return KNOBS & {
         name for name, parameter in spec.search.parameters().items() if any(parameter.numbers())

@@ -18,6 +18,8 @@ from regtune.spec.study import NAME_PATTERN, REFERENCE_TRIALS, Requires, StudySp
 from regtune.spec.task import (
     CLASSIFICATION_SCORES,
     REGRESSION_SCORES,
+    AnyTask,
+    NamedTask,
     ScoreName,
     TableSettings,
     TaskSpec,
@@ -30,6 +32,8 @@ __all__ = [
     "NAME_PATTERN",
     "REFERENCE_TRIALS",
     "REGRESSION_SCORES",
+    "AnyTask",
+    "NamedTask",
     "Requires",
     "ScoreName",
     "Search",

@@ -29,7 +29,7 @@ from regtune.spec.study import (
     StudySpec,
     Validation,
 )
-from regtune.spec.task import MODEL_SETTINGS, TableSettings, TaskSpec
+from regtune.spec.task import MODEL_SETTINGS, TASK_KINDS, TableSettings, TaskSpec
 from regtune.spec.training import Training
 
 MAX_BODY_BYTES = 256 * 1024
@@ -146,7 +146,7 @@ def _field_error(
     detail: ErrorDetails, fields_of: Mapping[tuple[str, ...], type[BaseModel]] = _FIELDS_OF
 ) -> FieldError:
     """Say in plain words what pydantic found, without the union tags that it puts in the way."""
-    parts = [str(part) for part in detail["loc"] if part not in PARAMETER_KINDS]
+    parts = [str(part) for part in detail["loc"] if part not in PARAMETER_KINDS + TASK_KINDS]
     field = ".".join(parts)
     if detail["type"] == "extra_forbidden":
         return FieldError(field, f"unknown field; {_known_fields(tuple(parts[:-1]), fields_of)}")

@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 from regtune.space import Fixed, Range
 from regtune.spec.parts import PartlyUsed, SpecModel, with_computed_defaults
 from regtune.spec.search import Search, default_search, grid_values
-from regtune.spec.task import TaskSpec
+from regtune.spec.task import AnyTask
 from regtune.spec.training import Training
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
@@ -177,8 +177,9 @@ class StudySpec(SpecModel):
     model_config = ConfigDict(json_schema_extra=with_computed_defaults("search"))
 
     name: str = Field(pattern=NAME_PATTERN, description="Unique name.", examples=["digits"])
-    task: TaskSpec = Field(
-        description="What is trained: a data set, a model, and the model's own settings.",
+    task: AnyTask = Field(
+        description="What is trained: a data set, a model, and the model's own settings; or a task "
+        "that has both, by its name, and its settings. A task's name alone will do.",
         examples=[{"dataset": "digits", "model": "mlp", "hidden": [128], "norm": "batch"}],
     )
     training: Training = Field(

@@ -1,11 +1,21 @@
-"""What is trained: a data set and a model, with the settings that can be checked unseen."""
+"""What is trained: a task, or a data set and a model, as far as it can be checked unseen."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationInfo
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Strict,
+    Tag,
+    ValidationInfo,
+)
 from pydantic import field_validator as validate_field
 from pydantic import model_validator as validate_model
+from pydantic_core import PydanticCustomError
 
 from regtune.spec.parts import SpecModel
 
@@ -103,22 +113,11 @@ DATASET_SETTINGS: Mapping[str, type[BaseModel]] = {
 """The settings of data sets that can be checked without importing the data set."""
 
 
-class TaskSpec(BaseModel):
-    """What is trained: a data set and a model; every further field is a setting of the model."""
+class Measured(BaseModel):
+    """What every task has in common; every further field is a setting of its model."""
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True, allow_inf_nan=False)
 
-    dataset: str = Field(
-        description="Name of the data set, as a worker has it installed.",
-        examples=["digits", "mnist", "fashion_mnist", "table"],
-        max_length=100,
-    )
-    data: dict[str, Any] = Field(
-        default_factory=dict,
-        validate_default=True,
-        description="The data set's own settings.",
-        examples=[{"path": "adult.csv", "target": "income"}],
-    )
     score: ScoreName | None = Field(
         None,
         description="The score beside the loss: accuracy, balanced_accuracy or log_loss of a "
@@ -132,16 +131,60 @@ class TaskSpec(BaseModel):
         "class) times, in training and in the validation and test loss.",
         examples=["balanced"],
     )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of the model, or of the task that has one."""
+        return dict(self.model_extra or {})
+
+
+class NamedTask(Measured):
+    """What is trained: a task that has data and model; every further field is a setting of it."""
+
+    name: str = Field(
+        description="Name of the task, as a worker has it installed or configured.",
+        examples=["waves"],
+        max_length=100,
+    )
+
+    @validate_model(mode="after")
+    def _check_is_alone(self) -> Self:
+        """Refuse what is meant for a task of two parts: it would pass for a setting."""
+        strange = [part for part in ("dataset", "data", "model") if part in self.settings]
+        if strange:
+            raise PydanticCustomError(
+                "named_task",
+                "the task {name} has data and model of its own; leave {strange} out",
+                {"name": self.name, "strange": " and ".join(strange)},
+            )
+        return self
+
+    def __str__(self) -> str:
+        return f"the task {self.name!r}"
+
+
+class TaskSpec(Measured):
+    """What is trained: a data set and a model; every further field is a setting of the model."""
+
+    dataset: str = Field(
+        description="Name of the data set, as a worker has it installed.",
+        examples=["digits", "mnist", "fashion_mnist", "table"],
+        max_length=100,
+    )
+    data: dict[str, Any] = Field(
+        default_factory=dict,
+        validate_default=True,
+        description="The data set's own settings.",
+        examples=[{"path": "adult.csv", "target": "income"}],
+    )
     model: str = Field(
         description="Name of the model, as a worker has it installed.",
         examples=["mlp"],
         max_length=100,
     )
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The model's own settings."""
-        return dict(self.model_extra or {})
+    def __str__(self) -> str:
+        return f"the data set {self.dataset!r} with the model {self.model!r}"
 
     @validate_field("data")
     @classmethod
@@ -162,3 +205,23 @@ class TaskSpec(BaseModel):
         own = {key: data[key] for key in data if key in cls.model_fields}
         settings = {key: data[key] for key in data if key not in cls.model_fields}
         return own | schema.model_validate(settings).model_dump(mode="json")
+
+
+TASK_KINDS = ("named task", "pair")
+
+
+def _kind(data: Any) -> str:
+    named = isinstance(data, NamedTask) or (isinstance(data, Mapping) and "name" in data)
+    return TASK_KINDS[0 if named else 1]
+
+
+def _from_name(data: Any) -> Any:
+    return {"name": data} if isinstance(data, str) else data
+
+
+AnyTask = Annotated[
+    Annotated[NamedTask, Tag(TASK_KINDS[0])] | Annotated[TaskSpec, Tag(TASK_KINDS[1])],
+    Discriminator(_kind),
+    BeforeValidator(_from_name),
+]
+"""A task by its name, or a data set and a model by theirs."""

@@ -68,7 +68,7 @@ def train(engine: Engine, study: studies.Study, losses: list[float]) -> None:
 def register(engine: Engine, name: str, host: str) -> None:
     with transaction(engine) as session:
         workers.register(
-            session, name=name, host=host, pid=1, device="cpu", lanes=4, offer=installed()
+            session, name=name, host=host, pid=1, device="cpu", lanes=4, offer=installed({})
         )
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from sqlalchemy import Engine, text
 
-from regtune import studies, workers
+from regtune import events, shares, studies, workers
 from regtune.database import transaction
 from regtune.studies import ModelFacts
 from regtune.task import Offer
@@ -27,9 +27,13 @@ def post(client: httpx.Client, **changes: Any) -> httpx.Response:
 
 
 def register(
-    engine: Engine, name: str = "w", datasets: str = "digits", models: str = "mlp"
+    engine: Engine,
+    name: str = "w",
+    datasets: str = "digits",
+    models: str = "mlp",
+    tasks: str = "",
 ) -> None:
-    offer = Offer(frozenset(datasets.split()), frozenset(models.split()))
+    offer = Offer(*(frozenset(names.split()) for names in (datasets, models, tasks)))
     with transaction(engine) as session:
         workers.register(session, name=name, host="h", pid=1, device="cpu", lanes=2, offer=offer)
 
@@ -128,6 +132,59 @@ def test_a_task_that_only_a_worker_knows_is_accepted(client: httpx.Client, engin
     defaults = {"data": {}, "score": None, "class_weights": "none"}
     assert response.json()["spec"]["task"] == {**task, **defaults}
     assert response.json()["warning"] is None
+
+
+def test_a_task_goes_by_its_name_to_a_worker_that_has_it(
+    client: httpx.Client, engine: Engine
+) -> None:
+    register(engine, "other")
+    response = post(client, task={"name": "waves", "width": 3})
+    assert response.status_code == 422
+    (error,) = response.json()["errors"]
+    assert error == {"field": "task.name", "message": "there is no task 'waves'; known: none"}
+    register(engine, "w", tasks="waves")
+    response = post(client, task={"name": "waves", "width": 3})
+    assert response.status_code == 201
+    assert response.json()["warning"] is None
+    shown = {worker["name"]: worker for worker in client.get("/v1/workers").json()["items"]}
+    assert (shown["w"]["tasks"], shown["other"]["tasks"]) == (["waves"], [])
+    study = builders.find(engine, "study")
+    builders.append(engine, study, 1)
+    with transaction(engine) as session:
+        assert workers.wanted_lanes(session, study.study_id, 30) == 2
+        assert shares.choose(session, "other") is None
+        assert shares.choose(session, "w") == study.study_id
+        workers.leave(session, "w")
+    warning = client.get("/v1/studies/study").json()["warning"]
+    assert "none of the 1 living workers offers the task 'waves'" in warning
+
+
+def test_the_warning_tells_when_all_workers_have_refused(
+    client: httpx.Client, engine: Engine
+) -> None:
+    post(client)
+    study = builders.find(engine, "study")
+
+    def refuse(worker: str, reason: str) -> str | None:
+        with transaction(engine) as session:
+            detail = {"reason": reason}
+            events.record(session, study.study_id, "study_refused", worker, detail=detail)
+        return warning()
+
+    def warning() -> str | None:
+        told: str | None = client.get("/v1/studies/study").json()["warning"]
+        return told
+
+    for name in ("a", "b"):
+        register(engine, name)
+    register(engine, "elsewhere", datasets="mnist")
+    assert refuse("a", "its rows are others") is None
+    assert refuse("b", "so are these") == (
+        "all of the 2 living workers that could train it have refused it; the study waits for "
+        "another, or for one to be restarted. b: so are these"
+    )
+    register(engine, "a")  # it was restarted, and tries again
+    assert warning() is None
 
 
 def test_a_study_that_was_accepted_once_stays_so_when_its_worker_is_gone(

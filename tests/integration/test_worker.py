@@ -71,6 +71,49 @@ def test_a_data_set_that_cannot_be_read_fails_its_trials_with_the_reason(engine,
     assert audit(engine) == {}
 
 
+BROKEN = {"broken": "tests.plugins.broken:Broken"}
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason", "where"),
+    [
+        ("data", "FileNotFoundError: no recordings", "in data"),
+        ("model", "ValueError: no such width", "in model"),
+        ("loss", "ZeroDivisionError: nothing to divide by", "in loss"),
+    ],
+)
+def test_own_code_that_raises_fails_its_trials_with_reason_and_place(
+    engine, run, fault, reason, where
+):
+    study = builders.create(engine, task={"name": "broken", "fault": fault}, budget={"trials": 2})
+    run(study, lanes=2, tasks=BROKEN)
+    assert builders.study_state(engine, study) == "failed"
+    rows = trials(engine, study)
+    assert [(row.state, row.reason) for row in rows] == [("failed", reason)] * 2
+    assert all(where in row.error for row in rows)
+    assert audit(engine) == {}
+
+
+@pytest.mark.parametrize(
+    ("task", "reason"),
+    [
+        ({"fault": "rows"}, "1 of 90 training inputs are no numbers"),
+        ({"fault": "storm"}, "task.fault: should be 'data', 'model', 'loss', 'rows' or"),
+        ({}, "task.fault: is required"),
+        ({"fault": "none", "class_weights": "balanced"}, "task.class_weights weigh the cross"),
+    ],
+)
+def test_what_is_the_same_for_all_workers_ends_the_study_at_its_first_trial(
+    engine, run, task, reason
+):
+    study = builders.create(engine, task={"name": "broken", **task}, budget={"trials": 50})
+    run(study, lanes=2, tasks=BROKEN)
+    assert builders.study_state(engine, study) == "failed"
+    assert reason in describe(engine, study)["reason"]
+    assert [row.state for row in trials(engine, study)].count("failed") == 1
+    assert audit(engine) == {}
+
+
 def test_running_out_of_memory_halves_the_lanes_and_loses_no_trial(engine, run, monkeypatch):
     """The same study, with and without a device that holds two lanes at most."""
     ample = builders.create(engine, "ample", **SHORT)

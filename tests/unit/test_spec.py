@@ -31,6 +31,33 @@ def test_name_task_and_budget_are_enough() -> None:
     assert (minimal.sampler.name, minimal.pruner.name) == ("tpe", "extrapolation")
 
 
+def test_a_task_may_be_named_instead_of_a_data_set_and_a_model() -> None:
+    short, long = spec(task="waves"), spec(task={"name": "waves"})
+    assert short == long
+    task = {"name": "waves", "score": "rmse", "width": 3}
+    written = spec(task=task)
+    assert written.task.settings == {"width": 3}
+    assert written.canonical()["task"] == task | {"class_weights": "none"}
+    assert parse_spec(written.canonical()) == written
+
+
+@pytest.mark.parametrize(
+    ("task", "field", "message"),
+    [
+        ({"name": "waves", "dataset": "digits"}, "task", "has data and model of its own"),
+        ({"name": "waves", "data": {}, "model": "mlp"}, "task", "leave data and model out"),
+        ({"name": "waves", "score": "best"}, "task.score", "'accuracy'"),
+        ({"name": 3}, "task.name", "valid string"),
+        ({}, "task.dataset", "is required"),
+        (3, "task", "valid dictionary"),
+    ],
+)
+def test_what_is_wrong_with_a_task_is_said(task: Any, field: str, message: str) -> None:
+    found = refusal(task=task)
+    assert found[0][0] == field
+    assert message in found[0][1]
+
+
 @pytest.mark.parametrize(
     ("training", "decay", "l1"),
     [

@@ -27,7 +27,8 @@ RowNumbers = NDArray[np.int64]
 class Rows:
     """Inputs ``(N, *features)`` and targets ``(N,)`` on the training device.
 
-    Targets are labels, int64, or numbers of the same type as the inputs.
+    Targets are labels, int64, or numbers of the same type as the inputs; for a loss of the task's
+    own they may be anything, ``(N, …)``.
     """
 
     x: Tensor
@@ -80,7 +81,13 @@ class Prepared:
 
 
 def prepare(
-    data: Data, validation: Validation, seed: int, device: torch.device, dtype: torch.dtype
+    data: Data,
+    validation: Validation,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    own_loss: bool = False,
 ) -> Prepared:
     """Split the training rows and standardize the inputs.
 
@@ -88,23 +95,27 @@ def prepare(
     the same rows. Mean and standard deviation come from the rows trained on alone: one pair for
     each feature of a table ``(N, features)``, one for each channel of images
     ``(N, channels, height, width)``. A feature that never varies is left at zero. Columns of a
-    table are encoded, see ``encoding``. Raises InvalidData for what cannot be trained on.
+    table are encoded, see ``encoding``. For an ``own_loss``, targets stay as they are. Raises
+    InvalidData for what cannot be trained on.
     """
-    check(data)
+    check(data, own_loss=own_loss)
     chosen = list(_split(data, validation, seed))
-    train_y, test_y, unit = _targets(data, chosen[0][0])
+    train_y, test_y, unit = data.train_y, data.test_y, 1.0
+    if data.classes is None and not own_loss:
+        train_y, test_y, unit = _standardize_targets(data, chosen[0][0])
     if isinstance(data.train_x, Columns) and isinstance(data.test_x, Columns):
         train_x, test_x, splits = _encode(data.train_x, data.test_x, chosen)
         copies = len(splits)
     else:
         assert isinstance(data.train_x, np.ndarray)
         assert isinstance(data.test_x, np.ndarray)
-        train_x, test_x, splits = _standardize(data.train_x, data.test_x, chosen, dtype)
+        train_x, test_x, splits = _standardize(data, data.train_x, data.test_x, chosen, dtype)
         copies = 1
 
     def rows(x: Tensor, y: NDArray[Any]) -> Rows:
-        targets = torch.from_numpy(np.tile(y, copies))
-        return Rows(x.to(device, dtype), targets.to(device, None if data.classes else dtype))
+        targets = torch.from_numpy(np.concatenate([y] * copies))
+        numbers = targets.is_floating_point() or (data.classes is None and not own_loss)
+        return Rows(x.to(device, dtype), targets.to(device, dtype if numbers else None))
 
     return Prepared(
         rows=rows(train_x, train_y),
@@ -116,15 +127,17 @@ def prepare(
     )
 
 
-def check(data: Data) -> None:
+def check(data: Data, *, own_loss: bool = False) -> None:
     """Raise InvalidData, with what is wrong, for a data set that nothing can be learned from."""
+    if not isinstance(data, Data):
+        raise InvalidData(f"data() must return a regtune.task.Data, not {type(data).__name__}")
     for name, x, y in (
         ("training", data.train_x, data.train_y),
         ("test", data.test_x, data.test_y),
     ):
         if not len(y):
             raise InvalidData(f"there are no {name} rows")
-        if len(x) != len(y) or y.ndim != 1:
+        if len(x) != len(y) or (y.ndim != 1 and not own_loss):
             raise InvalidData(
                 f"the {name} inputs have {len(x)} rows, but the targets have the shape {y.shape}"
             )
@@ -136,7 +149,7 @@ def check(data: Data) -> None:
     if shapes[0] != shapes[1]:
         raise InvalidData(f"training rows have the shape {shapes[0]}, test rows {shapes[1]}")
     if data.classes is None:
-        if np.ptp(data.train_y) == 0:
+        if np.ptp(data.train_y) == 0 and not own_loss:
             raise InvalidData(f"the target is {data.train_y[0]:g} in all training rows")
         return
     for y in (data.train_y, data.test_y):
@@ -186,20 +199,25 @@ def _strata(data: Data, parts: int) -> NDArray[np.int64] | None:
     return np.where(rare[data.train_y], together, data.train_y)
 
 
-def _targets(data: Data, training: RowNumbers) -> tuple[NDArray[Any], NDArray[Any], float]:
-    """Return training and test targets, standardized if they are numbers, and their unit."""
-    if data.classes is not None:
-        return data.train_y, data.test_y, 1.0
+def _standardize_targets(
+    data: Data, training: RowNumbers
+) -> tuple[NDArray[Any], NDArray[Any], float]:
+    """Return training and test targets, standardized, and the unit that they are in."""
     mean = data.train_y[training].mean(dtype=np.float64)
     unit = float(data.train_y[training].std(dtype=np.float64)) or 1.0
     return (data.train_y - mean) / unit, (data.test_y - mean) / unit, unit
 
 
 def _standardize(
-    train_x: NDArray[Any], test_x: NDArray[Any], chosen: Sequence[Chosen], dtype: torch.dtype
+    data: Data,
+    train_x: NDArray[Any],
+    test_x: NDArray[Any],
+    chosen: Sequence[Chosen],
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, list[Split]]:
     """Return the inputs as the first split standardizes them, and how the others differ."""
-    statistics = [_statistics(train_x[training]) for training, _ in chosen]
+    count = _statistics if data.standardize else _nothing
+    statistics = [count(train_x[training]) for training, _ in chosen]
     mean, deviation = statistics[0]
 
     def standardized(x: NDArray[Any]) -> Tensor:
@@ -244,6 +262,12 @@ def _statistics(x: NDArray[Any]) -> tuple[Tensor, Tensor]:
     mean = x.mean(axis=others, dtype=np.float64, keepdims=True)
     deviation = x.std(axis=others, dtype=np.float64, keepdims=True)
     return torch.from_numpy(mean), torch.from_numpy(np.where(deviation > 0, deviation, 1.0))
+
+
+def _nothing(x: NDArray[Any]) -> tuple[Tensor, Tensor]:
+    """Return the mean and standard deviation that leave inputs as they are."""
+    shape = (1,) * x.ndim
+    return torch.zeros(shape, dtype=torch.float64), torch.ones(shape, dtype=torch.float64)
 
 
 def _weights(y: NDArray[Any], classes: int) -> Tensor:

@@ -11,9 +11,12 @@ TorchInductor keeps what it has compiled on disk, where the next worker finds it
 """
 
 import logging
+import os
 import queue
 import threading
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from math import inf
+from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
 
@@ -21,9 +24,11 @@ import structlog
 import torch
 import torch._inductor
 from torch import Tensor
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from worker.training.agreement import Group, groups_of, largest_difference
@@ -53,6 +58,13 @@ MOST_COMPILED = 16
 CALLS_BEFORE_CAPTURING = 20
 """Calls on the same lanes after which a CUDA graph is worth its capture."""
 
+HEAD_START_SECONDS, HEAD_START_SHARE = 4.0, 0.3
+"""How long training waits at most for what is compiled first, and for which share of its own time.
+
+What a worker has compiled before is there after one or two seconds. Anything else begins with a few
+seconds of Python, in which steps that are not compiled would get hardly any of the interpreter.
+"""
+
 SETTLING_SECONDS = 0.05
 """How often is looked whether all has been compiled."""
 
@@ -65,6 +77,8 @@ TOLERANCE = 5e-3
 Not less, because torch's batch norm of images on a CPU sums up a channel's activations in float32
 one after the other: its gradients are off by up to 2e-3 (measured against float64).
 """
+
+_CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 Function = Callable[..., Tensor]
 
@@ -88,6 +102,9 @@ class Program:
 
         Programs of the same ``kind`` do the same on different numbers of threads; which number is
         the best can be told only when all are compiled or none is.
+
+        ``speedup`` is how many times faster the compiled form has been found, ``obstacle`` what has
+        kept this program from being recorded or compiled.
         """
         self.name = name
         self.kind = kind
@@ -101,6 +118,8 @@ class Program:
         self._first_called = perf_counter()
         self.queued = False
         self.challenger: Form | None = None
+        self.speedup: float | None = None
+        self.obstacle: str | None = None
         self.recording: GraphModule | None = None
         self.examples: Leaves = ()
         self._form: Form | None = None
@@ -169,7 +188,11 @@ class Program:
 
     def _has_earned_recording(self) -> bool:
         since = perf_counter() - self._first_called
-        return self.calls > CALLS_BEFORE_RECORDING or since > SECONDS_BEFORE_RECORDING
+        return (
+            self.calls > CALLS_BEFORE_RECORDING
+            or since > SECONDS_BEFORE_RECORDING
+            or self.certain >= SECONDS_BEFORE_COMPILING
+        )
 
     def take_work(self) -> int:
         """Return how many lane-steps this program has computed since it was last asked."""
@@ -200,7 +223,8 @@ class Program:
             self._form = self.recording.forward
             log.debug("recorded", program=self.name, lanes=self.lanes, way=chosen)
         except Exception as error:  # noqa: BLE001 - whatever it is, the function itself still works
-            log.warning("not_recorded", program=self.name, reason=first_line(error))
+            self.obstacle = first_line(error)
+            log.warning("not_recorded", program=self.name, reason=self.obstacle)
             self._recordable = False
 
     def _difference(self, one: Form, ones: Leaves, other: Form, others: Leaves) -> float:
@@ -232,15 +256,17 @@ class Program:
             difference = self._difference(champion, copies, challenger, others)
             seconds, before = fastest(challenger, copies), fastest(champion, copies)
         except Exception as error:  # noqa: BLE001 - whatever it is, the champion still works
-            log.warning("compiled_in_vain", program=self.name, reason=first_line(error))
+            self.obstacle = first_line(error)
+            log.warning("compiled_in_vain", program=self.name, reason=self.obstacle)
             return
+        self.speedup = before / seconds
         if difference <= TOLERANCE and seconds < before:
             self._form = challenger
         log.info(
             "compiled" if self._form is challenger else "compiled_in_vain",
             program=self.name,
             lanes=self.lanes,
-            speedup=round(before / seconds, 2),
+            speedup=round(self.speedup, 2),
             difference=float(f"{difference:.1e}"),
         )
 
@@ -258,6 +284,7 @@ class Programs:
         self._compiled: queue.SimpleQueue[tuple[Program, Form]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._expected: dict[tuple[str, int], float] = {}
 
     def find(self, name: str, lanes: int, threads: int, *shapes: Hashable) -> Program:
         """Return the program of this name for so many lanes, intra-op threads and shapes."""
@@ -265,7 +292,9 @@ class Programs:
             key = (name, lanes, threads, *shapes)
             if key not in self._programs:
                 kind = (name, lanes, *shapes)
-                self._programs[key] = Program(name, lanes, threads, self._constants, kind)
+                program = Program(name, lanes, threads, self._constants, kind)
+                program.certain = self._expected.get((name, lanes), 0.0)
+                self._programs[key] = program
             return self._programs[key]
 
     def __iter__(self) -> Iterator[Program]:
@@ -288,16 +317,21 @@ class Programs:
         self._compile_what_pays(programs)
         return changed
 
-    def rehearsed(self, sizes: Collection[int], seconds: float) -> None:
-        """Compile for the first epoch to come, if chunks of these sizes will run so long for sure.
+    def expect(self, name: str, sizes: Collection[int], seconds: float) -> bool:
+        """Say that a program will run for so long on each of these numbers of lanes.
 
-        What was called until now was a rehearsal, and counts for nothing else.
+        Return whether to compile pays. Then it is recorded when it is first called. What was called
+        until now was a rehearsal, and counts for nothing else.
         """
-        programs = list(self)
-        for program in programs:
-            if program.take_work() and program.lanes in sizes:
-                program.certain = seconds
-        self._compile_what_pays(programs)
+        self._expected = {(name, lanes): seconds for lanes in sizes}
+        for program in self:
+            program.take_work()
+            program.certain = self._expected.get((program.name, program.lanes), 0.0)
+        return self._compiles and seconds >= SECONDS_BEFORE_COMPILING
+
+    def compile_what_pays(self) -> None:
+        """Compile what has been recorded and is expected to run for long."""
+        self._compile_what_pays(list(self))
 
     def _compile_what_pays(self, programs: Sequence[Program]) -> None:
         if not self._compiles:
@@ -311,12 +345,18 @@ class Programs:
                 queued += 1
                 self._submit(program)
 
-    def settle(self) -> bool:
+    def settle(self, limit: float = inf) -> bool:
         """Wait until nothing is being compiled any more; the next calls try what has been.
 
-        Return whether they do.
+        For so many seconds at most. Return whether there is anything new to try.
         """
-        while self._thread is not None and self._thread.is_alive() and self._queue.unfinished_tasks:
+        ends = perf_counter() + limit
+        while (
+            self._thread is not None
+            and self._thread.is_alive()
+            and self._queue.unfinished_tasks
+            and perf_counter() < ends
+        ):
             sleep(SETTLING_SECONDS)
         return self._take_compiled()
 
@@ -346,11 +386,21 @@ class Programs:
                 assert program.recording is not None  # else it would not have been queued
                 form = compile_recording(program.recording, program.examples, program.threads)
             except Exception as error:  # noqa: BLE001 - no compiler, or not for this model
-                log.warning("not_compiled", program=program.name, reason=first_line(error))
+                program.obstacle = first_line(error)
+                log.warning("not_compiled", program=program.name, reason=program.obstacle)
                 return
             self._compiled.put((program, form))
             self._queue.task_done()
             log.debug("compiling_took", seconds=round(perf_counter() - started, 1))
+
+
+def keep_compiled_in(folder: Path) -> None:
+    """Let TorchInductor keep on disk what it compiles in ``folder``, unless told otherwise.
+
+    That is by the environment; on being imported it writes a temporary folder there by itself.
+    """
+    if os.environ.get(_CACHE_VARIABLE) in (None, default_cache_dir()):
+        os.environ[_CACHE_VARIABLE] = str(folder)
 
 
 def record(
@@ -361,7 +411,12 @@ def record(
     The last arguments beyond ``spec`` are given as they are. Nothing is computed, and no argument
     is kept: the stand-ins have shapes alone. Raises whatever keeps torch from recording.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    # TorchInductor keeps nothing on disk of what has no environment of shapes.
+    mode = FakeTensorMode(
+        allow_non_fake_inputs=True,
+        shape_env=ShapeEnv(),
+        static_shapes=True,
+    )
     examples = [mode.from_tensor(argument) for argument in arguments]
 
     def flat(*leaves: Tensor) -> tuple[Tensor]:
@@ -380,8 +435,17 @@ def compile_recording(recording: GraphModule, examples: Leaves, threads: int) ->
     # It warns wherever there is a CUDA toolkit and no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     options: dict[str, Any] = {"compile_threads": 1}
-    if examples[0].device.type == "cpu":
-        options |= {"cpp_wrapper": True, "cpp.threads": threads}
+    if examples[0].device.type != "cpu":
+        return _compile(recording, examples, options)
+    options |= {"cpp_wrapper": True, "cpp.threads": threads}
+    try:
+        # To try out first whether the compiler knows this CPU's vector instructions takes 6 s.
+        return _compile(recording, examples, options | {"cpp.vec_isa_ok": True})
+    except Exception:  # noqa: BLE001 - whatever a compiler says that does not know them
+        return _compile(recording, examples, options)
+
+
+def _compile(recording: GraphModule, examples: Leaves, options: dict[str, Any]) -> Form:
     with torch.no_grad():
         form: Form = torch._inductor.compile(recording, list(examples), options=options)
     return form

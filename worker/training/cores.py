@@ -5,7 +5,7 @@ until the epoch ends; that is faster than to let all cores work on each operatio
 not wait for a core that another program has taken. Elsewhere all lanes are one chunk.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import accumulate
@@ -41,10 +41,13 @@ class Spread:
         self._tried: dict[tuple[int, int], tuple[int, float]] = {}
         self._latest = (0, 0)
 
-    def choose(self, chunks: int, most: int) -> int:
-        """Return the threads for each of so many chunks, ``most`` at most."""
+    def choose(self, chunks: int, most: int, *, trying: bool = True) -> int:
+        """Return the threads for each of so many chunks, ``most`` at most.
+
+        Unless ``trying``, it is one thread until more have turned out to be faster.
+        """
         candidates = [(chunks, threads) for threads in dict.fromkeys((1, max(1, most)))]
-        untried = [each for each in candidates if self._of(each)[0] < EPOCHS_TRIED]
+        untried = [each for each in candidates if trying and self._of(each)[0] < EPOCHS_TRIED]
         self._latest = (untried or [min(candidates, key=lambda each: self._of(each)[1])])[0]
         return self._latest[1]
 
@@ -72,19 +75,27 @@ class Cores:
         self._pool = ThreadPoolExecutor(threads, "lanes", _prepare_thread)
         self._spread = Spread()
 
-    def run(self, work: Callable[[Chunk], Tensor], lanes: int) -> Tensor:
+    def run(self, work: Callable[[Chunk], Tensor], lanes: int, *, trying: bool = True) -> Tensor:
         """Return what ``work`` returns for all lanes, ``(K, …)``, a chunk to a thread.
 
-        All chunks come to an end before an exception of one of them is raised.
+        All chunks come to an end before an exception of one of them is raised. ``trying`` says
+        whether it may be found out if more threads for a chunk are faster, which costs some epochs.
         """
+        return self._run(work, self._chunks(lanes, trying))
 
+    def run_one(self, work: Callable[[Chunk], Tensor], size: int) -> Tensor:
+        """Return what ``work`` returns for one chunk of this size, as it will be among others."""
+        threads = 1 if self._on_cpu else self.threads
+        return self._run(work, [Chunk(slice(0, size), threads)])
+
+    def _run(self, work: Callable[[Chunk], Tensor], chunks: Sequence[Chunk]) -> Tensor:
         def in_thread(chunk: Chunk) -> Tensor:
             if torch.get_num_threads() != chunk.threads:
                 torch.set_num_threads(chunk.threads)
             with torch.no_grad():
                 return work(chunk)
 
-        futures = [self._pool.submit(in_thread, chunk) for chunk in self._chunks(lanes)]
+        futures = [self._pool.submit(in_thread, chunk) for chunk in chunks]
         wait(futures)
         return torch.cat([future.result() for future in futures])
 
@@ -104,11 +115,18 @@ class Cores:
         """Return how many lanes each chunk takes."""
         return chunk_sizes(lanes, self.threads) if self._on_cpu else [lanes]
 
-    def _chunks(self, lanes: int) -> list[Chunk]:
+    def rarer_sizes(self, lanes: int) -> set[int]:
+        """Return the sizes of chunks besides while there are fewer than so many lanes."""
+        if not self._on_cpu:
+            return set()
+        fewer = {size for some in range(1, lanes) for size in self.sizes(some)}
+        return fewer - {*self.sizes(lanes)}
+
+    def _chunks(self, lanes: int, trying: bool) -> list[Chunk]:
         sizes = self.sizes(lanes)
         if not self._on_cpu:
             return [Chunk(slice(0, lanes), self.threads)]
-        threads = self._spread.choose(len(sizes), self.threads // len(sizes))
+        threads = self._spread.choose(len(sizes), self.threads // len(sizes), trying=trying)
         ends = accumulate(sizes)
         return [
             Chunk(slice(end - size, end), threads) for size, end in zip(sizes, ends, strict=True)
@@ -122,13 +140,18 @@ def synchronize(device: torch.device) -> None:
 
 
 def chunk_sizes(lanes: int, threads: int) -> list[int]:
-    """Return how many lanes each chunk takes: powers of two, and what is left over one by one.
+    """Return how many lanes each chunk takes: powers of two, the larger ones first.
 
     So that only a few sizes have to be recorded and compiled, however many lanes there are.
     """
-    share = min(CPU_CHUNK, -(-lanes // threads))
-    size = max(1, min(CPU_CHUNK, 1 << (share - 1).bit_length(), lanes))
-    return [size] * (lanes // size) + [1] * (lanes % size)
+    share = -(-lanes // threads)
+    sizes = []
+    size = min(CPU_CHUNK, 1 << max(0, share - 1).bit_length())
+    while lanes:
+        sizes += [size] * (lanes // size)
+        lanes %= size
+        size //= 2
+    return sizes
 
 
 def _prepare_thread() -> None:

@@ -16,12 +16,22 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from regtune.errors import InvalidData
-from regtune.spec import TaskSpec, Training, Validation
-from regtune.task import Data, Storage, find_dataset, find_model
+from regtune.spec import AnyTask, NamedTask, Training, Validation
+from regtune.task import (
+    Data,
+    Pair,
+    Storage,
+    Task,
+    find_dataset,
+    find_model,
+    find_task,
+    make_task,
+)
 from worker.tasks.preparation import Prepared, Rows, prepare
 from worker.training.batches import Place
 from worker.training.capacity import Footprint
 from worker.training.checkpoint import Checkpoint
+from worker.training.compiling import Program
 from worker.training.cores import synchronize
 from worker.training.epoch import Epochs, Tick
 from worker.training.lanes import (
@@ -54,6 +64,13 @@ class DeviceLost(Exception):
     """The device answers no more, as after an illegal access; only a new process can use it."""
 
 
+def load_task(task: AnyTask, configured: Mapping[str, str]) -> Task:
+    """Import what a study wants trained; raise NotFound, or InvalidSpec for wrong settings."""
+    if isinstance(task, NamedTask):
+        return make_task(find_task(task.name, configured), task.settings)
+    return Pair(find_dataset(task.dataset), task.data, find_model(task.model), task.settings)
+
+
 class Engine:
     """Trains lanes of one study, epoch by epoch.
 
@@ -64,12 +81,13 @@ class Engine:
     def __init__(
         self,
         *,
-        task: TaskSpec,
+        task: AnyTask,
         training: Training,
         validation: Validation,
         storage: Storage,
         device: torch.device,
         max_lanes: int,
+        own_tasks: Mapping[str, str] | None = None,
         knobs: Collection[str] = KNOBS,
         dtype: torch.dtype = torch.float32,
         threads: int | None = None,
@@ -77,22 +95,28 @@ class Engine:
     ) -> None:
         """Load the data, build the model and try it on a few rows; no lane trains yet.
 
-        ``knobs`` are the strengths that any trial of the study may use. ``threads`` is how many CPU
-        cores to use, by default torch's own number; ``compiles`` says whether a step that is used
-        for long may be compiled. Raises NotFound for an unknown data set or model, UnsupportedModel
-        for one whose noise is its own, InvalidData for data that cannot be trained on as the study
-        wants, and whatever loading or building raises.
+        ``own_tasks`` are those that the worker's configuration names: ``package.module:Class``, by
+        name. ``knobs`` are the strengths that any trial of the study may use. ``threads`` is how
+        many CPU cores to use, by default torch's own number; ``compiles`` says whether a step that
+        is used for long may be compiled. Raises NotFound for an unknown task, data set or model,
+        InvalidSpec for wrong settings of a task, UnsupportedModel for a model whose noise is its
+        own, InvalidData for data that cannot be trained on as the study wants, and whatever loading
+        or building raises.
         """
-        data = find_dataset(task.dataset)(storage, **task.data)
+        own = load_task(task, own_tasks or {})
+        data = own.data(storage)
+        own_loss = getattr(own, "loss", None)
+        prepared = prepare(
+            data, validation, training.seed, device, dtype, own_loss=own_loss is not None
+        )
         self.data_hash = data.content_hash()
-        prepared = prepare(data, validation, training.seed, device, dtype)
         self._members = len(prepared.splits)
         self._training = training
         self._device = device
         self._dtype = dtype
         self._optimizer = find_optimizer(training)
         _set_precision(training, device)
-        models = _build_members(task, prepared, training.seed, dtype)
+        models = _build_members(own, prepared, training.seed, dtype)
         if prefers_channels_last(models[0], device):
             prepared = replace(
                 prepared,
@@ -104,7 +128,7 @@ class Engine:
         self.model = LaneModel(
             models[0],
             _sample(prepared.rows),
-            _objective(task, data, prepared, knobs),
+            _objective(task, own, data, prepared, knobs),
             penalize=training.penalized,
             knobs=knobs,
             autocast=torch.bfloat16 if training.precision == "bf16" else None,
@@ -246,6 +270,8 @@ class Engine:
                 np.array([trial.learning_rate for trial in self._trial_of_each_lane()]),
                 [Place(m, lane.epoch + 1) for lane in self._lanes for m in range(self._members)],
                 tick,
+                # With free slots, a study is about to end: too late for an experiment to pay.
+                trying=not self.free_slots,
             )
             measured_TM5 = measured_K5.double().cpu().view(len(self._lanes), self._members, 5)
         seconds = perf_counter() - started
@@ -278,12 +304,17 @@ class Engine:
         return self._epochs.rehearse(*self._throwaway(trials * self._members)) / self._members
 
     def expect(self, trial_epochs: int, trial_epochs_per_second: float) -> None:
-        """Say what is to come after a rehearsal: what pays is compiled from now on, not later.
+        """Say what is to come at least: what pays is compiled from now on, not later.
 
         Without it, compiling begins after the first epoch that shows how long things take.
         """
         lanes = self.slots * self._members
-        self._epochs.rehearsed(lanes, trial_epochs / trial_epochs_per_second)
+        self._epochs.expect(lanes, trial_epochs / trial_epochs_per_second, self._throwaway)
+
+    @property
+    def programs(self) -> Sequence[Program]:
+        """What has been called so far, and in which form it is called now."""
+        return list(self._epochs.programs)
 
     @property
     def footprint(self) -> Footprint:
@@ -392,15 +423,13 @@ class Engine:
 
 
 def _build_members(
-    task: TaskSpec, prepared: Prepared, seed: int, dtype: torch.dtype
+    task: Task, prepared: Prepared, seed: int, dtype: torch.dtype
 ) -> list[nn.Module]:
     """Build each member's model, on the CPU, where weights are the same whatever trains them."""
     models = []
     for member in range(len(prepared.splits)):
         with initial_weights(member_seed(seed, member)):
-            model: nn.Module = find_model(task.model)(
-                task.settings, prepared.rows.input_shape, prepared.outputs
-            )
+            model: nn.Module = task.model(prepared.rows.input_shape, prepared.outputs)
         models.append(model.to(dtype))
     return models
 
@@ -410,20 +439,25 @@ def _copy_(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None
         target.copy_(sources[name])
 
 
-def _objective(task: TaskSpec, data: Data, prepared: Prepared, knobs: Collection[str]) -> Objective:
+def _objective(
+    spec: AnyTask, task: Task, data: Data, prepared: Prepared, knobs: Collection[str]
+) -> Objective:
     """Return what the data's kind asks for, with the task's own loss and score where it has any."""
-    weights_C = prepared.class_weights if task.class_weights == "balanced" else None
+    own_loss, own_score = (getattr(task, name, None) for name in ("loss", "score"))
+    weights_C = prepared.class_weights if spec.class_weights == "balanced" else None
     if data.classes is None:
-        objective = regression(task.score, prepared.unit)
+        objective = regression(spec.score, prepared.unit)
     else:
-        objective = classification(data.classes, task.score, weights_C)
-    if data.loss is not None:
-        objective = replace(objective, loss=LossOfRows(data.loss))
-    if data.score is not None and task.score is None:
-        objective = replace(objective, score=mean_score("own", data.score))
+        objective = classification(data.classes, spec.score, weights_C)
+    if own_loss is not None:
+        objective = replace(objective, loss=LossOfRows(own_loss))
+    if own_score is not None and spec.score is None:
+        objective = replace(objective, score=mean_score("own", own_score))
+    elif own_loss is not None and data.classes is None and spec.score is None:
+        raise InvalidData("a task with a loss() of its own and no classes needs a score() as well")
     if isinstance(objective.loss, LossOfRows):
-        what = "a loss of its own" if data.loss else "squared error as its loss"
-        if task.class_weights != "none":
+        what = "a loss of its own" if own_loss else "squared error as its loss"
+        if spec.class_weights != "none":
             raise InvalidData(f"task.class_weights weigh the cross-entropy, but this has {what}")
         if "label_smoothing" in knobs:
             raise InvalidData(f"label_smoothing smooths the cross-entropy, but this has {what}")

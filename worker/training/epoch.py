@@ -16,7 +16,12 @@ from regtune.spec import Training
 from worker.tasks.preparation import Prepared, Rows
 from worker.training import regularizers
 from worker.training.batches import Batches, Place
-from worker.training.compiling import CALLS_BEFORE_RECORDING, Programs
+from worker.training.compiling import (
+    CALLS_BEFORE_RECORDING,
+    HEAD_START_SECONDS,
+    HEAD_START_SHARE,
+    Programs,
+)
 from worker.training.cores import Chunk, Cores, synchronize
 from worker.training.lanes import LaneTensors
 from worker.training.memory import peak_bytes
@@ -34,6 +39,7 @@ REHEARSAL_SECONDS = 0.2
 
 Tick = Callable[[], None]
 Tensors = Mapping[str, Tensor]
+Throwaway = Callable[[int], tuple[LaneTensors, Tensors, NDArray[np.float64], Sequence[Place]]]
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ class Epochs:
         self._evaluation_rows = max(self.batches.sizes)
         self._validation = Held.out(prepared.rows, [split.validation for split in prepared.splits])
         self._test = Held.out(prepared.test, [split.test for split in prepared.splits])
-        self._programs = Programs(
+        self.programs = Programs(
             compiles=compiles and model.vectorized,
             constants=[*_tensors(prepared.rows), *_tensors(prepared.test)],
         )
@@ -108,6 +114,7 @@ class Epochs:
                 )
             )
         self._cores = Cores(threads, prepared.rows.x.device)
+        self._later: Callable[[], None] | None = None
 
     def train(
         self,
@@ -116,12 +123,14 @@ class Epochs:
         rate_K: NDArray[np.float64],
         places: Sequence[Place],
         tick: Tick,
+        *,
+        trying: bool = True,
     ) -> Tensor:
         """Train K lanes for an epoch, in place, and validate them; return the figures ``(K, 5)``.
 
         They are each lane's mean training loss, validation loss, score, penalty and sparsity.
         ``rate_K`` are the learning rates where the schedule starts. ``tick`` is called after every
-        step and every batch of the validation, from any thread.
+        step and every batch of the validation, from any thread. ``trying`` as in ``Cores.run``.
         """
 
         def work(step: LaneStep, chunk: Chunk) -> Tensor:
@@ -142,7 +151,7 @@ class Epochs:
             loss_K1 = (total_K / self.batches.rows)[:, None]
             return torch.cat([loss_K1, held_K2, self._weigh(own)], dim=1)
 
-        return self._in_chunks(work, len(tensors))
+        return self._cores.run(self._with_replica(work), len(tensors), trying=trying)
 
     def test(self, parameters: Tensors, buffers: Tensors, members: Sequence[int]) -> Tensor:
         """Return each lane's mean loss and score on the test rows: ``(K, 2)``."""
@@ -158,7 +167,7 @@ class Epochs:
                 lambda: None,
             )
 
-        return self._in_chunks(work, len(members))
+        return self._cores.run(self._with_replica(work), len(members))
 
     def rehearse(
         self,
@@ -184,7 +193,7 @@ class Epochs:
                         break
             return torch.tensor([chunk.lanes.stop - chunk.lanes.start]) * clock.rate
 
-        rate_C = self._in_chunks(work, len(tensors))
+        rate_C = self._cores.run(self._with_replica(work), len(tensors))
         at_a_time = min(len(rate_C), self._cores.threads)
         return float(rate_C.mean()) * at_a_time / len(self.batches.sizes)
 
@@ -233,25 +242,49 @@ class Epochs:
         ``epochs_to_come`` are those that will be trained for certain.
         """
         self._cores.note(seconds)
-        if self._programs.epoch_ended(seconds, epochs_to_come):
+        if self.programs.epoch_ended(seconds, epochs_to_come):
             self._cores.forget()
+        if self._later is not None:
+            # What is needed first has been compiled by now, or is about to be.
+            self._later()
+            self._later = None
 
-    def rehearsed(self, lanes: int, seconds: float) -> None:
-        """Note that so many lanes will train for so long at the rehearsed speed."""
-        self._programs.rehearsed(self._cores.sizes(lanes), seconds)
+    def expect(self, lanes: int, seconds: float, throwaway: Throwaway) -> None:
+        """Record and compile from now on what pays if up to so many lanes train for so long.
+
+        ``throwaway`` returns so many lanes that may be trained for nothing.
+        """
+        common, rarer = set(self._cores.sizes(lanes)), self._cores.rarer_sizes(lanes)
+        if self.programs.expect("step", common | rarer, seconds):
+            self._record(common, throwaway)
+            self.programs.settle(min(HEAD_START_SECONDS, HEAD_START_SHARE * seconds))
+            self._later = lambda: self._record(rarer, throwaway)
+
+    def _record(self, sizes: Collection[int], throwaway: Throwaway) -> None:
+        """Record the step for chunks of these sizes, and let it be compiled."""
+
+        def work(step: LaneStep, chunk: Chunk) -> Tensor:
+            tensors, strengths, rate_K, places = throwaway(chunk.lanes.stop)
+            own = self._share(chunk, tensors, strengths, rate_K, places)
+            loss_K, _ = next(self._take_steps(step, chunk, own))
+            return loss_K
+
+        for size in sorted(sizes, reverse=True):
+            self._cores.run_one(self._with_replica(work), size)
+        self.programs.compile_what_pays()
 
     def settle(self) -> None:
         """Wait until nothing is being compiled any more."""
-        if self._programs.settle():
+        if self.programs.settle():
             self._cores.forget()
 
     def close(self) -> None:
         """Give the threads back."""
-        self._programs.close()
+        self.programs.close()
         self._cores.close()
 
-    def _in_chunks(self, work: Callable[[LaneStep, Chunk], Tensor], lanes: int) -> Tensor:
-        """Return what ``work`` returns for all lanes, ``(K, …)``, a chunk to a thread."""
+    def _with_replica(self, work: Callable[[LaneStep, Chunk], Tensor]) -> Callable[[Chunk], Tensor]:
+        """Return ``work`` with a step that no other thread uses meanwhile."""
 
         def with_replica(chunk: Chunk) -> Tensor:
             step = self._replicas.get()
@@ -260,7 +293,7 @@ class Epochs:
             finally:
                 self._replicas.put(step)
 
-        return self._cores.run(with_replica, lanes)
+        return with_replica
 
     def _share(
         self,
@@ -286,7 +319,7 @@ class Epochs:
 
         @cache
         def take(shape: torch.Size) -> Callable[..., Tensor]:
-            program = self._programs.find("step", len(own.places), chunk.threads, shape)
+            program = self.programs.find("step", len(own.places), chunk.threads, shape)
             return program.bind(step.ways_to_take(), own.live, own.strengths, source)
 
         for number, (index, keys) in enumerate(self.batches.of_epoch(own.places)):
@@ -315,7 +348,7 @@ class Epochs:
         @cache
         def measure(shape: torch.Size) -> Callable[..., Tensor]:
             shapes = shape, len(held.rows)
-            program = self._programs.find("measure", len(members), chunk.threads, *shapes)
+            program = self.programs.find("measure", len(members), chunk.threads, *shapes)
             return program.bind(step.ways_to_measure(), parameters, buffers, source)
 
         for some, counts in zip(*batches, strict=True):

@@ -33,7 +33,7 @@ PERTURBATIONS = 2
 
 
 class UnsupportedModel(ValueError):
-    """The model draws random numbers of its own, so its trials could not be reproduced."""
+    """The model cannot be trained here: it draws random numbers of its own, or learns nothing."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,20 @@ class LaneModel:
         if autocast is not None:
             _normalize_in_float32(model)
         _use_plain_attention()
+        learned = {name for name, part in model.named_parameters() if part.requires_grad}
+        if not learned:
+            raise UnsupportedModel("the model has no parameter that needs a gradient")
         self._model = model.requires_grad_(False)
         self.objective = objective
         self._knobs = frozenset(knobs)
         self._autocast = autocast
-        named = dict(model.named_parameters())
-        self.penalized = tuple(penalized(model, penalize))
-        self.spared = tuple(name for name in named if name not in self.penalized)
+        self.penalized = tuple(name for name in penalized(model, penalize) if name in learned)
+        self.spared = tuple(
+            name
+            for name, _ in model.named_parameters()
+            if name in learned and name not in self.penalized
+        )
+        self.refusal: str | None = None
         self._over_lanes = self._choose_map(sample)
 
     def replica(self) -> "LaneModel":
@@ -126,12 +133,18 @@ class LaneModel:
         return {name: named[name].detach() for name in self.penalized + self.spared}
 
     def buffers_of(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return copies of the buffers of a model that was built alike, without the sites' own."""
-        return {
-            name: buffer.clone()
+        """Return copies of the buffers of a model that was built alike, without the sites' own.
+
+        A parameter that is frozen, one that needs no gradient, counts as a buffer.
+        """
+        held = {
+            name: buffer
             for name, buffer in model.named_buffers()
             if name.rpartition(".")[0] not in self._sites
         }
+        learned = {*self.penalized, *self.spared}
+        held |= {name: p for name, p in model.named_parameters() if name not in learned}
+        return {name: part.detach().clone() for name, part in held.items()}
 
     def gradients(
         self, parameters: Tensors, buffers: Tensors, strengths: Tensors, batch: Batch
@@ -240,7 +253,8 @@ class LaneModel:
         try:
             self._try(vmap, sample)
         except (RuntimeError, ValueError, NotImplementedError) as refusal:
-            log.warning("lanes_run_one_by_one", reason=str(refusal).partition("\n")[0])
+            self.refusal = str(refusal).partition("\n")[0]
+            log.warning("lanes_run_one_by_one", reason=self.refusal)
             return loop
         return vmap
 
@@ -255,7 +269,7 @@ class LaneModel:
         strengths = neutral_strengths(2, x.dtype)
         keys = torch.zeros(2, len(self._sites) + PERTURBATIONS, 2, dtype=torch.int32)
         self.gradients(parameters, buffers, strengths, Batch(x, y, keys, per_lane=True))
-        self.measure(parameters, buffers, x, y, torch.ones_like(y, dtype=x.dtype), per_lane=True)
+        self.measure(parameters, buffers, x, y, x.new_ones(x.shape[:2]), per_lane=True)
 
 
 def lanes_of(parameters: Tensors) -> int:

@@ -56,8 +56,7 @@ class LossOfRows:
 
     def of_rows(self, output: Tensor, y_B: Tensor) -> Tensor:
         """Return each row's loss: ``(B,)``."""
-        loss_B: Tensor = self.function(output, y_B)
-        return loss_B
+        return _one_each(self.function(output, y_B), len(y_B), "loss")
 
     def of_batch(self, output: Tensor, y_B: Tensor, smoothing: Tensor | None) -> Tensor:
         """Return the mean loss of a batch."""
@@ -114,7 +113,7 @@ def mean_score(name: str, function: RowFunction) -> Score:
     return Score(
         name,
         1,
-        lambda output, y_B: [function(output, y_B)],
+        lambda output, y_B: [_one_each(function(output, y_B), len(y_B), "score")],
         lambda sum_1K, rows_K: sum_1K[0] / rows_K,
     )
 
@@ -158,6 +157,16 @@ def regression(score: ScoreName | None = None, unit: float = 1.0) -> Objective:
                 ),
             )
     raise InvalidData(_wrong_score(score, "a regression", REGRESSION_SCORES))
+
+
+def _one_each(value_B: Tensor, rows: int, what: str) -> Tensor:
+    """Return what a function of rows has returned; raise InvalidData unless it is one for each."""
+    if value_B.shape != (rows,):
+        raise InvalidData(
+            f"{what}() must return one number for each of {rows} rows, and so the shape ({rows},), "
+            f"but it has returned the shape {tuple(value_B.shape)}"
+        )
+    return value_B
 
 
 def _hit(output_BC: Tensor, y_B: Tensor) -> Tensor:

@@ -42,6 +42,8 @@ class DropoutSite(nn.Module):
     threshold: Tensor
     scale: Tensor
     key: Tensor
+    p = 0.0
+    """For models that read their module's rate and drop by themselves, which then is off."""
 
     def __init__(self, *, channelwise: bool = False, alpha: bool = False) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import structlog
 import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from tests.unit.training.conftest import losses, train, trial
 from worker.training import compiling
@@ -173,21 +174,103 @@ assert torch.equal(bound[0](x), busy(x)) and torch.equal(bound[1](x), busy(x))
 """
 
 
-def test_after_a_rehearsal_that_promises_a_long_run_its_chunks_are_compiled(monkeypatch):
+def test_what_is_expected_to_run_for_long_is_recorded_at_once_and_compiled(monkeypatch):
     programs = Programs(compiles=True)
     monkeypatch.setattr(programs, "_submit", lambda program: None)
     rehearsed, other = (programs.find("busy", lanes, 1) for lanes in (4, 2))
-    unused = programs.find("idle", 4, 1)
     for program in (rehearsed, other):
         bound = program.bind([busy])
         for _ in range(compiling.CALLS_BEFORE_RECORDING + 1):
             bound(torch.ones(10))
-    programs.rehearsed([4, 4], compiling.SECONDS_BEFORE_COMPILING - 1)
+    assert not programs.expect("busy", {4, 1}, compiling.SECONDS_BEFORE_COMPILING - 1)
+    programs.compile_what_pays()
     assert not rehearsed.queued
-    rehearsed.bind([busy])(torch.ones(10))
-    programs.rehearsed([4, 4], compiling.SECONDS_BEFORE_COMPILING)
-    assert (rehearsed.queued, other.queued, unused.queued) == (True, False, False)
+    assert programs.expect("busy", {4, 1}, compiling.SECONDS_BEFORE_COMPILING)
+    single, idle = programs.find("busy", 1, 1), programs.find("idle", 4, 1)
+    for program in (single, idle):
+        program.bind([busy])(torch.ones(10))
+    programs.compile_what_pays()
+    assert [p.queued for p in (rehearsed, single, other, idle)] == [True, True, False, False]
+    assert idle.recording is None
     assert rehearsed.seconds == 0
+
+
+@pytest.mark.parametrize(("lanes", "first", "later"), [(5, {4, 1}, {2}), (2, {1}, set())])
+def test_an_engine_that_expects_a_long_study_compiles_first_what_is_needed_first(
+    make_engine, monkeypatch, lanes, first, later
+):
+    engine = make_engine(threads=2)
+    submitted = []
+    monkeypatch.setattr(engine._epochs.programs, "_compiles", True)
+    monkeypatch.setattr(engine._epochs.programs, "_submit", submitted.append)
+    engine.max_lanes = lanes
+    engine.expect(1000, 1.0)
+    assert {(program.name, program.lanes) for program in submitted} == {
+        ("step", size) for size in first
+    }
+    submitted.clear()
+    engine.join([trial(0)])
+    engine.train_epoch()
+    assert {program.lanes for program in submitted if program.name == "step"} == later
+
+
+KEPT_ON_DISK = """
+import torch
+from torch._dynamo.utils import counters
+from tests.unit.training.test_compiling import busy
+from torch.utils import _pytree as pytree
+from worker.training import compiling
+
+x = torch.ones(9)
+recording, examples = compiling.record(busy, pytree.tree_flatten(())[1], [x])
+form = compiling.compile_recording(recording, examples, 1)
+assert torch.equal(form(x)[0], busy(x))
+print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
+"""
+
+
+def test_what_was_compiled_once_is_found_on_disk_by_the_next_process(tmp_path):
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", KEPT_ON_DISK],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
+        for _ in range(2)
+    ]
+    assert said == [["0", "1"], ["1", "0"]]
+
+
+def test_the_folder_of_compiled_programs_is_ours_unless_the_environment_names_one(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setenv(compiling._CACHE_VARIABLE, default_cache_dir())
+    compiling.keep_compiled_in(tmp_path)
+    assert os.environ[compiling._CACHE_VARIABLE] == str(tmp_path)
+    monkeypatch.setenv(compiling._CACHE_VARIABLE, "/elsewhere")
+    compiling.keep_compiled_in(tmp_path)
+    assert os.environ[compiling._CACHE_VARIABLE] == "/elsewhere"
+
+
+def test_waiting_for_the_compiler_has_a_limit(monkeypatch):
+    programs, started, go_on = Programs(compiles=True), threading.Event(), threading.Event()
+
+    def compile_slowly(*_: object) -> Callable[..., object]:
+        started.set()
+        go_on.wait()
+        return lambda x: (busy(x),)
+
+    monkeypatch.setattr(compiling, "compile_recording", compile_slowly)
+    programs.expect("busy", {1}, compiling.SECONDS_BEFORE_COMPILING)
+    programs.find("busy", 1, 1).bind([busy])(torch.ones(10))
+    programs.compile_what_pays()
+    started.wait()
+    assert not programs.settle(0.01)
+    go_on.set()
+    assert programs.settle()
 
 
 def test_what_is_compiled_for_some_threads_is_compiled_for_all_that_were_tried(monkeypatch):
@@ -338,7 +421,7 @@ def test_a_short_study_never_compiles():
 
 def compiled(engine: Engine) -> None:
     """Compile, right now, every program that the engine has used."""
-    for program in engine._epochs._programs:
+    for program in engine.programs:
         assert program.recording is not None
         program._form = compile_recording(program.recording, program.examples, program.threads)
 
@@ -357,7 +440,7 @@ def test_a_trial_is_the_same_compiled(make_engine, training, dtype, epochs, tole
     train(engine, 3)
     engine.leave([2, 3])
     compiled(engine)
-    assert len(list(engine._epochs._programs)) == 2  # the step and the measurement
+    assert len(list(engine.programs)) == 2  # the step and the measurement
     engine.join([strong, trial(1)])
     curve = losses(train(engine, epochs)[0])
     torch.testing.assert_close(curve, expected, rtol=tolerance, atol=0)

@@ -1,8 +1,9 @@
 """How lanes are spread over cores."""
 
 import pytest
+import torch
 
-from worker.training.cores import EPOCHS_TRIED, Spread, chunk_sizes
+from worker.training.cores import EPOCHS_TRIED, Cores, Spread, chunk_sizes
 
 
 def chosen(spread: Spread, chunks: int, most: int, seconds: dict[int, float]) -> list[int]:
@@ -39,6 +40,20 @@ def test_when_forgotten_all_are_tried_again():
     assert chosen(spread, 1, 4, {1: 2.0, 4: 1.0})[-1] == 4
 
 
+def test_when_it_is_too_late_to_try_it_is_one_thread_until_more_were_faster():
+    seconds = {1: 2.0, 4: 1.0}
+    late, known = Spread(), Spread()
+    assert {late.choose(1, 4, trying=False) for _ in range(5)} == {1}
+    chosen(known, 1, 4, seconds)
+    assert known.choose(1, 4, trying=False) == 4
+
+
+@pytest.mark.parametrize(("lanes", "rarer"), [(8, {1, 2}), (4, {1}), (2, set()), (1, set())])
+def test_the_sizes_that_come_up_when_lanes_get_fewer(lanes, rarer):
+    assert Cores(2, torch.device("cpu")).rarer_sizes(lanes) == rarer
+    assert Cores(2, torch.device("cuda")).rarer_sizes(lanes) == set()
+
+
 @pytest.mark.parametrize(
     ("lanes", "threads", "sizes"),
     [
@@ -47,10 +62,10 @@ def test_when_forgotten_all_are_tried_again():
         (3, 2, [2, 1]),
         (4, 2, [2, 2]),
         (5, 2, [4, 1]),
-        (7, 2, [4, 1, 1, 1]),
+        (7, 2, [4, 2, 1]),
         (8, 2, [4, 4]),
-        (18, 2, [4, 4, 4, 4, 1, 1]),
-        (3, 1, [3]),
+        (18, 2, [4, 4, 4, 4, 2]),
+        (3, 1, [2, 1]),
         (16, 16, [1] * 16),
         (0, 2, []),
     ],

@@ -90,7 +90,7 @@ def test_a_trial_is_the_same_by_recorded_steps(make_engine, monkeypatch):
     first = losses(train(engine, 3)[0])
     engine.join(OTHERS)
     curve = torch.cat([first, losses(train(engine, EPOCHS)[0])])
-    assert any(program.recording for program in engine._epochs._programs)
+    assert any(program.recording for program in engine.programs)
     torch.testing.assert_close(curve, as_called, rtol=1e-8, atol=0)
 
 

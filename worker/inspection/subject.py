@@ -1,0 +1,81 @@
+"""What is looked at: a task, a data set or a model by its name, or the task of a study."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from regtune.errors import FieldError, InvalidSpec, NotFound
+from regtune.settings import Settings
+from regtune.spec import AnyTask, StudySpec, parse_spec, parse_text
+from regtune.task import DATASETS, MODELS, TASKS, points
+
+Kind = Literal["task", "data set", "model", "study"]
+
+DATA_FOR_MODELS = "digits"
+MODEL_FOR_DATA = "mlp"
+"""What a model is built for, and what is trained on a data set, unless one says otherwise."""
+
+_STUDIES = (".yaml", ".yml", ".json")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something to look at, and a study in which it would be trained."""
+
+    kind: Kind
+    name: str
+    spec: StudySpec
+
+    @property
+    def task(self) -> AnyTask:
+        """What that study trains."""
+        return self.spec.task
+
+
+def find_subject(
+    name: str,
+    sets: Sequence[str],
+    settings: Settings,
+    *,
+    data: str | None = None,
+    model: str | None = None,
+) -> Subject:
+    """Return what a name stands for: a study's file, or what is installed or configured here.
+
+    ``sets`` are settings of it, as ``name=value``; ``data`` is what a model is built for, and
+    ``model`` what is trained on a data set. Raises NotFound for a name that stands for nothing, and
+    InvalidSpec.
+    """
+    if name.endswith(_STUDIES):
+        return Subject("study", name, parse_text(_read(name)))
+    own = dict(_setting(text) for text in sets)
+    task: dict[str, Any]
+    if name in points(TASKS, settings.tasks):
+        kind, task = "task", {"name": name, **own}
+    elif name in points(DATASETS, {}):
+        kind, task = "data set", {"dataset": name, "data": own, "model": model or MODEL_FOR_DATA}
+    elif name in points(MODELS, {}):
+        kind, task = "model", {"dataset": data or DATA_FOR_MODELS, "model": name, **own}
+    else:
+        raise NotFound(
+            f"there is no task, data set or model {name!r}; `regtune task list` shows those that "
+            "there are"
+        )
+    return Subject(kind, name, parse_spec({"name": "task", "task": task, "budget": {"trials": 2}}))  # type: ignore[arg-type]
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, sign, value = text.partition("=")
+    if not sign or not name:
+        raise InvalidSpec((FieldError("--set", f"name=value, not {text!r}"),))
+    return name, yaml.safe_load(value)
+
+
+def _read(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidSpec((FieldError(file, f"cannot be read: {error}"),)) from None
