@@ -53,6 +53,7 @@ from tests.waiting import wait_until
 
 console = Console(width=120)
 _BATCH = 500
+_STARTING = 6
 
 
 @dataclass(frozen=True)
@@ -141,10 +142,14 @@ def throughput(server: Server, arguments: argparse.Namespace) -> list[dict[str, 
 def _ours(
     server: Server, url: str, client: httpx.Client, workers: int, lanes: int, budget: int
 ) -> Throughput:
-    """Run one study that is timed, then a shorter one whose statements are counted."""
+    """Run one study to start up, one that is timed, and a shorter one that is counted.
+
+    A worker starts up once for many studies: it opens connections and prepares its statements.
+    """
     settings = _worker_settings(url, lanes)
     with our_workers(url, settings, workers, processes=workers), server.sampling(url) as held:
         _wait_for_workers(client, workers)
+        _run_study(client, _STARTING * workers)
         trials, seconds = _run_study(client, budget)
         connections = held.of("regtune-worker") / workers
         counted_trials = max(50, min(budget, 4 * workers * lanes))
@@ -171,13 +176,14 @@ def _stock(server: Server, workers: int, budget: int) -> Throughput:
     url = server.create(f"stock_{time.monotonic_ns()}")
     address = database.address(url)
     space = distributions(_spec("space", budget))
+    _new_stock_study(address, "start")
     _new_stock_study(address, "timed")
     with server.sampling(url) as held:
-        since, until = stock_workers(address, "timed", space, workers, budget)
+        since, until = stock_workers(address, ("start", "timed"), space, workers, budget)
     trials = _rows(address, "timed")
     _new_stock_study(address, "counted")
     with server.counting() as counted:
-        stock_workers(address, "counted", space, min(workers, 4), 8)
+        stock_workers(address, ("counted",), space, min(workers, 4), 8)
     counted_trials = _rows(address, "counted")
     return Throughput(
         who="stock Optuna",

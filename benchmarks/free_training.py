@@ -162,15 +162,16 @@ def our_workers(
 
 
 def stock_workers(
-    url: str, name: str, space: Mapping[str, BaseDistribution], count: int, budget: int
+    url: str, names: Sequence[str], space: Mapping[str, BaseDistribution], count: int, budget: int
 ) -> tuple[float, float]:
     """Let so many processes optimize a study as Optuna's documentation shows; return their span.
 
-    Both ends are in seconds of the clock ``time.time``.
+    It is the last of ``names``; each process first does a trial of the others, to start up. Both
+    ends are in seconds of the clock ``time.time``.
     """
     ready = _processes.Barrier(count + 1)
     started = [
-        _processes.Process(target=_optimize, args=(url, name, space, budget, seed, ready))
+        _processes.Process(target=_optimize, args=(url, names, space, budget, seed, ready))
         for seed in range(count)
     ]
     for process in started:
@@ -215,7 +216,7 @@ def _work(url: str, settings: Settings, names: Sequence[str], epoch_seconds: flo
 
 def _optimize(
     url: str,
-    name: str,
+    names: Sequence[str],
     space: Mapping[str, BaseDistribution],
     budget: int,
     seed: int,
@@ -223,11 +224,14 @@ def _optimize(
 ) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.load_study(
-        study_name=name,
-        storage=url,
-        sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True),
-        pruner=optuna.pruners.MedianPruner(),
+    *starting, study = (
+        optuna.load_study(
+            study_name=name,
+            storage=url,
+            sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True),
+            pruner=optuna.pruners.MedianPruner(),
+        )
+        for name in names
     )
 
     def objective(trial: optuna.Trial) -> float:
@@ -238,6 +242,8 @@ def _optimize(
                 raise optuna.TrialPruned
         return loss(params, EPOCHS)
 
+    for one in starting:
+        one.optimize(objective, n_trials=1)
     ready.wait()
     ended = (TrialState.COMPLETE, TrialState.PRUNED)
     study.optimize(objective, callbacks=[MaxTrialsCallback(budget, states=ended)])

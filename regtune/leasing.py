@@ -246,13 +246,22 @@ WITH row AS (
 ), told AS (
     INSERT INTO regtune.events (study_id, number, kind, actor)
     SELECT :study_id, number, 'trial_appended', :actor FROM row ORDER BY number
+), held AS (
+    SELECT t.worker AS name, count(*) AS trials
+    FROM regtune.studies s JOIN regtune.trials t USING (study_id)
+    WHERE s.state IN ('active', 'paused', 'stopping') AND t.state = 'running' GROUP BY t.worker
 ), called AS (
-    -- Those who may have room, twice as many as needed: not a whole fleet for a few trials.
+    -- As many as it takes, not a whole fleet for a few trials: of those with room, and of those
+    -- that may get some before this commits, who would find nothing and then hear of it too late.
     SELECT coalesce(string_agg(' ' || left(md5(name), 8), ''), '') AS tags
-    FROM (SELECT name, sum(wanted_lanes) OVER (ORDER BY heartbeat_at DESC, name)
-                       - wanted_lanes AS before
-          FROM regtune.workers WHERE wanted_lanes > 0 AND stopped_at IS NULL) wanting
-    WHERE before < 4 + 2 * (SELECT count(*) FROM row)
+    FROM (SELECT name, sum(lanes) OVER (PARTITION BY free ORDER BY heartbeat_at DESC, name)
+                       - lanes AS before
+          FROM (SELECT name, heartbeat_at, coalesce(trials, 0) < lanes AS free,
+                       CASE WHEN coalesce(trials, 0) < lanes THEN lanes - coalesce(trials, 0)
+                       ELSE least(lanes, wanted_lanes) END AS lanes
+                FROM regtune.workers LEFT JOIN held USING (name)
+                WHERE wanted_lanes > 0 AND stopped_at IS NULL) wanting) counted
+    WHERE before < 2 + (SELECT count(*) FROM row)
 )
 SELECT trial_id, pg_notify(:work, cast(:study_id AS text)
                                   || CASE WHEN length(tags) < 7000 THEN tags ELSE '' END)
@@ -328,7 +337,13 @@ WITH token AS (
              >= cast(:max_attempts AS int) THEN 'failed'
         ELSE 'waiting' END AS state) outcome
     WHERE t.trial_id = held.trial_id
-    RETURNING t.trial_id, t.study_id, t.number, t.state, t.reason, t.finished_at
+    RETURNING t.trial_id, t.study_id, t.number, t.state, t.reason, t.finished_at, t.share,
+              t.leased_at
+), charged AS (
+    INSERT INTO regtune.charges (study_id, seconds)
+    SELECT study_id, coalesce(sum(share * greatest(0, extract(
+        epoch FROM coalesce(cast(:now AS timestamptz), now()) - leased_at)::float)), 0)
+    FROM given_up GROUP BY study_id
 ), public_trials AS (
     UPDATE public.trials o
     SET state = CASE WHEN given_up.state = 'waiting' THEN 'WAITING'

@@ -345,6 +345,11 @@ WITH outcome AS (
     FROM held JOIN outcome o USING (trial_id)
     WHERE t.trial_id = held.trial_id
     RETURNING t.*, o.optuna_state
+), charged AS (
+    INSERT INTO regtune.charges (study_id, seconds)
+    SELECT study_id, coalesce(sum(share * greatest(0, extract(
+        epoch FROM finished_at - leased_at)::float)), 0)
+    FROM ended GROUP BY study_id
 ), public_trials AS (
     UPDATE public.trials p
     SET state = ended.optuna_state::public.trialstate,

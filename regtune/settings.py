@@ -57,6 +57,11 @@ class Settings(BaseSettings):
         "s3://bucket/folder; by default the folder `checkpoints` in the data folder.",
     )
     checkpoint_seconds: float = Field(30.0, gt=0, description="How often trials are checkpointed.")
+    sweep_seconds: float = Field(
+        600.0,
+        gt=0,
+        description="How often a worker, between two stacks, removes checkpoints nobody needs.",
+    )
     hung_seconds: float = Field(
         120.0, gt=0, description="A worker that takes no step for so long ends, for a new one."
     )

@@ -6,8 +6,9 @@ in fair queueing (Demers, Keshav & Shenker 1989). The next free lanes go to the 
 time is least, so in the long run studies that want lanes get them in proportion to their
 priorities, however long their trials are.
 
-Ended leases are charged when the shares are settled, which a scheduler does at every poll; running
-ones are counted up to the moment of the choice. A study that wanted nothing for a while has saved
+A lease that ends leaves a charge, in the statement that ends it; charges are taken in when the
+shares are settled, which a scheduler does at every poll. Running leases are counted up to the
+moment of the choice. A study that wanted nothing for a while has saved
 nothing up: it joins where the others stand.
 """
 
@@ -26,8 +27,13 @@ def enter(session: Session, study_id: int) -> None:
 
 
 def settle(session: Session, *, now: datetime | None = None) -> None:
-    """Charge all live studies for what they have had; doing it again charges nothing twice."""
-    session.execute(text(_SETTLE), {"live": list(tables.LIVE_STUDY_STATES), "now": now})
+    """Charge studies for what they have had since the last time, each lease once.
+
+    It reads what is running or has ended since, however many trials there were before.
+    """
+    # In a statement of its own: what another replica has settled meanwhile is seen by the next.
+    locked = session.execute(text(_LOCK), {"live": list(tables.LIVE_STUDY_STATES)})
+    session.execute(text(_SETTLE), {"study_ids": list(locked.scalars()), "now": now})
 
 
 def choose(
@@ -81,28 +87,36 @@ ON CONFLICT (study_id) DO UPDATE
 SET virtual_seconds = greatest(regtune.shares.virtual_seconds, excluded.virtual_seconds)
 """
 
+_LOCK = """
+SELECT sh.study_id FROM regtune.shares sh JOIN regtune.studies s USING (study_id)
+WHERE s.state = ANY(:live) OR sh.study_id IN (SELECT study_id FROM regtune.charges)
+ORDER BY sh.study_id FOR UPDATE OF sh
+"""
+
 _SETTLE = """
 WITH clock AS (
     SELECT coalesce(cast(:now AS timestamptz), now()) AS now
-), locked AS MATERIALIZED (
-    SELECT sh.*, s.priority FROM regtune.shares sh JOIN regtune.studies s USING (study_id)
-    WHERE s.state = ANY(:live) ORDER BY sh.study_id FOR UPDATE OF sh
-), spent AS (
-    SELECT t.study_id, bool_or(t.state = 'running') AS runs,
-           bool_or(t.state IN ('waiting', 'running')) AS is_open,
-           sum(t.worker_seconds + CASE t.state WHEN 'running' THEN
-               greatest(0, extract(epoch FROM clock.now - t.leased_at)::float) * t.share
-               ELSE 0 END) AS seconds
-    FROM regtune.trials t JOIN locked USING (study_id), clock GROUP BY t.study_id
+), charge AS (
+    DELETE FROM regtune.charges WHERE study_id = ANY(:study_ids) RETURNING study_id, seconds
+), settled AS MATERIALIZED (
+    SELECT sh.study_id, s.priority, sh.virtual_seconds, sh.worker_seconds,
+           sh.ended_seconds + coalesce((
+               SELECT sum(seconds) FROM charge WHERE charge.study_id = sh.study_id), 0) AS ended,
+           (SELECT sum(t.share * greatest(0, extract(epoch FROM clock.now - t.leased_at)::float))
+            FROM regtune.trials t
+            WHERE t.study_id = sh.study_id AND t.state = 'running') AS running,
+           EXISTS (SELECT FROM regtune.trials t
+                   WHERE t.study_id = sh.study_id AND t.state IN ('waiting', 'running')) AS is_open
+    FROM regtune.shares sh JOIN regtune.studies s USING (study_id), clock
+    WHERE sh.study_id = ANY(:study_ids)
 ), charged AS (
-    SELECT locked.study_id, coalesce(spent.seconds, 0) AS seconds,
-           coalesce(spent.runs, false) AS runs, coalesce(spent.is_open, false) AS is_open,
-           locked.virtual_seconds
-           + (coalesce(spent.seconds, 0) - locked.worker_seconds) / locked.priority AS virtual
-    FROM locked LEFT JOIN spent USING (study_id)
+    SELECT study_id, ended, ended + coalesce(running, 0) AS seconds, running IS NOT NULL AS runs,
+           is_open, virtual_seconds
+           + (ended + coalesce(running, 0) - worker_seconds) / priority AS virtual
+    FROM settled
 )
 UPDATE regtune.shares sh
-SET worker_seconds = charged.seconds, settled_at = clock.now,
+SET worker_seconds = charged.seconds, ended_seconds = charged.ended, settled_at = clock.now,
     virtual_seconds = CASE WHEN charged.is_open THEN charged.virtual ELSE greatest(
         charged.virtual, (SELECT min(virtual) FROM charged WHERE runs)) END
 FROM charged, clock WHERE sh.study_id = charged.study_id

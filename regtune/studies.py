@@ -5,7 +5,7 @@ meanwhile, see each other's outcome. Functions take a session and never commit.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -41,6 +41,14 @@ class ModelFacts:
     training_rows: int
     score: str = "accuracy"
     data_hash: str | None = None
+
+
+@dataclass(frozen=True)
+class Born:
+    """A study of some database, told from those of others by when it was created."""
+
+    study_id: int
+    created_at: datetime
 
 
 @dataclass(frozen=True)
@@ -157,6 +165,17 @@ def by_id(session: Session, study_id: int) -> Study:
     if row is None:
         raise NotFound("the study has been deleted")
     return _study(row)
+
+
+def over(session: Session, candidates: Collection[Born]) -> set[Born]:
+    """Return those that are this database's own, and are over or have been deleted."""
+    return {one for one in candidates if session.execute(text(_IS_OVER), asdict(one)).scalar()}
+
+
+def trials_over(session: Session, study: Born, trial_ids: Collection[int]) -> set[int]:
+    """Return those of a study's trials that have ended; none if it is another database's."""
+    found = session.execute(text(_TRIALS_OVER), {**asdict(study), "trial_ids": list(trial_ids)})
+    return set(found.scalars())
 
 
 def has_more(session: Session, study_id: int) -> bool:
@@ -454,6 +473,22 @@ def _cancel_trials(
     )
 
 
+# What was done to a study stays on record when it is deleted, its making at its very moment too.
+_IS_OVER = f"""
+SELECT EXISTS (SELECT FROM regtune.studies
+               WHERE study_id = :study_id AND created_at = :created_at
+                 AND NOT {tables.IS_LIVE})
+    OR (EXISTS (SELECT FROM regtune.events WHERE study_id = :study_id AND kind = 'study_deleted')
+        AND EXISTS (SELECT FROM regtune.events WHERE study_id = :study_id
+                    AND kind = 'study_created' AND at = :created_at))
+"""
+
+_TRIALS_OVER = """
+SELECT trial_id FROM regtune.trials JOIN regtune.studies s USING (study_id)
+WHERE study_id = :study_id AND s.created_at = :created_at AND trial_id = ANY(:trial_ids)
+  AND trials.state NOT IN ('waiting', 'running')
+"""
+
 _HAS_MORE = """
 SELECT s.state = 'active' AND (s.appended < s.budget_trials OR EXISTS (
     SELECT FROM regtune.trials t WHERE t.study_id = s.study_id AND t.state = 'waiting'))
@@ -467,18 +502,22 @@ FROM regtune.trials WHERE study_id = :study_id
 
 _CANCEL = """
 WITH picked AS (
-    SELECT trial_id FROM regtune.trials
+    SELECT trial_id, CASE state WHEN 'running' THEN share * greatest(0, extract(
+        epoch FROM now() - leased_at)::float) ELSE 0 END AS seconds
+    FROM regtune.trials
     WHERE study_id = :study_id AND state = ANY(:states)
     ORDER BY trial_id FOR UPDATE
 ), cancelled AS (
     UPDATE regtune.trials t
     SET state = 'cancelled', reason = :reason, token = NULL, lease_expires_at = NULL,
         stop_request = NULL,
-        worker_seconds = t.worker_seconds + CASE t.state WHEN 'running' THEN
-            t.share * greatest(0, extract(epoch FROM now() - t.leased_at)::float) ELSE 0 END,
+        worker_seconds = t.worker_seconds + coalesce(picked.seconds, 0),
         finished_at = now()
     FROM picked WHERE t.trial_id = picked.trial_id
     RETURNING t.trial_id, t.number
+), charged AS (
+    INSERT INTO regtune.charges (study_id, seconds)
+    SELECT :study_id, sum(seconds) FROM picked HAVING sum(seconds) > 0
 ), public_trials AS (
     UPDATE public.trials o
     SET state = 'FAIL', datetime_complete = now() AT TIME ZONE 'utc',
@@ -502,6 +541,7 @@ _OF_TRIALS = "(SELECT trial_id FROM public.trials WHERE study_id = :study_id)"
 _DELETIONS = (
     f"DELETE FROM regtune.epochs WHERE trial_id IN {_OF_TRIALS}",
     "DELETE FROM regtune.trials WHERE study_id = :study_id",
+    "DELETE FROM regtune.charges WHERE study_id = :study_id",
     "DELETE FROM regtune.shares WHERE study_id = :study_id",
     "DELETE FROM regtune.studies WHERE study_id = :study_id",
     "DELETE FROM regtune.events WHERE study_id = :study_id AND number IS NOT NULL",

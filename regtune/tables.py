@@ -10,6 +10,7 @@ from sqlalchemy import (
     DateTime,
     Double,
     ForeignKey,
+    Identity,
     Index,
     Integer,
     MetaData,
@@ -51,6 +52,9 @@ def _one_of(column: str, values: tuple[str, ...]) -> str:
     return f"{column} IN ({', '.join(repr(value) for value in values)})"
 
 
+IS_LIVE = _one_of("state", LIVE_STUDY_STATES)
+"""Whether a row of ``studies`` may still change by itself, in SQL."""
+
 _now = text("now()")
 
 studies = Table(
@@ -77,7 +81,7 @@ studies = Table(
     Column("finished_at", DateTime(timezone=True)),
     CheckConstraint(_one_of("state", STUDY_STATES), name="studies_state_known"),
     CheckConstraint("appended BETWEEN 0 AND budget_trials", name="studies_within_budget"),
-    Index("studies_live", "study_id", postgresql_where=text(_one_of("state", LIVE_STUDY_STATES))),
+    Index("studies_live", "study_id", postgresql_where=text(IS_LIVE)),
     schema=SCHEMA,
 )
 
@@ -157,7 +161,24 @@ shares = Table(
         server_default="0",
         comment="of workers' time, up to settled_at",
     ),
+    Column(
+        "ended_seconds",
+        Double,
+        nullable=False,
+        server_default="0",
+        comment="of those, by leases that have ended",
+    ),
     Column("settled_at", DateTime(timezone=True), nullable=False, server_default=_now),
+    schema=SCHEMA,
+)
+
+charges = Table(
+    "charges",
+    metadata,
+    Column("charge_id", BigInteger, Identity(always=True), primary_key=True),
+    Column("study_id", Integer, nullable=False),
+    Column("seconds", Double, nullable=False, comment="of workers' time, not yet settled"),
+    Index("charges_of_study", "study_id"),
     schema=SCHEMA,
 )
 

@@ -69,6 +69,14 @@ _FINDINGS = {
         JOIN regtune.events e ON e.study_id = t.study_id AND e.number = t.number
              AND e.kind = 'trial_started'
         GROUP BY t.trial_id HAVING count(*) <> t.attempt""",
+    "workers' time is not charged once": """
+        SELECT s.name, ended.seconds, sh.ended_seconds, open.seconds
+        FROM regtune.studies s JOIN regtune.shares sh USING (study_id), LATERAL (
+            SELECT coalesce(sum(worker_seconds), 0) AS seconds FROM regtune.trials t
+            WHERE t.study_id = s.study_id) ended, LATERAL (
+            SELECT coalesce(sum(c.seconds), 0) AS seconds FROM regtune.charges c
+            WHERE c.study_id = s.study_id) open
+        WHERE abs(ended.seconds - sh.ended_seconds - open.seconds) > 1e-6 * ended.seconds""",
     "a study is over but its trials are not": """
         SELECT s.name, t.number, t.state FROM regtune.studies s JOIN regtune.trials t
         USING (study_id) WHERE s.state IN ('completed', 'stopped', 'cancelled', 'failed')

@@ -8,9 +8,11 @@ The attempt is part of the name, so a worker that has lost its lease overwrites 
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import fsspec
@@ -22,7 +24,7 @@ from safetensors.torch import load, save
 from regtune.errors import RegtuneError
 from regtune.leasing import Lease
 from regtune.reporting import Epoch
-from regtune.studies import Study
+from regtune.studies import Born, Study
 from worker.training.checkpoint import Checkpoint
 
 log = structlog.get_logger()
@@ -31,6 +33,8 @@ KEPT = 2
 """Checkpoints of a trial: the newest, and the one before it should that one be broken."""
 
 _SUFFIX = ".safetensors"
+_TIME = "%Y%m%dT%H%M%S.%f"
+_STUDY = re.compile(r"(\d+)-(\d{8}T\d{6}\.\d{6})")
 _LENGTH_BYTES = 8
 """Of a safetensors file: the header's length, little-endian; then the header, as JSON."""
 
@@ -92,14 +96,24 @@ class CheckpointStore:
                 log.warning("checkpoint_ignored", checkpoint=path, error=str(error))
         return None
 
-    def remove(self, study: Study, trial_ids: Collection[int]) -> None:
+    def remove(self, study: Study | Born, trial_ids: Collection[int]) -> None:
         """Remove all that is kept of some trials."""
         for trial_id in trial_ids:
             self._remove(self._trial_folder(study, trial_id))
 
-    def trials(self, study: Study) -> set[int]:
+    def studies(self) -> set[Born]:
+        """Return the studies of which anything is kept, of this database or of another."""
+        names = (_STUDY.fullmatch(_name(path)) for path in self._list(self._root))
+        return {Born(int(name[1]), _as_time(name[2])) for name in names if name}
+
+    def trials(self, study: Study | Born) -> set[int]:
         """Return the trials of a study of which anything is kept."""
-        return {int(name) for path in self._list(self._folder(study)) if (name := _name(path))}
+        names = (_name(path) for path in self._list(self._folder(study)))
+        return {int(name) for name in names if name.isdecimal()}
+
+    def remove_study(self, study: Born) -> None:
+        """Remove all that is kept of a study."""
+        self._remove(self._folder(study))
 
     def _files_of(self, folder: str) -> list[str]:
         """Return a trial's checkpoints, the last attempt first, and its last epoch first."""
@@ -132,11 +146,11 @@ class CheckpointStore:
         if self._files.exists(path):
             self._files.rm(path, recursive=True)
 
-    def _folder(self, study: Study) -> str:
+    def _folder(self, study: Study | Born) -> str:
         """Return the folder of a study; another database's study may have its id, or its name."""
-        return f"{self._root}/{study.study_id}-{study.created_at:%Y%m%dT%H%M%S.%f}"
+        return f"{self._root}/{study.study_id}-{study.created_at.astimezone(UTC):{_TIME}}"
 
-    def _trial_folder(self, study: Study, trial_id: int) -> str:
+    def _trial_folder(self, study: Study | Born, trial_id: int) -> str:
         return f"{self._folder(study)}/{trial_id}"
 
 
@@ -217,6 +231,10 @@ def _read(content: bytes, name: str, identity: str) -> Saved:
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:32]
+
+
+def _as_time(word: str) -> datetime:
+    return datetime.strptime(word, _TIME).replace(tzinfo=UTC)
 
 
 def _name(path: str) -> str:

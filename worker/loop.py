@@ -1,6 +1,7 @@
 """The worker's loop: choose a study, build its engine, train its trials, until told to stop."""
 
 import os
+import random
 import socket
 import time
 from collections.abc import Callable
@@ -66,6 +67,8 @@ class Worker:
         )
         self._stack: Stack | None = None
         self._idle_beat = 0.0
+        # Not all workers of a fleet at once.
+        self._sweep_due = time.monotonic() + random.uniform(0, settings.sweep_seconds)
         self._refused: set[int] = set()
 
     def run(self) -> None:
@@ -89,6 +92,7 @@ class Worker:
         log.info("worker_started", worker=self.name, device=str(self._device), lanes=self._lanes)
         with self._listener:
             while not self._shutdown.requested:
+                self._sweep_in_time()
                 if not self._train_next():
                     self._wait()
         self._drop_stack()
@@ -101,15 +105,23 @@ class Worker:
         log.info("worker_stopped", worker=self.name)
 
     def _train_next(self) -> bool:
-        """Train the study whose turn it is for as long as it has trials; say if there was one."""
+        """Train the study whose turn it is for as long as it has trials; say if another's came.
+
+        A stack that is there asks whose turn it is as it meets, and leases in the same transaction.
+        """
         try:
-            study_id = self._choose()
-            if study_id is None:
+            if self._stack is None:
+                study_id = self._choose()
+            else:
+                self._train(self._stack)
+                study_id = self._stack.turn
+                if study_id == self._stack.study.study_id:
+                    return False
+            if study_id is None or self._shutdown.requested:
                 return False
-            if self._stack is None or self._stack.study.study_id != study_id:
-                self._drop_stack()
-                self._stack = self._build_stack(self._read_study(study_id))
-            return self._stack is not None and self._train(self._stack)
+            self._drop_stack()
+            self._stack = self._build_stack(self._read_study(study_id))
+            return self._stack is not None
         except (DBAPIError, DatabaseUnavailable, NotFound) as error:
             log.warning("database_lost", worker=self.name, error=str(error).splitlines()[0])
             return False
@@ -118,6 +130,31 @@ class Worker:
         if self._stack is not None:
             self._stack.close()
         self._stack = None
+
+    def _sweep_in_time(self) -> None:
+        """Remove, now and then, checkpoints that whoever wrote them has not lived to remove."""
+        if time.monotonic() < self._sweep_due:
+            return
+        self._sweep_due = time.monotonic() + self._settings.sweep_seconds
+        try:
+            self._sweep()
+        except Exception as error:  # noqa: BLE001 - a file system may raise anything
+            log.warning("sweep_failed", error=str(error) or type(error).__name__)
+
+    def _sweep(self) -> None:
+        kept = self._checkpoints.studies()
+        with transaction(self._database) as session:
+            over = studies.over(session, kept)
+        for study in over:
+            self._checkpoints.remove_study(study)
+            log.info("swept", study_id=study.study_id)
+        for study in kept - over:
+            if self._shutdown.requested:
+                return
+            trials = self._checkpoints.trials(study)
+            with transaction(self._database) as session:
+                ended = studies.trials_over(session, study, trials)
+            self._checkpoints.remove(study, ended)
 
     def _choose(self) -> int | None:
         """Return the study whose turn it is; where there is none, say that all lanes are free.
@@ -196,11 +233,11 @@ class Worker:
             if isinstance(error, InvalidData | InvalidSpec):
                 studies.fail(session, study.study_id, str(error), self.name)
 
-    def _train(self, stack: Stack) -> bool:
-        """Train until the study has no trial left for this worker; say if there was any."""
+    def _train(self, stack: Stack) -> None:
+        """Train until the study has no trial left for this worker."""
         stack.meet()
         if stack.idle:
-            return False
+            return
         heartbeat = Heartbeat(
             stack.renew, self._settings.lease_seconds, self._settings.hung_seconds
         )
@@ -221,7 +258,6 @@ class Worker:
             stack.release()
         finally:
             heartbeat.stop()
-        return True
 
     def _wait(self) -> None:
         """Wait until there may be something to train, for one poll at most."""

@@ -7,6 +7,7 @@ meeting whose answer was lost does no harm.
 """
 
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from regtune.reporting import Epoch, Outcome, Pruned, Verdicts
 from regtune.settings import Settings
 from regtune.studies import Study
 from worker.checkpoints import CheckpointStore, CheckpointWriter, Saved
+from worker.heartbeat import BEATS_A_LEASE
 from worker.training.checkpoint import Checkpoint
 
 log = structlog.get_logger()
@@ -47,7 +49,8 @@ T = TypeVar("T")
 class Report:
     """What a stack brings to a meeting; mappings are by trial id.
 
-    ``ending_soon`` are trials that may end before the scheduler could answer.
+    ``ending_soon`` are trials that may end before the scheduler could answer; ``all_end_soon``
+    says that trials are so short that this holds for those yet to be leased.
     """
 
     leases: Sequence[Lease]
@@ -55,6 +58,7 @@ class Report:
     outcomes: Mapping[int, Outcome]
     given_back: frozenset[int]
     ending_soon: frozenset[int]
+    all_end_soon: bool
     slots: int
     occupancy: float | None
     capacity: Mapping[str, Any]
@@ -62,12 +66,16 @@ class Report:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a stack takes home; ``resumed`` are those of ``joining`` that need not start anew."""
+    """What a stack takes home; ``resumed`` are those of ``joining`` that need not start anew.
+
+    ``turn`` is the study that free lanes should go to, None if none has a trial for them.
+    """
 
     held: frozenset[int]
     ended: frozenset[int]
     joining: Sequence[Lease]
     resumed: Mapping[int, Saved]
+    turn: int | None
     more_to_come: bool
 
     @property
@@ -107,6 +115,8 @@ class Meetings:
         self._report: Report | None = None
         self._answer: Future[Answer] | None = None
         self._renewal: Future[None] | None = None
+        self._wanted: int | None = None
+        self._beat_due = 0.0
 
     @property
     def unanswered(self) -> Report | None:
@@ -178,6 +188,7 @@ class Meetings:
         )(attempt)
 
     def _say(self, state: RetryCallState) -> None:
+        self._wanted = None  # what this beat said may not have been heard
         error = state.outcome.exception() if state.outcome else None
         said = str(error).splitlines()[0] if error else ""
         log.warning("meeting_failed", study=self._study.name, error=said)
@@ -223,33 +234,44 @@ class Meetings:
         free = max(0, report.slots - len(staying))
         if any(self._is_suspect(lease) for lease in staying):
             free = 0
+        turn = self._choose(session) if free else study_id
         joining: Sequence[Lease] = []
-        if free and self._is_its_turn(session):
+        if free and turn == study_id:
             joining = self._lease_some(session, free, report.slots, alone=not staying)
         more_to_come = True
         if free > len(joining):
             more_to_come = studies.has_more(session, study_id)
+        wanted = free - len(joining) + self._ending_soon(report, staying, len(joining))
+        has_part = bool(staying or joining or more_to_come)
+        self._beat(session, report, wanted, study_id if has_part else None)
+        return Answer(held, ended, joining, {}, turn, more_to_come)
+
+    def _choose(self, session: Session) -> int | None:
+        return shares.choose(
+            session,
+            self._worker,
+            current=self._study.study_id,
+            stay_seconds=self._settings.stay_seconds,
+            refused=self._refused,
+        )
+
+    def _beat(self, session: Session, report: Report, wanted: int, study_id: int | None) -> None:
+        """Say that the worker lives and how many lanes it wants filled, if that is news."""
+        if wanted == self._wanted and time.monotonic() < self._beat_due:
+            return
+        self._wanted = wanted
+        self._beat_due = time.monotonic() + min(
+            self._settings.poll_seconds, self._settings.lease_seconds / BEATS_A_LEASE
+        )
         workers.beat(
             session,
             self._worker,
-            wanted_lanes=free - len(joining) + self._ending_soon(report, staying),
+            wanted_lanes=wanted,
             study_id=study_id,
             lanes=report.slots,
             occupancy=report.occupancy,
             capacity=report.capacity,
         )
-        return Answer(held, ended, joining, {}, more_to_come)
-
-    def _is_its_turn(self, session: Session) -> bool:
-        study_id = self._study.study_id
-        chosen = shares.choose(
-            session,
-            self._worker,
-            current=study_id,
-            stay_seconds=self._settings.stay_seconds,
-            refused=self._refused,
-        )
-        return chosen == study_id
 
     def _lease_some(
         self, session: Session, count: int, slots: int, *, alone: bool
@@ -274,10 +296,10 @@ class Meetings:
             suspects=suspects,
         )
 
-    def _ending_soon(self, report: Report, staying: Sequence[Lease]) -> int:
+    def _ending_soon(self, report: Report, staying: Sequence[Lease], joining: int) -> int:
         """Where there is a pruner, at least one: nobody knows whom it will stop next."""
         soon = sum(lease.trial_id in report.ending_soon for lease in staying)
-        return max(soon, int(self._judged and bool(staying)))
+        return max(soon, int(self._judged and bool(staying))) + joining * report.all_end_soon
 
     def _resume(self, answer: Answer, again: Sequence[Lease]) -> Answer:
         """Find the checkpoints of trials that were trained before, and let the record follow."""
@@ -308,6 +330,7 @@ class Meetings:
     def _renew(self, leases: Sequence[Lease], slots: int) -> None:
         def work(session: Session) -> None:
             reporting.flush(session, leases, {}, self._settings.lease_seconds)
+            self._wanted = None
             free = max(0, slots - len(leases))
             workers.beat(session, self._worker, wanted_lanes=free, study_id=self._study.study_id)
 

@@ -7,7 +7,7 @@ answer. While that does not come, it trains on, and brings everything along the 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
-from math import ceil
+from math import ceil, inf
 
 import structlog
 import torch
@@ -117,6 +117,7 @@ class Stack:
         self._outcomes: dict[int, Outcome] = {}
         self._given_back: frozenset[int] = frozenset()
         self._more_to_come = True
+        self.turn: int | None = study.study_id
         self._met_at = self._checkpointed_at = time.monotonic()
 
     @property
@@ -210,9 +211,11 @@ class Stack:
 
     def _agree_on_data(self, database: Database) -> None:
         """Let the first worker that builds the model say which data the study is about."""
-        with transaction(database) as session:
-            studies.describe_model(session, self.study.study_id, _facts(self._engine))
-            facts = studies.by_id(session, self.study.study_id).model
+        facts = self.study.model
+        if facts is None:
+            with transaction(database) as session:
+                studies.describe_model(session, self.study.study_id, _facts(self._engine))
+                facts = studies.by_id(session, self.study.study_id).model
         if facts and facts.data_hash not in (None, self._engine.data_hash):
             raise DataDiffer(
                 f"the study began with the data {facts.data_hash}, but those of "
@@ -377,8 +380,7 @@ class Stack:
             return [result for half in _halves(keys) for result in self._test(half)]
 
     def _report(self) -> Report:
-        seconds = self._occupancy.epoch_seconds
-        horizon = ceil(SUGGESTION_SECONDS / seconds) if seconds else 0
+        horizon = self._epochs_ahead()
         left = self._engine.epochs_left()
         return Report(
             leases=list(self._leases.values()),
@@ -386,10 +388,18 @@ class Stack:
             outcomes=dict(self._outcomes),
             given_back=self._given_back,
             ending_soon=frozenset(id_ for id_ in left if left[id_] <= horizon),
+            all_end_soon=self.study.spec.training.max_epochs <= horizon,
             slots=self._engine.slots,
             occupancy=self._occupancy.share,
             capacity=asdict(self._capacity),
         )
+
+    def _epochs_ahead(self) -> float:
+        """Return how many epochs may pass before the scheduler could answer; 0 if unknown."""
+        seconds = self._occupancy.epoch_seconds
+        if seconds is None:
+            return 0
+        return ceil(SUGGESTION_SECONDS / seconds) if seconds else inf
 
     def _apply(self, report: Report, answer: Answer) -> None:
         """Let the lanes follow what the database has said of the trials that were reported.
@@ -407,6 +417,7 @@ class Stack:
         self._given_back -= gone
         self._writer.remove(self.study, answer.ended & answer.held)
         self._more_to_come = answer.more_to_come
+        self.turn = answer.turn
         self._met_at = time.monotonic()
         self._leases |= {lease.trial_id: lease for lease in answer.joining}
         for id_, saved in answer.resumed.items():

@@ -41,6 +41,7 @@ class Scheduler:
         self._conductors: dict[int, Conductor] = {}
         self._errors: dict[int, int] = {}
         self._unfinished: set[int] = set()
+        self._settling_due = 0.0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
 
@@ -75,7 +76,8 @@ class Scheduler:
         """Conduct the studies of which there is news, all of them if None."""
         self._unfinished.clear()
         try:
-            if news is None:
+            if time.monotonic() >= self._settling_due:
+                self._settling_due = time.monotonic() + self._settings.poll_seconds
                 with database.transaction(self._engine) as session:
                     shares.settle(session)
             with database.transaction(self._engine) as session:

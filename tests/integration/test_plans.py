@@ -110,6 +110,7 @@ def test_what_is_asked_all_the_time_reads_no_big_table_from_end_to_end(
         lambda session: records.trials_by_value(session, study, None, None, True, 100),
     ]
     several: Sequence[Callable[[Session], object]] = [
+        shares.settle,
         lambda session: leasing.release(session, leases[4:6], "w"),
         lambda session: leasing.expire(session, id_, 3),
         lambda session: reporting.request_stop(session, id_, {leases[6].trial_id: (1, "no")}),

@@ -1,6 +1,7 @@
 """How studies share the workers, over hundreds of leases by a clock that the test owns."""
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -16,6 +17,7 @@ from regtune.spec import parse_change
 from regtune.studies import Study, Verb
 from tests import builders
 from tests.audit import audit
+from tests.waiting import wait_until
 
 START = datetime.now(UTC) + timedelta(hours=1)
 """After whatever the database itself notes as the time of a study's making."""
@@ -240,6 +242,39 @@ def test_only_workers_with_the_device_that_a_study_requires_train_it(
     with transaction(engine) as session:
         chosen = [name for name, _, _ in devices if shares.choose(session, name)]
     assert chosen == can
+
+
+def test_a_lease_is_charged_once_however_many_settle_at_once(engine: Engine) -> None:
+    """The second one waits for the first, and finds the charge gone and the sum made."""
+    study = builders.create(engine)
+    builders.append(engine, study, 2)
+    first, _ = builders.lease(engine, study, 2)
+    later = START + timedelta(seconds=10)
+    with transaction(engine) as session:
+        reporting.finish(session, [(first, builders.completed())], "w", now=later)
+    with ThreadPoolExecutor(1) as pool:
+        with transaction(engine) as session:
+            shares.settle(session, now=later)
+            waiting = pool.submit(settle_by_itself, engine, later)
+            wait_until(lambda: is_kept_waiting(engine))
+        waiting.result(30)
+    query = "SELECT sum(worker_seconds) FROM regtune.trials"
+    with engine.connect() as connection:
+        (row,) = connection.execute(text("SELECT * FROM regtune.shares"))
+        ended = connection.execute(text(query)).scalar_one()
+    assert row.ended_seconds == pytest.approx(ended)
+    assert row.worker_seconds == pytest.approx(2 * ended, rel=1e-3)  # the second is running
+
+
+def settle_by_itself(engine: Engine, now: datetime) -> None:
+    with transaction(engine) as session:
+        shares.settle(session, now=now)
+
+
+def is_kept_waiting(engine: Engine) -> bool:
+    query = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock')"
+    with engine.connect() as connection:
+        return bool(connection.execute(text(query)).scalar())
 
 
 def act(engine: Engine, name: str, verb: Verb) -> None:

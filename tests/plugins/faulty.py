@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 
 FATAL_DECAY = 999.0
 """AdamW takes 0.001 × 999 of each weight away at every step."""
+
+SLOW_FROM = 200
+_calls = 0
 
 
 def build(settings: Mapping[str, Any], input_shape: tuple[int, ...], classes: int) -> nn.Module:
@@ -52,10 +56,26 @@ def eats_memory(logits: Tensor) -> Tensor:
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
+def slows_down(logits: Tensor) -> Tensor:
+    """Take a second each time, once this process has called it often; leave a mark that it does.
+
+    A process that finds the mark of another is spared.
+    """
+    global _calls
+    _calls += 1
+    mark = Path(os.environ["REGTUNE_DATA_DIR"]) / "slow"
+    if _calls == SLOW_FROM and not mark.exists():
+        mark.write_text(str(os.getpid()))
+    if _calls >= SLOW_FROM and mark.read_text() == str(os.getpid()):
+        time.sleep(1)
+    return logits
+
+
 FAULTS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "raises": raises,
     "nan": lambda logits: logits * float("nan"),
     "hangs": hangs,
     "kills": kills,
     "memory": eats_memory,
+    "slow": slows_down,
 }

@@ -20,6 +20,7 @@ from regtune.studies import Study
 from service.scheduler.loop import Scheduler
 from tests import builders
 from tests.audit import audit
+from tests.plugins.faulty import FATAL_DECAY
 from tests.waiting import wait_until
 from tests.working import worker_process
 
@@ -157,6 +158,45 @@ def test_an_interrupted_trial_goes_on_elsewhere_as_if_nothing_had_happened(
         assert losses == pytest.approx([row.validation_loss for row in expected], rel=1e-3)
     assert len(column(engine, "SELECT 1 FROM regtune.events WHERE kind = 'trial_resumed'")) == 2
     assert list(tmp_path.rglob("*.safetensors")) == []
+    assert audit(engine) == {}
+
+
+@pytest.mark.usefixtures("scheduler")
+def test_a_stop_in_a_slow_epoch_keeps_all_whole_epochs_and_takes_less_than_ten_seconds(
+    engine: Engine, database_url: str, tmp_path: Path
+) -> None:
+    study = builders.create(
+        engine,
+        task={"dataset": "digits", "model": "faulty", "fault": "slow"},
+        search={"weight_decay": [FATAL_DECAY], "dropout": 0.0, "l1_lambda": 0.0, "patience": 20},
+        sampler="random",
+        pruner="none",
+        training={"max_epochs": 8, "batch_size": 32},
+        budget={"trials": 2},
+    )
+    plugins = str(Path(__file__).parent.parent / "plugins")
+    environment = {
+        "PYTHONPATH": os.pathsep.join([*sys.path, plugins]),
+        "REGTUNE_DATA_DIR": str(tmp_path),
+        "REGTUNE_CHECKPOINT_SECONDS": "1e9",
+    }
+    with worker_process(database_url, "spot", **environment) as spot:
+        # In its third epoch or so, from where on an epoch takes more than a minute.
+        wait_until((tmp_path / "slow").exists, SECONDS)
+        spot.terminate()
+        assert spot.wait(10) == 0
+    assert builders.states(engine, study) == ["waiting"] * 2
+    assert column(engine, "SELECT max(lost_leases) FROM regtune.trials") == [0]
+    whole = column(engine, "SELECT epochs FROM regtune.trials ORDER BY number")
+    assert all(1 <= epochs < 8 for epochs in whole)
+    with worker_process(database_url, "heir", **environment):
+        wait_until(lambda: is_over(engine, study), SECONDS)
+    resumed = (
+        "SELECT (detail ->> 'epoch')::int FROM regtune.events"
+        " WHERE kind = 'trial_resumed' ORDER BY number"
+    )
+    assert column(engine, resumed) == whole
+    assert set(builders.states(engine, study)) == {"complete"}
     assert audit(engine) == {}
 
 
