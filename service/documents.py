@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from service.records import Result
 
@@ -24,7 +24,7 @@ PARAMS_EXAMPLE = {
     "weight_noise": 0.0,
 }
 
-Params = dict[str, int | float]
+Params = dict[str, JsonValue]
 
 
 class Document(BaseModel):

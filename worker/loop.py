@@ -9,8 +9,9 @@ import structlog
 import torch
 from sqlalchemy import Engine as Database
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
 
-from regtune import database, events, leasing, reporting, shares, studies, task, workers
+from regtune import database, events, leasing, reporting, shapes, shares, studies, task, workers
 from regtune.database import transaction
 from regtune.errors import DatabaseUnavailable, DataDiffer, InvalidData, NotFound
 from regtune.reporting import Failed
@@ -18,6 +19,7 @@ from regtune.settings import Settings
 from regtune.studies import Study
 from worker.checkpoints import CheckpointStore
 from worker.heartbeat import Heartbeat
+from worker.meeting import suspect_from
 from worker.shutdown import Interrupted, Shutdown
 from worker.stack import Stack, describe
 from worker.training import capacity
@@ -102,12 +104,13 @@ class Worker:
     def _train_next(self) -> bool:
         """Train the study whose turn it is for as long as it has trials; say if there was one."""
         try:
-            study_id = self._choose()
-            if study_id is None:
+            chosen = self._choose()
+            if chosen is None:
                 return False
-            if self._stack is None or self._stack.study.study_id != study_id:
+            if self._stack is None or chosen != (self._stack.study.study_id, self._stack.shape):
                 self._drop_stack()
-                self._stack = self._build_stack(self._read_study(study_id))
+                study_id, shape = chosen
+                self._stack = self._build_stack(self._read_study(study_id), shape)
             return self._stack is not None and self._train(self._stack)
         except (DBAPIError, DatabaseUnavailable, NotFound) as error:
             log.warning("database_lost", worker=self.name, error=str(error).splitlines()[0])
@@ -118,8 +121,8 @@ class Worker:
             self._stack.close()
         self._stack = None
 
-    def _choose(self) -> int | None:
-        """Return the study whose turn it is; where there is none, say that all lanes are free.
+    def _choose(self) -> tuple[int, str] | None:
+        """Return the study whose turn it is, and which of its shapes; say if all lanes stay free.
 
         Once a poll at most: of many workers that a few new trials wake, most find none left.
         """
@@ -130,24 +133,36 @@ class Worker:
                 stay_seconds=self._settings.stay_seconds,
                 refused=self._refused,
             )
-            if study_id is None and time.monotonic() >= self._idle_beat:
+            shape = None if study_id is None else self._choose_shape(session, study_id)
+            if study_id is not None and shape is not None:
+                self._idle_beat = 0.0
+                return study_id, shape
+            if time.monotonic() >= self._idle_beat:
                 workers.beat(session, self.name, wanted_lanes=self._lanes, study_id=None)
                 self._idle_beat = time.monotonic() + self._settings.poll_seconds
-            elif study_id is not None:
-                self._idle_beat = 0.0
-            return study_id
+            return None
+
+    def _choose_shape(self, session: Session, study_id: int) -> str | None:
+        stack = self._stack
+        return shapes.choose(
+            session,
+            study_id,
+            current=stack.shape_to_keep if stack and stack.study.study_id == study_id else None,
+            suspect_from=suspect_from(self._settings),
+        )
 
     def _read_study(self, study_id: int) -> Study:
         with transaction(self._database) as session:
             return studies.by_id(session, study_id)
 
-    def _build_stack(self, study: Study) -> Stack | None:
+    def _build_stack(self, study: Study, shape: str) -> Stack | None:
         """Build a study's stack; if the task's own code raises, a trial of it fails by that."""
         try:
             return Stack(
                 self._database,
                 self._settings,
                 study,
+                shape,
                 self.name,
                 self._device,
                 self._listener,
@@ -162,7 +177,7 @@ class Worker:
             raise
         except Exception as error:  # noqa: BLE001 - a user's crash is data
             log.error("task_failed", study=study.name, error=str(error))
-            self._fail_one(study, error)
+            self._fail_one(study, shape, error)
             return None
 
     def _refuse(self, study: Study, difference: DataDiffer) -> None:
@@ -179,7 +194,7 @@ class Worker:
             )
             events.notify(session, database.NEWS, study.study_id)
 
-    def _fail_one(self, study: Study, error: Exception) -> None:
+    def _fail_one(self, study: Study, shape: str, error: Exception) -> None:
         """Fail one trial alone: other workers may well have what this one lacks.
 
         Data that cannot be trained on are the same for all of them, and end the study.
@@ -188,7 +203,7 @@ class Worker:
         with transaction(self._database) as session:
             studies.lock(session, study.study_id)
             leases = leasing.lease(
-                session, study.study_id, self.name, 1, self._settings.lease_seconds
+                session, study.study_id, self.name, 1, self._settings.lease_seconds, shape=shape
             )
             reporting.finish(session, [(lease, failed) for lease in leases], self.name)
             if isinstance(error, InvalidData):

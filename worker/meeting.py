@@ -7,6 +7,7 @@ meeting whose answer was lost does no harm.
 """
 
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -24,10 +25,11 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from regtune import database, leasing, reporting, shares, studies, workers
+from regtune import database, leasing, reporting, shapes, shares, studies, workers
 from regtune.leasing import Lease
 from regtune.reporting import Epoch, Outcome, Pruned, Verdicts
 from regtune.settings import Settings
+from regtune.spec import NO_SHAPE
 from regtune.studies import Study
 from worker.checkpoints import CheckpointStore, CheckpointWriter, Saved
 from worker.training.checkpoint import Checkpoint
@@ -84,6 +86,7 @@ class Meetings:
         engine: Database,
         settings: Settings,
         study: Study,
+        shape: str,
         worker: str,
         store: CheckpointStore,
         writer: CheckpointWriter,
@@ -92,11 +95,14 @@ class Meetings:
     ) -> None:
         """``fits`` says whether a trial can go on from a checkpoint.
 
-        ``refused`` are studies that the worker cannot train.
+        ``shape`` is what the stack trains of the study. ``refused`` are studies that the worker
+        cannot train.
         """
         self._database = engine
         self._settings = settings
         self._study = study
+        self._shape = shape
+        self._stays_until = time.monotonic() + settings.stay_seconds
         self._worker = worker
         self._store = store
         self._writer = writer
@@ -107,6 +113,11 @@ class Meetings:
         self._report: Report | None = None
         self._answer: Future[Answer] | None = None
         self._renewal: Future[None] | None = None
+
+    @property
+    def shape_to_keep(self) -> str | None:
+        """Its shape for as long as it may pass over trials of others that have waited longer."""
+        return self._shape if time.monotonic() < self._stays_until else None
 
     @property
     def unanswered(self) -> Report | None:
@@ -241,6 +252,7 @@ class Meetings:
         return Answer(held, ended, joining, {}, more_to_come)
 
     def _is_its_turn(self, session: Session) -> bool:
+        """Say whether free lanes go to this study, and within it to this shape."""
         study_id = self._study.study_id
         chosen = shares.choose(
             session,
@@ -249,7 +261,15 @@ class Meetings:
             stay_seconds=self._settings.stay_seconds,
             refused=self._refused,
         )
-        return chosen == study_id
+        if chosen != study_id or self._shape == NO_SHAPE:
+            return chosen == study_id
+        shape = shapes.choose(
+            session,
+            study_id,
+            current=self.shape_to_keep,
+            suspect_from=suspect_from(self._settings),
+        )
+        return shape == self._shape
 
     def _lease_some(
         self, session: Session, count: int, slots: int, *, alone: bool
@@ -269,8 +289,9 @@ class Meetings:
             self._worker,
             count,
             self._settings.lease_seconds,
+            shape=self._shape,
             slots=slots,
-            suspect_from=self._suspect_from,
+            suspect_from=suspect_from(self._settings),
             suspects=suspects,
         )
 
@@ -320,13 +341,16 @@ class Meetings:
         return len(leasing.release(session, left, self._worker))
 
     def _is_suspect(self, lease: Lease) -> bool:
-        return lease.lost_leases >= self._suspect_from
-
-    @property
-    def _suspect_from(self) -> int:
-        """A trial whose next lost lease would be its last trains alone, and fails alone."""
-        return max(1, self._settings.max_attempts - 1)
+        return lease.lost_leases >= suspect_from(self._settings)
 
     @property
     def _judged(self) -> bool:
         return self._study.spec.pruner.name != "none"
+
+
+def suspect_from(settings: Settings) -> int:
+    """Return how many lost leases make a trial a suspect.
+
+    One whose next lost lease would be its last trains alone, and fails alone.
+    """
+    return max(1, settings.max_attempts - 1)

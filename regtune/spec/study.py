@@ -1,6 +1,8 @@
 """A study as a whole: task, training, search, and how far."""
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, Field, ValidationError
@@ -8,10 +10,11 @@ from pydantic import field_validator as validate_field
 from pydantic import model_validator as validate_model
 from pydantic_core import PydanticCustomError
 
-from regtune.space import Fixed, Range
+from regtune.space import Fixed, Optimizer, Options, Range
 from regtune.spec.parts import PartlyUsed, SpecModel, with_computed_defaults
-from regtune.spec.search import Search, default_search, grid_values
-from regtune.spec.task import TaskSpec
+from regtune.spec.search import SETTING_PATTERN, Search, default_search, grid_values
+from regtune.spec.shape import MODEL_PREFIX, read_shape, shaped, value_at, write_shape
+from regtune.spec.task import MODEL_SETTINGS, TaskSpec
 from regtune.spec.training import Training
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
@@ -229,18 +232,23 @@ class StudySpec(SpecModel):
     @validate_model(mode="before")
     @classmethod
     def _fill_in_search(cls, data: Any) -> Any:
-        """Give each parameter that is not named its default range, which depends on training."""
+        """Give each strength that is not named its default range, which depends on training.
+
+        What is searched and makes shapes begins at its first choice where nothing else is named.
+        """
         if not isinstance(data, Mapping) or data.get("search") == {}:
             return data
         search = data.get("search", {})
+        if not isinstance(search, Mapping):
+            return data
+        data = _begin_at_first_choices(data, search)
         try:
             training = Training.model_validate(data.get("training", {}))
         except ValidationError:
             # The person is told of the training alone: its errors come up again by themselves.
             training = Training()
-        if not isinstance(search, Mapping):
-            return data
-        return {**data, "search": default_search(training) | dict(search)}
+        optimizers = _known_optimizers(search)
+        return {**data, "search": default_search(training, optimizers) | dict(search)}
 
     @validate_field("search", mode="before")
     @classmethod
@@ -257,7 +265,7 @@ class StudySpec(SpecModel):
     @validate_model(mode="after")
     def _agree_on_learning_rate(self) -> Self:
         """Let a learning rate that is not searched be one value, wherever it was named."""
-        fixed = self.search.learning_rate
+        fixed = self.search.under(self.training.optimizer)["learning_rate"]
         if not isinstance(fixed, Fixed) or fixed.root == self.training.learning_rate:
             return self
         if "learning_rate" in self.training.model_fields_set:
@@ -271,25 +279,87 @@ class StudySpec(SpecModel):
         return self
 
     @validate_model(mode="after")
+    def _check_settings(self) -> Self:
+        """Check the choices of a model's settings where its schema is known."""
+        schema = MODEL_SETTINGS.get(self.task.model)
+        if schema is None:
+            return self
+        for name, options in self.search.model.items():
+            if name not in schema.model_fields:
+                raise PydanticCustomError(
+                    "setting",
+                    "search.model.{name} is no setting of {model}; known: {known}",
+                    {
+                        "name": name,
+                        "model": self.task.model,
+                        "known": ", ".join(schema.model_fields),
+                    },
+                )
+            for value in options.root:
+                try:
+                    schema.model_validate({**self.task.settings, name: value})
+                except ValidationError as error:
+                    raise PydanticCustomError(
+                        "setting",
+                        "search.model.{name} cannot be {value}: {why}",
+                        {
+                            "name": name,
+                            "value": options.labels[options.root.index(value)],
+                            "why": error.errors()[0]["msg"].removeprefix("Input "),
+                        },
+                    ) from None
+        return self
+
+    @validate_model(mode="after")
+    def _check_reference_shape(self) -> Self:
+        """Let the reference points, which keep to task and training, be of a searched shape."""
+        for name, options in self.search.shaping().items():
+            own = value_at(name, self.task, self.training)
+            if own not in options.root:
+                place = name.removeprefix(MODEL_PREFIX)
+                raise PydanticCustomError(
+                    "shape",
+                    "search.{name} must have {own} among its choices, because {where} is that and "
+                    "the reference points keep to it",
+                    {
+                        "name": name,
+                        "own": str(own),
+                        "where": f"task.{place}" if place != name else f"training.{name}",
+                    },
+                )
+        return self
+
+    @validate_model(mode="after")
+    def _check_sampler_knows_conditions(self) -> Self:
+        conditional = self.search.conditional
+        if conditional and self.sampler.name in ("cmaes", "gp"):
+            raise PydanticCustomError(
+                "condition",
+                "search.{name} differs by optimizer, and the sampler {sampler} would draw it "
+                "at random; take tpe, random, qmc or grid, or give it one range",
+                {"name": conditional[0], "sampler": self.sampler.name},
+            )
+        return self
+
+    @validate_model(mode="after")
     def _check_grid(self) -> Self:
         if self.sampler.name != "grid":
             return self
-        points = REFERENCE_TRIALS
-        size = 1
-        for name, parameter in self.search.searched().items():
+        for dimension in self.search.dimensions():
+            parameter = dimension.parameter
             if isinstance(parameter, Range) and not isinstance(parameter.low, int):
                 raise PydanticCustomError(
                     "grid",
                     "the sampler grid needs a list of choices for every searched parameter, but "
                     "search.{name} is a range",
-                    {"name": name},
+                    {"name": dimension.name},
                 )
-            size *= len(grid_values(parameter))
+        size = sum(math.prod(map(len, axes.values())) for axes in self.grids())
         if size > MAX_GRID_POINTS:
             raise PydanticCustomError(
                 "grid", "the grid has {size} points, more than can be numbered", {"size": size}
             )
-        points += size
+        points = REFERENCE_TRIALS + size
         if "trials" not in self.budget.model_fields_set:
             self.__dict__["budget"] = self.budget.model_copy(update={"trials": points})
         if self.budget.trials > points:
@@ -319,6 +389,93 @@ class StudySpec(SpecModel):
         share = 4 if self.pruner.name == "extrapolation" else 3
         return self.pruner.first_epoch or max(1, self.training.max_epochs // share)
 
+    @property
+    def optimizers(self) -> tuple[str, ...]:
+        """The optimizers that its trials use."""
+        return self.search.optimizer.root if self.search.optimizer else (self.training.optimizer,)
+
+    def grids(self) -> list[dict[str, Sequence[Any]]]:
+        """The points of each parameter on a grid, by Optuna's names; one grid for each optimizer.
+
+        One for all of them where no strength differs by optimizer.
+        """
+        dimensions = self.search.dimensions()
+        if not self.search.conditional:
+            return [{d.label: grid_values(d.parameter) for d in dimensions}]
+        return [
+            {
+                d.label: (optimizer,) if d.name == "optimizer" else grid_values(d.parameter)
+                for d in dimensions
+                if d.belongs_to(optimizer)
+            }
+            for optimizer in self.optimizers
+        ]
+
+    def shape_of(self, params: Mapping[str, Any]) -> str:
+        """Return the shape of a trial with these values."""
+        return write_shape({name: params[name] for name in self.search.shaping()})
+
+    def at(self, shape: str) -> "StudySpec":
+        """Return the study as the trials of a shape see it."""
+        values = read_shape(shape)
+        if not values:
+            return self
+        task, training = shaped(values, self.task, self.training)
+        strengths = self.search.under(training.optimizer)
+        search = self.search.model_copy(
+            update={**strengths, "optimizer": None, "batch_size": None, "model": {}}
+        )
+        return self.model_copy(update={"task": task, "training": training, "search": search})
+
     def canonical(self) -> dict[str, Any]:
         """The spec as JSON data, every default filled in: two equal studies give equal data."""
         return self.model_dump(mode="json")
+
+
+def _begin_at_first_choices(
+    data: Mapping[str, Any], search: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """Let task and training say what the reference points have of what makes shapes."""
+    model = search.get("model")
+    firsts = {
+        "training": _firsts({name: search.get(name) for name in ("optimizer", "batch_size")}),
+        "task": _firsts(_known_settings(model, data.get("task"))),
+    }
+    filled = {
+        part: {**values, **data.get(part, {})}
+        for part, values in firsts.items()
+        if values and isinstance(data.get(part, {}), Mapping)
+    }
+    return {**data, **filled}
+
+
+def _known_settings(choices: Any, task: Any) -> Mapping[str, Any]:
+    """Return those choices of settings that the model may have, as far as that is known here."""
+    if not isinstance(choices, Mapping) or not isinstance(task, Mapping):
+        return {}
+    schema = MODEL_SETTINGS.get(task["model"]) if isinstance(task.get("model"), str) else None
+    return {
+        name: values
+        for name, values in choices.items()
+        if (
+            re.fullmatch(SETTING_PATTERN, str(name))
+            if schema is None
+            else name in schema.model_fields
+        )
+    }
+
+
+def _firsts(choices: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: values[0]
+        for name, values in choices.items()
+        if isinstance(values, list | tuple) and values
+    }
+
+
+def _known_optimizers(search: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the optimizers that are searched; none if they are not what they should be."""
+    try:
+        return Options[Optimizer].model_validate(search["optimizer"]).root
+    except (KeyError, ValidationError):
+        return ()

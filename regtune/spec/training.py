@@ -7,15 +7,29 @@ from pydantic import field_validator as validate_field
 from pydantic import model_validator as validate_model
 from pydantic_core import PydanticCustomError
 
+from regtune.space import Optimizer
 from regtune.spec.parts import PartlyUsed, with_computed_defaults
 
 MAX_LEARNING_RATE = 100
+MAX_BATCH_SIZE = 1_000_000
 
-Optimizer = Literal["adam", "adamw", "sgd", "rmsprop"]
+
+def default_learning_rate(optimizer: str) -> float:
+    """Return the step size of an optimizer for which none is named."""
+    return 0.01 if optimizer == "sgd" else 0.001
+
+
+def steps_per_epoch(rows: int, batch_size: int) -> int:
+    """Return how many steps an epoch takes.
+
+    No batch is of a single row, on which batch norm cannot train, unless single rows are asked for.
+    """
+    steps = -(-rows // batch_size)
+    return max(1, min(steps, rows // 2)) if batch_size > 1 else steps
 
 
 class Training(PartlyUsed):
-    """How each trial is trained; the same for all trials."""
+    """How each trial is trained; the same for all, but for what `search` says."""
 
     model_config = ConfigDict(json_schema_extra=with_computed_defaults("learning_rate"))
 
@@ -46,7 +60,9 @@ class Training(PartlyUsed):
         description="Nesterov's form of the momentum of sgd; needs momentum > 0.",
         examples=[False],
     )
-    batch_size: int = Field(128, ge=1, le=1_000_000, description="Rows per step.", examples=[128])
+    batch_size: int = Field(
+        128, ge=1, le=MAX_BATCH_SIZE, description="Rows per step.", examples=[128]
+    )
     max_epochs: int = Field(
         50, ge=1, le=100_000, description="Longest training of a trial.", examples=[50]
     )
@@ -132,7 +148,7 @@ class Training(PartlyUsed):
     @validate_model(mode="after")
     def _fill_in_learning_rate(self) -> Self:
         if "learning_rate" not in self.model_fields_set:
-            self.__dict__["learning_rate"] = 0.01 if self.optimizer == "sgd" else 0.001
+            self.__dict__["learning_rate"] = default_learning_rate(self.optimizer)
         return self
 
     def _unused(self) -> tuple[str, ...]:

@@ -13,9 +13,9 @@ from regtune import studies, workers
 from regtune.database import transaction
 from regtune.settings import Settings
 from regtune.studies import ModelFacts, Study
-from service.scheduler.loop import Scheduler
 from tests import builders
 from tests.audit import audit
+from tests.training import run_until_over
 from tests.waiting import wait_until
 from worker.loop import Worker
 from worker.shutdown import Shutdown
@@ -29,19 +29,8 @@ def run(engine: Engine, database_url: str, tmp_path: Path) -> Callable[..., None
     """Run scheduler and worker until a study is over."""
 
     def until_over(study: Study, **changes: Any) -> None:
-        settings = Settings(**{"data_dir": tmp_path, "poll_seconds": 0.1, **changes})
-        shutdown = Shutdown()
-        worker = Worker(database_url, settings, torch.device("cpu"), "w", shutdown)
-        thread = threading.Thread(target=worker.run)
-        scheduler = Scheduler(engine, database_url, settings)
-        scheduler.start()
-        thread.start()
-        try:
-            wait_until(lambda: builders.study_state(engine, study) != "active", 60)
-        finally:
-            shutdown.request()
-            thread.join()
-            scheduler.stop()
+        settings = Settings(**{"data_dir": tmp_path, **changes})
+        run_until_over(engine, database_url, study, settings)
 
     return until_over
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from regtune.errors import InvalidSpec
 from regtune.space import Range
-from regtune.spec import Search, StudySpec, load_yaml, parse_spec, parse_text
+from regtune.spec import STRENGTHS, StudySpec, load_yaml, parse_spec, parse_text
 from tests.builders import BASE, spec
 
 TABLE = {"dataset": "table", "model": "mlp"}
@@ -316,7 +316,7 @@ def test_a_grid_cannot_be_asked_for_more_trials_than_it_has() -> None:
 
 def test_a_grid_of_more_points_than_can_be_numbered_is_refused() -> None:
     many = [i / 1000 for i in range(1, 1000)]
-    search = {name: many for name in Search.model_fields if name != "patience"}
+    search = {name: many for name in STRENGTHS if name != "patience"}
     found = refusal(search=search, sampler="grid", budget={"seconds": 9})
     assert "more than can be numbered" in found[0][1]
     endless = {"low": 1, "high": 10**15}
