@@ -15,7 +15,7 @@ from worker.shutdown import Shutdown
 
 
 def run_until_over(
-    engine: Engine, url: str, study: Study, settings: Settings, seconds: float = 60
+    engine: Engine, url: str, study: Study, settings: Settings, seconds: float = 200
 ) -> None:
     """Run both until a study is over."""
     settings = settings.model_copy(update={"poll_seconds": 0.1})
