@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from worker.training.agreement import Group, largest_difference
+
 Form = Callable[..., Sequence[Tensor]]
 Leaves = Sequence[Tensor]
 
@@ -64,34 +66,28 @@ def first_replay(
     fixed: Leaves,
     copies: Leaves,
     varying: Leaves,
+    groups: Sequence[Group],
     tolerance: float,
 ) -> tuple[Tensor, bool]:
     """Call what was captured; return the result, and whether the form does the same on ``copies``.
 
     If it does not, the form is what was called in the end. What stands in ``copies`` itself, and
-    not as a copy, is taken for unchanged.
+    not as a copy, is taken for unchanged. ``groups`` are those of ``fixed``, see ``agreement``.
     """
     (expected,) = form(*copies, *varying)
     result = captured(*varying)
-    changed = [(copy, leaf) for copy, leaf in zip(copies, fixed, strict=True) if copy is not leaf]
-    if all(_close(a, b, tolerance) for a, b in [(expected, result), *changed]):
+    changed = [
+        (group, copy, leaf)
+        for group, copy, leaf in zip(groups, copies, fixed, strict=True)
+        if copy is not leaf
+    ]
+    if largest_difference([("result", expected, result), *changed]) <= tolerance:
         return result, True
-    for copy, leaf in changed:
+    for _, copy, leaf in changed:
         leaf.copy_(copy)
     return expected, False
-
-
-def distance(right: Tensor, other: Tensor) -> tuple[float, float]:
-    """Return the norm of the difference, and that of ``right``; a NaN counts as 0."""
-    right, other = right.double().nan_to_num(), other.double().nan_to_num()
-    return float((right - other).norm()), float(right.norm())
 
 
 @cache
 def _shared_memory() -> Any:
     return torch.cuda.graph_pool_handle()
-
-
-def _close(right: Tensor, other: Tensor, tolerance: float) -> bool:
-    apart, norm = distance(right, other)
-    return apart <= tolerance * norm

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from worker.training.lanes import Lane, LaneTensors
@@ -23,7 +24,10 @@ class Checkpoint:
     def of(cls, lane: Lane, tensors: LaneTensors) -> Self:
         """Return a copy of a trial's lanes."""
         return cls(
-            tensors={name: part.detach().cpu().clone() for name, part in tensors.named().items()},
+            tensors={
+                name: part.detach().cpu().clone(memory_format=torch.contiguous_format)
+                for name, part in tensors.named().items()
+            },
             state={
                 "epoch": lane.stopping.epoch,
                 "best_epoch": lane.stopping.best_epoch,

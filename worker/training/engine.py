@@ -32,6 +32,7 @@ from worker.training.lanes import (
     LaneTrial,
     strengths_of,
 )
+from worker.training.layout import channels_last, channels_last_rows, prefers_channels_last, stacked
 from worker.training.model import LaneModel
 from worker.training.noise import initial_weights, member_seed
 from worker.training.objective import LossOfRows, Objective, classification, mean_score, regression
@@ -92,6 +93,14 @@ class Engine:
         self._optimizer = find_optimizer(training)
         _set_precision(training, device)
         models = _build_members(task, prepared, training.seed, dtype)
+        if prefers_channels_last(models[0], device):
+            prepared = replace(
+                prepared,
+                rows=channels_last_rows(prepared.rows),
+                test=channels_last_rows(prepared.test),
+            )
+            for model in models:
+                channels_last(model)
         self.model = LaneModel(
             models[0],
             _sample(prepared.rows),
@@ -426,7 +435,7 @@ def _sample(rows: Rows) -> Rows:
 
 
 def _stacked(parts: Sequence[Mapping[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
-    return {name: torch.stack([own[name] for own in parts]).to(device) for name in parts[0]}
+    return {name: stacked([own[name] for own in parts]).to(device) for name in parts[0]}
 
 
 def _set_precision(training: Training, device: torch.device) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from worker.training.early_stopping import EarlyStopping
+from worker.training.layout import like
 from worker.training.regularizers import dropout_threshold
 
 Tensors = Mapping[str, Tensor]
@@ -169,7 +170,7 @@ class LaneTensors:
     def select(self, lanes: Sequence[int]) -> "LaneTensors":
         """Return copies of these lanes, in this order."""
         index = self._index(lanes)
-        return _combine(lambda tensor: tensor.index_select(0, index), self)
+        return _combine(lambda tensor: like(tensor, lambda t: t.index_select(0, index)), self)
 
     def slice(self, lanes: slice) -> "LaneTensors":
         """Return a view of some lanes: what is written there is written here."""
@@ -177,7 +178,7 @@ class LaneTensors:
 
     def join(self, others: "LaneTensors") -> "LaneTensors":
         """Return these lanes and, behind them, the others."""
-        return _combine(lambda mine, theirs: torch.cat([mine, theirs]), self, others)
+        return _combine(lambda mine, theirs: like(mine, _joined, theirs), self, others)
 
     def changing(self) -> Tensors:
         """Return what training steps change, by name; the best weights wait for the epoch's end."""
@@ -187,7 +188,7 @@ class LaneTensors:
         """Return copies of these lanes' best parameters and buffers, in this order."""
         index = self._index(lanes)
         parameters, buffers = (
-            {name: best.index_select(0, index) for name, best in parts.items()}
+            {name: like(best, lambda t: t.index_select(0, index)) for name, best in parts.items()}
             for parts in (self.best_parameters, self.best_buffers)
         )
         return parameters, buffers
@@ -235,7 +236,11 @@ def strengths_of(
 
 
 def _repeat(tensor_M: Tensor, times: int) -> Tensor:
-    return tensor_M.repeat(times, *(1 for _ in tensor_M.shape[1:]))
+    return like(tensor_M, lambda t: t.repeat(times, *(1 for _ in t.shape[1:])))
+
+
+def _joined(mine: Tensor, theirs: Tensor) -> Tensor:
+    return torch.cat([mine, theirs])
 
 
 def _combine(function: Callable[..., Tensor], *stacks: LaneTensors) -> LaneTensors:

@@ -13,6 +13,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.utils import _pytree as pytree
 
 from worker.tasks.preparation import Rows
+from worker.training.layout import stacked
 from worker.training.objective import Objective
 from worker.training.regularizers import (
     dropout_threshold,
@@ -307,7 +308,7 @@ def loop(function: Callable[..., Any], in_dims: tuple[int | None, ...]) -> Calla
             )
             for k in range(leaves[0].shape[0])
         ]
-        return pytree.tree_map(lambda *lanes: torch.stack(lanes), *results)
+        return pytree.tree_map(lambda *lanes: stacked(lanes), *results)
 
     return mapped
 

@@ -39,7 +39,8 @@ def test_what_changes_is_copied_in_and_the_result_is_copied_out():
 
 def test_the_first_replay_takes_exactly_one_step():
     state, x = torch.ones(3), torch.full((3,), 2.0)
-    result, agrees = first_replay(taped(state), step, [state], [state.clone()], [x], TOLERANCE)
+    copies = [state.clone()]
+    result, agrees = first_replay(taped(state), step, [state], copies, [x], ["state"], TOLERANCE)
     assert agrees
     assert result.item() == 9
     assert state.tolist() == [3, 3, 3]
@@ -48,7 +49,7 @@ def test_the_first_replay_takes_exactly_one_step():
 def test_a_capture_that_computes_something_else_is_noticed_and_undone():
     state, x = torch.ones(3), torch.full((3,), 2.0)
     result, agrees = first_replay(
-        taped(state, factor=1.1), step, [state], [state.clone()], [x], TOLERANCE
+        taped(state, factor=1.1), step, [state], [state.clone()], [x], ["state"], TOLERANCE
     )
     assert not agrees
     assert result.item() == 9

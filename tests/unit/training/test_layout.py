@@ -1,0 +1,84 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from tests.unit.training.conftest import trial
+from tests.unit.training.test_architectures import cnn, small_images
+from worker.tasks.preparation import Rows
+from worker.training.engine import Engine
+from worker.training.lanes import LaneTensors
+from worker.training.layout import (
+    axes_in_memory,
+    channels_last,
+    channels_last_rows,
+    like,
+    prefers_channels_last,
+    stacked,
+)
+
+CPU = torch.device("cpu")
+LAST = torch.channels_last
+
+
+def image_weights(channels: int = 3) -> torch.Tensor:
+    """Two lanes of a convolution's weights, channels last."""
+    lanes_first = torch.randn(2, 4, 5, 5, channels)
+    return lanes_first.permute(0, 1, 4, 2, 3)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_is_made_of_lanes_lies_as_they_do(channels):
+    weights = image_weights(channels)
+    joined = like(weights, lambda a, b: torch.cat([a, b]), image_weights(channels).contiguous())
+    chosen = like(weights, lambda t: t.index_select(0, torch.tensor([1, 0, 1])))
+    none = like(weights, lambda t: t[:0].clone())
+    for result in (joined, chosen, stacked([weights[0], weights[1]]), stacked([weights[0]])):
+        assert axes_in_memory(result) == axes_in_memory(weights)
+        assert torch._prims_common.suggest_memory_format(result[0]) is LAST
+    assert axes_in_memory(none) == axes_in_memory(weights)
+    assert torch.equal(joined[:2], weights)
+    assert torch.equal(chosen, weights[[1, 0, 1]])
+    assert torch.equal(stacked(list(weights)), weights)
+
+
+def test_only_convolutions_on_a_cpu_are_turned():
+    convolutions, dense = nn.Sequential(nn.Conv2d(3, 4, 3)), nn.Sequential(nn.Linear(3, 4))
+    assert prefers_channels_last(convolutions, CPU)
+    assert not prefers_channels_last(dense, CPU)
+    assert not prefers_channels_last(convolutions, torch.device("cuda"))
+    channels_last(convolutions)
+    assert convolutions[0].weight.is_contiguous(memory_format=LAST)
+    table = Rows(torch.zeros(5, 3), torch.zeros(5))
+    assert channels_last_rows(table) is table
+
+
+@pytest.fixture
+def engine(make_engine, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
+    monkeypatch.setattr("tests.unit.training.conftest.blobs", small_images)
+    return lambda: make_engine(model=cnn, batch_size=8, max_epochs=4)
+
+
+def lies_channels_last(tensors: LaneTensors) -> bool:
+    images = [part[0] for part in tensors.named().values() if part.ndim == 5]
+    assert images
+    return all(part.is_contiguous(memory_format=LAST) for part in images)
+
+
+def test_lanes_stay_channels_last_while_others_join_and_leave(engine):
+    ours, theirs = engine(), engine()
+    ours.join([trial(0), trial(1), trial(2)])
+    ours.train_epoch()
+    (checkpoint,) = ours.checkpoint([2])
+    assert all(part.is_contiguous() for part in checkpoint.tensors.values())
+    theirs.join([trial(2), trial(7)], {2: checkpoint})
+    theirs.train_epoch()
+    theirs.leave([7])
+    ours.leave([1])
+    ours.train_epoch()
+    assert lies_channels_last(ours._tensors)
+    assert lies_channels_last(theirs._tensors)
+    weights = [e._tensors.slice(e._span(e.lanes.index(2))).named() for e in (ours, theirs)]
+    for name, part in weights[0].items():
+        torch.testing.assert_close(weights[1][name], part, rtol=1e-9, atol=1e-12)
