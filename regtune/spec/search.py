@@ -286,20 +286,20 @@ def default_search(training: Training, optimizers: Sequence[str] = ()) -> dict[s
     proximal = training.l1 == "proximal"
     own_rate = "learning_rate" in training.model_fields_set
     return {
-        "weight_decay": _for_each(known, _default_decay),
+        "weight_decay": for_each(known, _default_decay),
         "dropout": {"low": 0.0, "high": 0.7},
-        "l1_lambda": _zero_or(1e-4, 0.3) if proximal else _zero_or(1e-7, 1e-3),
+        "l1_lambda": zero_or(1e-4, 0.3) if proximal else zero_or(1e-7, 1e-3),
         "patience": _patience_range(training.max_epochs),
         "learning_rate": training.learning_rate
         if own_rate
-        else _for_each(known, default_learning_rate),
+        else for_each(known, default_learning_rate),
         "label_smoothing": 0.0,
         "input_noise": 0.0,
         "weight_noise": 0.0,
     }
 
 
-def _for_each(optimizers: Sequence[str], default: Callable[[str], Any]) -> Any:
+def for_each(optimizers: Sequence[str], default: Callable[[str], Any]) -> Any:
     """Return the default of each optimizer, or of all where it is the same."""
     of_each = {optimizer: default(optimizer) for optimizer in optimizers}
     first, *others = of_each.values()
@@ -307,10 +307,11 @@ def _for_each(optimizers: Sequence[str], default: Callable[[str], Any]) -> Any:
 
 
 def _default_decay(optimizer: str) -> dict[str, Any]:
-    return _zero_or(1e-4, 3.0) if optimizer == "adamw" else _zero_or(1e-6, 1e-2)
+    return zero_or(1e-4, 3.0) if optimizer == "adamw" else zero_or(1e-6, 1e-2)
 
 
-def _zero_or(low: float, high: float) -> dict[str, Any]:
+def zero_or(low: float, high: float) -> dict[str, Any]:
+    """Return a log range with a real zero."""
     return {"low": low, "high": high, "log": True, "or_zero": True}
 
 

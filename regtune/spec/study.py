@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic import field_validator as validate_field
@@ -12,9 +12,10 @@ from pydantic_core import PydanticCustomError
 
 from regtune.space import Fixed, Optimizer, Options, Range
 from regtune.spec.parts import PartlyUsed, SpecModel, with_computed_defaults
+from regtune.spec.preset import PresetName, preset_search
 from regtune.spec.search import SETTING_PATTERN, Search, default_search, grid_values
 from regtune.spec.shape import MODEL_PREFIX, read_shape, shaped, value_at, write_shape
-from regtune.spec.task import MODEL_SETTINGS, TaskSpec
+from regtune.spec.task import MODEL_SETTINGS, REGRESSION_DATASETS, REGRESSION_SCORES, TaskSpec
 from regtune.spec.training import Training
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
@@ -189,6 +190,12 @@ class StudySpec(SpecModel):
         description="How each trial is trained.",
         examples=[{"optimizer": "adamw", "max_epochs": 50}],
     )
+    preset: PresetName | None = Field(
+        None,
+        description="What is searched by default, after the usual advice for such a problem, see "
+        "docs/studies.md; what search names wins. Default: the ranges for any problem.",
+        examples=["small_data"],
+    )
     search: Search = Field(
         description="What is searched. Default: sensible ranges of weight_decay, dropout, "
         "l1_lambda and patience.",
@@ -248,7 +255,12 @@ class StudySpec(SpecModel):
             # The person is told of the training alone: its errors come up again by themselves.
             training = Training()
         optimizers = _known_optimizers(search)
-        return {**data, "search": default_search(training, optimizers) | dict(search)}
+        defaults = default_search(training, optimizers)
+        preset = data.get("preset")
+        if isinstance(preset, str) and preset in get_args(PresetName):
+            classifies = not _is_regression(data.get("task"))
+            defaults |= preset_search(preset, training, optimizers, classifies=classifies)
+        return {**data, "search": defaults | dict(search)}
 
     @validate_field("search", mode="before")
     @classmethod
@@ -447,6 +459,19 @@ def _begin_at_first_choices(
         if values and isinstance(data.get(part, {}), Mapping)
     }
     return {**data, **filled}
+
+
+def _is_regression(task: Any) -> bool:
+    """Return whether a task says by itself that it predicts a number."""
+    if not isinstance(task, Mapping):
+        return False
+    data = task.get("data")
+    kind = data.get("kind") if isinstance(data, Mapping) else None
+    return (
+        kind == "regression"
+        or task.get("dataset") in REGRESSION_DATASETS
+        or task.get("score") in REGRESSION_SCORES
+    )
 
 
 def _known_settings(choices: Any, task: Any) -> Mapping[str, Any]:

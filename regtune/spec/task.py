@@ -102,6 +102,9 @@ DATASET_SETTINGS: Mapping[str, type[BaseModel]] = {
 }
 """The settings of data sets that can be checked without importing the data set."""
 
+REGRESSION_DATASETS = frozenset({"diabetes"})
+"""Those of them in which a number is predicted, whatever their settings."""
+
 
 class TaskSpec(BaseModel):
     """What is trained: a data set and a model; every further field is a setting of the model."""
