@@ -1,7 +1,8 @@
 """Shapes of a study: which one a worker trains next, and what is known of each one's model.
 
-A worker trains one shape of one study at a time. Which is next goes by the trials that wait, lowest
-number first; a worker stays with the shape it has built for a while, because building costs.
+A worker trains one shape of one study at a time. It goes where few others are, then by the lowest
+number that waits; and it stays with the shape it has built for a while, because building costs. No
+shape starves: one that others train is taken on by them, or is soon trained by nobody.
 """
 
 import json
@@ -15,15 +16,22 @@ from regtune.studies import ModelFacts
 
 
 def choose(
-    session: Session, study_id: int, *, current: str | None = None, suspect_from: int
+    session: Session, study_id: int, worker: str, *, current: str | None = None, suspect_from: int
 ) -> str | None:
     """Return the shape that a worker's free lanes should go to; None if no trial waits.
 
-    That of the waiting trial with the lowest number; the ``current`` one as long as any of its own
-    waits. Trials that have lost ``suspect_from`` leases come last.
+    The ``current`` one as long as a trial of it waits; else the one of which other workers train
+    the fewest trials, of equals that of the lowest number. Trials that have lost ``suspect_from``
+    leases come last.
     """
     return session.execute(
-        text(_CHOOSE), {"study_id": study_id, "current": current, "suspect_from": suspect_from}
+        text(_CHOOSE),
+        {
+            "study_id": study_id,
+            "worker": worker,
+            "current": current,
+            "suspect_from": suspect_from,
+        },
     ).scalar()
 
 
@@ -48,8 +56,14 @@ def known(session: Session, study_id: int) -> Mapping[str, ModelFacts]:
 
 
 _CHOOSE = """
-SELECT shape FROM regtune.trials
-WHERE study_id = :study_id AND state = 'waiting'
-ORDER BY lost_leases >= :suspect_from, shape IS DISTINCT FROM :current, number
+WITH waiting AS (
+    SELECT shape, bool_and(lost_leases >= :suspect_from) AS suspect, min(number) AS number
+    FROM regtune.trials WHERE study_id = :study_id AND state = 'waiting' GROUP BY shape
+), elsewhere AS (
+    SELECT shape, count(*) AS running FROM regtune.trials
+    WHERE study_id = :study_id AND state = 'running' AND worker <> :worker GROUP BY shape
+)
+SELECT shape FROM waiting LEFT JOIN elsewhere USING (shape)
+ORDER BY suspect, shape IS DISTINCT FROM :current, coalesce(running, 0), number
 LIMIT 1
 """

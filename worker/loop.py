@@ -147,6 +147,7 @@ class Worker:
         return shapes.choose(
             session,
             study_id,
+            self.name,
             current=stack.shape_to_keep if stack and stack.study.study_id == study_id else None,
             suspect_from=suspect_from(self._settings),
         )

@@ -266,6 +266,7 @@ class Meetings:
         shape = shapes.choose(
             session,
             study_id,
+            self._worker,
             current=self.shape_to_keep,
             suspect_from=suspect_from(self._settings),
         )

@@ -96,7 +96,7 @@ def test_what_is_asked_all_the_time_reads_no_big_table_from_end_to_end(
         flush,
         finish,
         lambda session: shares.choose(session, "w", current=id_),
-        lambda session: shapes.choose(session, id_, current="{}", suspect_from=2),
+        lambda session: shapes.choose(session, id_, "w", current="{}", suspect_from=2),
         lambda session: studies.has_more(session, id_),
         lambda session: workers.beat(session, "w", wanted_lanes=1, study_id=id_),
         lambda session: session.execute(text(conductor._COUNTS), {"study_id": id_}),

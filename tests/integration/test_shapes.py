@@ -42,9 +42,9 @@ def append(engine: Engine, study: Study, *batch_sizes: int) -> None:
         leasing.append(session, study.study_id, made, expected=appended)
 
 
-def choose(engine: Engine, study: Study, current: str | None = None, suspect_from: int = 2) -> Any:
+def choose(engine: Engine, study: Study, current: str | None = None, worker: str = "w") -> Any:
     with transaction(engine) as session:
-        return shapes.choose(session, study.study_id, current=current, suspect_from=suspect_from)
+        return shapes.choose(session, study.study_id, worker, current=current, suspect_from=2)
 
 
 def lease(engine: Engine, study: Study, shape: str, count: int = 9) -> Sequence[Lease]:
@@ -78,6 +78,16 @@ def test_a_worker_stays_with_a_shape_of_which_a_trial_waits(engine: Engine, stud
     assert choose(engine, study, current=B) == B
     lease(engine, study, B)
     assert choose(engine, study, current=B) == A
+
+
+def test_workers_go_where_few_others_are(engine: Engine, study: Study) -> None:
+    append(engine, study, 64, 64, 256, 64, 64)
+    lease(engine, study, A, 2)
+    assert choose(engine, study, worker="another") == B
+    lease(engine, study, B)
+    append(engine, study, 256)
+    assert choose(engine, study, worker="another") == B  # one is trained of it, of the other two
+    assert choose(engine, study, worker="w") == A  # its own trials do not count
 
 
 def test_the_shape_of_a_trial_that_may_kill_its_worker_comes_last(engine, study) -> None:
