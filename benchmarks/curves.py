@@ -241,7 +241,7 @@ def build_engine(landscape: Landscape, seed: int, data_dir: Path, threads: int) 
             storage=Storage(data_dir),
             device=torch.device("cpu"),
             max_lanes=LANES,
-            knobs=KNOBS & spec.search.searched().keys(),
+            knobs=KNOBS & set(spec.search.searched()),
             threads=threads,
         )
 

@@ -1,10 +1,13 @@
 """The answer of a study as people want to read it: the best strengths, and what they bring."""
 
+from typing import Any
+
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from regtune.client import Document
-from regtune.spec import Search
+from regtune.spec import STRENGTHS
 
 _NOTHING = "–"
 _SHARES = ("accuracy", "balanced_accuracy")
@@ -20,8 +23,8 @@ def show(best: Document, console: Console) -> None:
     table.add_column("no regularization", justify="right")
     table.add_column("gain", justify="right")
     for name in _told(best):
-        unregularized = _number(baseline["params"][name]) if baseline else _NOTHING
-        table.add_row(name.replace("_", " "), _number(best["params"][name]), unregularized)
+        unregularized = _value(baseline["params"][name]) if baseline else _NOTHING
+        table.add_row(name.replace("_", " "), _value(best["params"][name]), unregularized)
     table.add_section()
     table.add_row("validation loss", *_losses(best, baseline))
     table.add_row(f"test {best['score'].replace('_', ' ')}", *_scores(best, baseline))
@@ -37,7 +40,7 @@ def _told(best: Document) -> list[str]:
     searched, params = best["searched"], best["params"]
     return [
         name
-        for name in Search.model_fields
+        for name in dict.fromkeys([*STRENGTHS, *searched])
         if name in searched or (name != "learning_rate" and params.get(name))
     ]
 
@@ -70,3 +73,9 @@ def _in_numbers(score: float, before: float | None) -> list[str]:
 
 def _number(value: float) -> str:
     return f"{value:.4g}"
+
+
+def _value(value: Any) -> str:
+    """Return a parameter's value: a number, or what a model's setting may be."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return _number(value) if is_number else escape(str(value))

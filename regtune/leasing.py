@@ -21,6 +21,7 @@ from sqlalchemy.orm import Session
 from regtune import events, studies
 from regtune.database import NEWS, WORK
 from regtune.errors import StaleView
+from regtune.spec import NO_SHAPE
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,16 @@ class Suggestion:
     """A trial to be: what the sampler said, and what will be trained for it.
 
     ``suggested`` is what Optuna stores; ``params`` are the values used, zeros and fixed ones
-    included; ``system_attrs`` is the sampler's own note on the trial.
+    included; ``system_attrs`` is the sampler's own note on the trial, ``shape`` what of ``params``
+    changes tensors or programs.
     """
 
     kind: str
-    suggested: Mapping[str, float]
+    suggested: Mapping[str, Any]
     distributions: Mapping[str, BaseDistribution]
-    params: Mapping[str, float]
+    params: Mapping[str, Any]
     system_attrs: Mapping[str, Any]
+    shape: str = NO_SHAPE
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Lease:
     number: int
     attempt: int
     token: UUID
-    params: Mapping[str, float]
+    params: Mapping[str, Any]
     lost_leases: int = 0
 
 
@@ -85,6 +88,7 @@ def _row(number: int, suggestion: Suggestion) -> dict[str, Any]:
         "number": number,
         "kind": suggestion.kind,
         "params": dict(suggestion.params),
+        "shape": suggestion.shape,
         "suggested": [
             {
                 "name": name,
@@ -117,12 +121,15 @@ def lease(
     count: int,
     seconds: float,
     *,
+    shape: str = NO_SHAPE,
     slots: int = 1,
     suspect_from: int | None = None,
     suspects: bool = False,
     now: datetime | None = None,
 ) -> Sequence[Lease]:
-    """Lease up to ``count`` waiting trials of an active study for a worker, lowest number first.
+    """Lease up to ``count`` waiting trials of a shape for a worker, lowest number first.
+
+    None unless the study is active.
 
     ``slots`` is how many trials of this study the worker could train at once.
     Trials that have lost ``suspect_from`` leases are suspected of killing their workers; they are
@@ -133,6 +140,7 @@ def lease(
         {
             "study_id": study_id,
             "worker": worker,
+            "shape": shape,
             "count": count,
             "seconds": seconds,
             "share": 1 / slots,
@@ -218,7 +226,8 @@ def _tokens(leases: Iterable[Lease]) -> str:
 _APPEND = """
 WITH row AS (
     SELECT * FROM json_to_recordset(cast(:rows AS json)) AS r(
-        number int, kind text, params jsonb, suggested json, user_attrs json, system_attrs json)
+        number int, kind text, params jsonb, shape text, suggested json, user_attrs json,
+        system_attrs json)
 ), trial AS (
     INSERT INTO public.trials (number, study_id, state)
     SELECT number, :study_id, 'WAITING' FROM row ORDER BY number
@@ -238,8 +247,9 @@ WITH row AS (
     FROM row JOIN trial USING (number),
          json_to_recordset(row.system_attrs) AS a(key text, value text)
 ), ours AS (
-    INSERT INTO regtune.trials (trial_id, study_id, number, kind, params, state)
-    SELECT trial_id, :study_id, number, kind, params, 'waiting' FROM row JOIN trial USING (number)
+    INSERT INTO regtune.trials (trial_id, study_id, number, kind, params, shape, state)
+    SELECT trial_id, :study_id, number, kind, params, shape, 'waiting'
+    FROM row JOIN trial USING (number)
 ), counted AS (
     UPDATE regtune.studies SET appended = appended + (SELECT count(*) FROM row)
     WHERE study_id = :study_id
@@ -276,8 +286,8 @@ WITH study AS MATERIALIZED (
     SELECT study_id FROM regtune.studies
     WHERE study_id = :study_id AND state = 'active' FOR SHARE
 ), picked AS (
-    SELECT t.trial_id FROM regtune.trials t JOIN study USING (study_id)
-    WHERE t.state = 'waiting'
+    SELECT t.trial_id FROM regtune.trials t
+    WHERE t.study_id = (SELECT study_id FROM study) AND t.shape = :shape AND t.state = 'waiting'
       AND coalesce(t.lost_leases >= cast(:suspect_from AS int), false) = :suspects
     ORDER BY t.number LIMIT :count FOR UPDATE OF t SKIP LOCKED
 ), leased AS (

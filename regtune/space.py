@@ -3,11 +3,16 @@
 A parameter is a range, a list of choices, or a fixed value. A range with ``or_zero`` holds a real
 zero beside its log-uniform values. To a sampler it is one parameter still: the log range is
 extended by one decade below ``low``, and whatever falls there is trained as exactly zero.
+
+Where the optimizer is searched, a parameter may be another one under each: Optuna sees as many
+parameters, ``weight_decay[adamw]`` and ``weight_decay[sgd]``, of which a trial has one.
 """
 
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import inf
-from typing import Annotated, Any, ClassVar, Generic, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar, get_args
 
 from optuna.distributions import (
     BaseDistribution,
@@ -20,11 +25,18 @@ from pydantic import model_validator as validate_model
 from pydantic_core import PydanticCustomError
 
 Number = TypeVar("Number", int, float)
+Value = TypeVar("Value")
+
+Optimizer = Literal["adam", "adamw", "sgd", "rmsprop"]
 
 OR_ZERO_DECADES = 1
 """How many decades below ``low`` stand for zero."""
 
 MAX_CHOICES = 1000
+
+MAX_OPTIONS = 64
+MAX_OPTION_CHARACTERS = 500
+"""Of the JSON text of a choice."""
 
 
 class Range(BaseModel, Generic[Number]):
@@ -187,6 +199,56 @@ class Fixed(RootModel[Number], Generic[Number]):
         return (self.root,)
 
 
+class Options(RootModel[tuple[Value, ...]], Generic[Value]):
+    """One of these values, of which none is more or less than another."""
+
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+
+    root: Annotated[tuple[Value, ...], Strict(False), Field(min_length=1, max_length=MAX_OPTIONS)]
+
+    @validate_model(mode="before")
+    @classmethod
+    def _check_is_list(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple | Options):
+            raise _invalid("must be a list of choices")
+        return value
+
+    @validate_model(mode="after")
+    def _check(self) -> "Options[Value]":
+        try:
+            texts = [json.dumps(value, allow_nan=False) for value in self.root]
+        except (ValueError, TypeError, RecursionError):
+            raise _invalid("each choice must be something that JSON can write") from None
+        if any(len(text) > MAX_OPTION_CHARACTERS for text in texts):
+            raise _invalid(f"a choice may have {MAX_OPTION_CHARACTERS} characters at most")
+        if len(set(self.labels)) < len(self.root):
+            raise _invalid("each choice may stand in the list only once")
+        return self
+
+    @property
+    def labels(self) -> tuple[Any, ...]:
+        """What Optuna calls the values: itself each, or its JSON text where Optuna has no such."""
+        return tuple(_label(value) for value in self.root)
+
+    def distribution(self) -> BaseDistribution:
+        """How Optuna sees it."""
+        return CategoricalDistribution(self.labels)
+
+    def label(self, value: Value) -> Any:
+        """What to suggest for ``value``."""
+        return self.labels[self.root.index(value)]
+
+    def used(self, suggested: Any) -> Value:
+        """The value that is trained when a sampler suggests ``suggested``."""
+        return self.root[self.labels.index(suggested)]
+
+
+def _label(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return json.dumps(value, separators=(",", ":"), sort_keys=True)
+
+
 def _kind(value: Any) -> str | None:
     if isinstance(value, Mapping | Range):
         return "range"
@@ -197,41 +259,104 @@ def _kind(value: Any) -> str | None:
     return None
 
 
-PARAMETER_KINDS = ("range", "choices", "fixed")
+def _kind_or_conditional(value: Any) -> str | None:
+    by_optimizer = isinstance(value, Mapping) and not value.keys().isdisjoint(get_args(Optimizer))
+    return "by_optimizer" if by_optimizer or isinstance(value, ByOptimizer) else _kind(value)
 
-_BY_KIND = Discriminator(
-    _kind,
-    custom_error_type="parameter",
-    custom_error_message="must be a range like {low: 0.1, high: 0.5}, a list of choices, "
+
+PARAMETER_KINDS = ("range", "choices", "fixed", "by_optimizer")
+
+_KINDS = {
+    "custom_error_type": "parameter",
+    "custom_error_message": "must be a range like {low: 0.1, high: 0.5}, a list of choices, "
     "or one number",
-)
+}
+
+_Float = Annotated[
+    Annotated[Range[float], Tag("range")]
+    | Annotated[Choices[float], Tag("choices")]
+    | Annotated[Fixed[float], Tag("fixed")],
+    Discriminator(_kind, **_KINDS),
+]
+_Integer = Annotated[
+    Annotated[Range[int], Tag("range")]
+    | Annotated[Choices[int], Tag("choices")]
+    | Annotated[Fixed[int], Tag("fixed")],
+    Discriminator(_kind, **_KINDS),
+]
+_Limit = Annotated[
+    Annotated[LimitRange, Tag("range")]
+    | Annotated[LimitChoices, Tag("choices")]
+    | Annotated[Fixed[float], Tag("fixed")],
+    Discriminator(_kind, **_KINDS),
+]
+
+
+class ByOptimizer(RootModel[dict[str, Value]], Generic[Value]):
+    """A parameter of its own for each optimizer that is searched."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    def numbers(self) -> tuple[float, ...]:
+        """All the numbers of all of them, for checking them against what the parameter may be."""
+        return tuple(number for part in self.root.values() for number in part.numbers())  # type: ignore[attr-defined]
+
 
 Parameter = Annotated[
     Annotated[Range[float], Tag("range")]
     | Annotated[Choices[float], Tag("choices")]
-    | Annotated[Fixed[float], Tag("fixed")],
-    _BY_KIND,
+    | Annotated[Fixed[float], Tag("fixed")]
+    | Annotated[ByOptimizer[_Float], Tag("by_optimizer")],
+    Discriminator(_kind_or_conditional, **_KINDS),
 ]
 """A parameter that takes real values."""
 
 IntegerParameter = Annotated[
     Annotated[Range[int], Tag("range")]
     | Annotated[Choices[int], Tag("choices")]
-    | Annotated[Fixed[int], Tag("fixed")],
-    _BY_KIND,
+    | Annotated[Fixed[int], Tag("fixed")]
+    | Annotated[ByOptimizer[_Integer], Tag("by_optimizer")],
+    Discriminator(_kind_or_conditional, **_KINDS),
 ]
 """A parameter that takes whole numbers."""
 
 LimitParameter = Annotated[
     Annotated[LimitRange, Tag("range")]
     | Annotated[LimitChoices, Tag("choices")]
-    | Annotated[Fixed[float], Tag("fixed")],
-    _BY_KIND,
+    | Annotated[Fixed[float], Tag("fixed")]
+    | Annotated[ByOptimizer[_Limit], Tag("by_optimizer")],
+    Discriminator(_kind_or_conditional, **_KINDS),
 ]
 """A parameter that takes limits, of which 0 means none."""
 
 Searched = Range[float] | Range[int] | Choices[float] | Choices[int]
-"""A parameter that is not fixed."""
+"""A strength that is not fixed."""
+
+Plain = Searched | Fixed[float] | Fixed[int]
+"""A strength as the trials of one optimizer see it."""
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """A parameter as Optuna sees it; with ``optimizer``, only that optimizer's trials have it."""
+
+    name: str
+    parameter: Searched | Options[Any]
+    optimizer: str | None = None
+
+    @property
+    def label(self) -> str:
+        """Its name in Optuna's tables."""
+        return self.name if self.optimizer is None else f"{self.name}[{self.optimizer}]"
+
+    def belongs_to(self, optimizer: str) -> bool:
+        """Whether the trials of an optimizer have it."""
+        return self.optimizer in (None, optimizer)
+
+
+def plain_name(label: str) -> str:
+    """Return the name of a parameter that Optuna's tables know by ``label``."""
+    return label.partition("[")[0]
 
 
 def _invalid(message: str) -> PydanticCustomError:

@@ -17,6 +17,7 @@ from regtune import events, shares, tables
 from regtune.database import NEWS, WORK
 from regtune.errors import BudgetSpent, NotFound, StudyActive, StudyDiffers, StudyOver
 from regtune.spec import StudyChange, StudySpec, changed
+from regtune.spec.training import steps_per_epoch
 
 Verb = Literal["pause", "resume", "stop", "cancel"]
 
@@ -53,7 +54,10 @@ class Born:
 
 @dataclass(frozen=True)
 class Study:
-    """A study as it stands; ``model`` is None until a worker has built it."""
+    """A study as it stands; ``model`` is None until a worker has built it.
+
+    Where the study searches shapes, it is that of the one that was built first.
+    """
 
     study_id: int
     name: str
@@ -74,17 +78,22 @@ class Study:
         """Whether it may still change by itself."""
         return self.state in tables.LIVE_STUDY_STATES
 
-    def decay_timescale_epochs(self, params: Mapping[str, float]) -> float | None:
+    def decay_timescale_epochs(self, params: Mapping[str, Any]) -> float | None:
         """Return over how many epochs decay acts on a trial's weights, 1 / (η·λ₂·steps).
 
         None without decay, where it is coupled, and until a worker has built the model. Wang &
         Aitchison 2024, arXiv 2405.13698: it transfers between set-ups, where λ₂ does not.
         """
-        if self.spec.training.decay == "coupled" or self.model is None:
+        training = self.spec.training
+        decay = training.decay_of(params.get("optimizer", training.optimizer))
+        if decay == "coupled" or self.model is None:
             return None
         # A trial of a study from before the learning rate could be searched does not name it.
-        learning_rate = params.get("learning_rate", self.spec.training.learning_rate)
-        share_per_epoch = learning_rate * params["weight_decay"] * self.model.steps_per_epoch
+        learning_rate = params.get("learning_rate", training.learning_rate)
+        steps = self.model.steps_per_epoch
+        if "batch_size" in params:
+            steps = steps_per_epoch(self.model.training_rows, params["batch_size"])
+        share_per_epoch = learning_rate * params["weight_decay"] * steps
         return 1 / share_per_epoch if share_per_epoch > 0 else None
 
 
@@ -542,6 +551,7 @@ _DELETIONS = (
     f"DELETE FROM regtune.epochs WHERE trial_id IN {_OF_TRIALS}",
     "DELETE FROM regtune.trials WHERE study_id = :study_id",
     "DELETE FROM regtune.charges WHERE study_id = :study_id",
+    "DELETE FROM regtune.shapes WHERE study_id = :study_id",
     "DELETE FROM regtune.shares WHERE study_id = :study_id",
     "DELETE FROM regtune.studies WHERE study_id = :study_id",
     "DELETE FROM regtune.events WHERE study_id = :study_id AND number IS NOT NULL",

@@ -99,6 +99,13 @@ trials = Table(
     Column("number", Integer, nullable=False),
     Column("kind", Text, nullable=False, comment="a reference point, or suggested"),
     Column("params", JSONB, nullable=False, comment="every value that is trained, fixed ones too"),
+    Column(
+        "shape",
+        Text,
+        nullable=False,
+        server_default="{}",
+        comment="what of params makes stacks of their own",
+    ),
     Column("state", Text, nullable=False),
     Column("attempt", Integer, nullable=False, server_default="0", comment="leases so far"),
     Column("lost_leases", Integer, nullable=False, server_default="0"),
@@ -137,10 +144,27 @@ trials = Table(
         "(state = 'running') = (token IS NOT NULL)", name="trials_running_means_leased"
     ),
     Index("trials_by_state", "study_id", "state", "number"),
+    Index(
+        "trials_waiting",
+        "study_id",
+        "shape",
+        "number",
+        postgresql_where=text("state = 'waiting'"),
+    ),
     Index("trials_by_value", "study_id", "value", "number"),
     Index("trials_by_end", "study_id", "finished_at"),
     # A renewal changes no indexed column, so it stays on its page, if there is room on it.
     postgresql_with={"fillfactor": 80},
+    schema=SCHEMA,
+)
+
+shapes = Table(
+    "shapes",
+    metadata,
+    Column("study_id", Integer, ForeignKey(studies.c.study_id), nullable=False),
+    Column("shape", Text, nullable=False),
+    Column("model", JSONB, nullable=False, comment="what the first worker that built it found out"),
+    PrimaryKeyConstraint("study_id", "shape"),
     schema=SCHEMA,
 )
 

@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from service.records import Result
 
@@ -29,7 +29,7 @@ PARAMS_EXAMPLE = {
     "mixup": 0.0,
 }
 
-Params = dict[str, int | float]
+Params = dict[str, JsonValue]
 
 
 class Document(BaseModel):

@@ -12,9 +12,10 @@ from sqlalchemy.orm import Session
 from regtune import tables
 from regtune.errors import NoBestYet, NotFound
 from regtune.reporting import Epoch
+from regtune.space import plain_name
 from regtune.studies import Study
 
-Params = Mapping[str, int | float]
+Params = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -275,7 +276,7 @@ def _suggested(session: Session, trial_id: int) -> Params:
         {"trial_id": trial_id},
     ).all()
     return {
-        row.param_name: json_to_distribution(row.distribution_json).to_external_repr(
+        plain_name(row.param_name): json_to_distribution(row.distribution_json).to_external_repr(
             row.param_value
         )
         for row in rows

@@ -7,9 +7,9 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
-from regtune import studies
+from regtune import shapes, studies
 from regtune.errors import NoBestYet
-from regtune.spec import StudyChange, StudySpec
+from regtune.spec import StudyChange, StudySpec, read_shape
 from regtune.studies import Study, Verb
 from service import admission, cursors, records
 from service.bodies import (
@@ -19,7 +19,7 @@ from service.bodies import (
     parse_change_of_study,
     parse_study,
 )
-from service.documents import Document, Measure, StudyState, TrialResult
+from service.documents import Document, Measure, Params, StudyState, TrialResult
 from service.edge import Actor, Body, Context, InContext, InTransaction, StudyName
 from service.records import Standing
 
@@ -104,6 +104,17 @@ class ModelDetail(Document):
     )
 
 
+class ShapeDetail(Document):
+    """One of the shapes that a study searches."""
+
+    params: Params = Field(
+        description="What makes it: optimizer, batch size and settings of the model, as far as "
+        "they are searched.",
+        examples=[{"batch_size": 64, "model.hidden": [256]}],
+    )
+    model: ModelDetail = Field(description="Its model, as the first worker that built it found it.")
+
+
 class StudySummary(Document):
     """A study in a list."""
 
@@ -174,7 +185,12 @@ class StudyDetail(StudySummary):
         ],
     )
     model: ModelDetail | None = Field(
-        description="What is known of its model; null until a worker has built it."
+        description="What is known of its model; null until a worker has built it. Where the "
+        "study searches shapes, that of the one that was built first."
+    )
+    shapes: list[ShapeDetail] = Field(
+        description="The shapes that workers have built, where the study searches optimizer, "
+        "batch size or settings of the model; else none."
     )
     eta_seconds: float | None = Field(
         description="Seconds until the budget is used up, at the pace of the latest 20 trials; "
@@ -316,6 +332,10 @@ def _detail(session: Session, study: Study, context: Context) -> StudyDetail:
         **_summary(study, standing),
         spec=study.spec,
         model=ModelDetail.model_validate(study.model) if study.model else None,
+        shapes=[
+            ShapeDetail(params=read_shape(shape), model=ModelDetail.model_validate(facts))
+            for shape, facts in shapes.known(session, study.study_id).items()
+        ],
         eta_seconds=records.eta_seconds(session, study, standing),
         best=best,
         baseline=TrialResult.of(baseline) if baseline else None,

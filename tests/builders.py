@@ -9,10 +9,16 @@ from regtune import leasing, reporting, studies, workers
 from regtune.database import transaction
 from regtune.leasing import Lease, Suggestion
 from regtune.reporting import Completed, Epoch
+from regtune.space import Options
 from regtune.spec import StudySpec, parse_spec
 from regtune.studies import Study
 from regtune.task import Offer
-from service.scheduler.suggestion import as_suggestion, distributions, kind_of
+from service.scheduler.suggestion import (
+    as_suggestion,
+    distributions,
+    kind_of,
+    predetermined,
+)
 
 BASE = {"task": {"dataset": "digits", "model": "mlp"}, "budget": {"trials": 5}}
 
@@ -35,14 +41,15 @@ def find(engine: Engine, name: str) -> Study:
 
 
 def suggestion(study: Study, number: int = 2) -> Suggestion:
-    """A suggestion in the middle of every range."""
-    point = {
-        name: parameter.nearest(sum(parameter.numbers()) / 2)
-        for name, parameter in study.spec.search.searched().items()
-    }
-    point = {name: int(value) if name == "patience" else value for name, value in point.items()}
+    """A suggestion in the middle of every range, of the study's own shape."""
+    point = predetermined(study.spec, 0)
+    assert point is not None
+    for dimension in study.spec.search.dimensions():
+        if dimension.label in point and not isinstance(dimension.parameter, Options):
+            middle = dimension.parameter.nearest(sum(dimension.parameter.numbers()) / 2)
+            point[dimension.label] = int(middle) if dimension.name == "patience" else middle
     made = as_suggestion(study.spec, number, point, {})
-    assert set(distributions(study.spec)) == set(point)
+    assert set(point) <= set(distributions(study.spec))
     assert made.kind == kind_of(number)
     return made
 

@@ -15,7 +15,7 @@ from worker.shutdown import Shutdown
 
 
 def run_until_over(
-    engine: Engine, database_url: str, settings: Settings, study: Study, seconds: float = 60
+    engine: Engine, database_url: str, settings: Settings, study: Study, seconds: float = 200
 ) -> None:
     """Run both until a study is over; fail if that takes longer."""
     shutdown = Shutdown()

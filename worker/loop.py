@@ -11,15 +11,17 @@ import torch
 from sqlalchemy import Engine as Database
 from sqlalchemy.exc import DBAPIError
 
-from regtune import database, events, leasing, reporting, shares, studies, task, workers
+from regtune import database, events, leasing, reporting, shapes, shares, studies, task, workers
 from regtune.database import transaction
 from regtune.errors import DatabaseUnavailable, DataDiffer, InvalidData, InvalidSpec, NotFound
 from regtune.reporting import Failed
 from regtune.settings import Settings
+from regtune.spec import NO_SHAPE
 from regtune.studies import Study
 from worker.checkpoints import CheckpointStore
 from worker.devices import describe
 from worker.heartbeat import Heartbeat
+from worker.meeting import Turn, suspect_from
 from worker.shutdown import Interrupted, Shutdown
 from worker.stack import Stack
 from worker.training import capacity
@@ -111,16 +113,17 @@ class Worker:
         """
         try:
             if self._stack is None:
-                study_id = self._choose()
+                turn = self._choose()
             else:
                 self._train(self._stack)
-                study_id = self._stack.turn
-                if study_id == self._stack.study.study_id:
+                turn = self._stack.turn
+                if turn == self._stack.own_turn:
                     return False
-            if study_id is None or self._shutdown.requested:
+            if turn is None or self._shutdown.requested:
                 return False
             self._drop_stack()
-            self._stack = self._build_stack(self._read_study(study_id))
+            study, shape = self._read(turn)
+            self._stack = None if shape is None else self._build_stack(study, shape)
             return self._stack is not None
         except (DBAPIError, DatabaseUnavailable, NotFound) as error:
             log.warning("database_lost", worker=self.name, error=str(error).splitlines()[0])
@@ -156,7 +159,7 @@ class Worker:
                 ended = studies.trials_over(session, study, trials)
             self._checkpoints.remove(study, ended)
 
-    def _choose(self) -> int | None:
+    def _choose(self) -> Turn | None:
         """Return the study whose turn it is; where there is none, say that all lanes are free.
 
         Once a poll at most: of many workers that a few new trials wake, most find none left.
@@ -168,24 +171,33 @@ class Worker:
                 stay_seconds=self._settings.stay_seconds,
                 refused=self._refused,
             )
-            if study_id is None and time.monotonic() >= self._idle_beat:
+            if study_id is not None:
+                self._idle_beat = 0.0
+                return Turn(study_id)
+            if time.monotonic() >= self._idle_beat:
                 workers.beat(session, self.name, wanted_lanes=self._lanes, study_id=None)
                 self._idle_beat = time.monotonic() + self._settings.poll_seconds
-            elif study_id is not None:
-                self._idle_beat = 0.0
-            return study_id
+            return None
 
-    def _read_study(self, study_id: int) -> Study:
+    def _read(self, turn: Turn) -> tuple[Study, str | None]:
+        """Return a study and which of its shapes to train; None if no trial waits any more."""
         with transaction(self._database) as session:
-            return studies.by_id(session, study_id)
+            study = studies.by_id(session, turn.study_id)
+            if turn.shape is not None or not study.spec.search.shaping():
+                return study, turn.shape or NO_SHAPE
+            shape = shapes.choose(
+                session, study.study_id, self.name, suspect_from=suspect_from(self._settings)
+            )
+            return study, shape
 
-    def _build_stack(self, study: Study) -> Stack | None:
+    def _build_stack(self, study: Study, shape: str) -> Stack | None:
         """Build a study's stack; if the task's own code raises, a trial of it fails by that."""
         try:
             return Stack(
                 self._database,
                 self._settings,
                 study,
+                shape,
                 self.name,
                 self._device,
                 self._listener,
@@ -200,7 +212,7 @@ class Worker:
             raise
         except Exception as error:  # noqa: BLE001 - a user's crash is data
             log.error("task_failed", study=study.name, error=str(error))
-            self._fail_one(study, error)
+            self._fail_one(study, shape, error)
             return None
 
     def _refuse(self, study: Study, difference: DataDiffer) -> None:
@@ -217,7 +229,7 @@ class Worker:
             )
             events.notify(session, database.NEWS, study.study_id)
 
-    def _fail_one(self, study: Study, error: Exception) -> None:
+    def _fail_one(self, study: Study, shape: str, error: Exception) -> None:
         """Fail one trial alone: other workers may well have what this one lacks.
 
         Data that cannot be trained on, and wrong settings, are the same for all of them, and end
@@ -227,7 +239,7 @@ class Worker:
         with transaction(self._database) as session:
             studies.lock(session, study.study_id)
             leases = leasing.lease(
-                session, study.study_id, self.name, 1, self._settings.lease_seconds
+                session, study.study_id, self.name, 1, self._settings.lease_seconds, shape=shape
             )
             reporting.finish(session, [(lease, failed) for lease in leases], self.name)
             if isinstance(error, InvalidData | InvalidSpec):

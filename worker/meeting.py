@@ -25,10 +25,11 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from regtune import database, leasing, reporting, shares, studies, workers
+from regtune import database, leasing, reporting, shapes, shares, studies, workers
 from regtune.leasing import Lease
 from regtune.reporting import Epoch, Outcome, Pruned, Verdicts
 from regtune.settings import Settings
+from regtune.spec import NO_SHAPE
 from regtune.studies import Study
 from worker.checkpoints import CheckpointStore, CheckpointWriter, Saved
 from worker.heartbeat import BEATS_A_LEASE
@@ -65,17 +66,25 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """A study that lanes should go to, and one of its shapes; None until the study is read."""
+
+    study_id: int
+    shape: str | None = None
+
+
+@dataclass(frozen=True)
 class Answer:
     """What a stack takes home; ``resumed`` are those of ``joining`` that need not start anew.
 
-    ``turn`` is the study that free lanes should go to, None if none has a trial for them.
+    ``turn`` is whose trials free lanes should go to, None if there is none for them.
     """
 
     held: frozenset[int]
     ended: frozenset[int]
     joining: Sequence[Lease]
     resumed: Mapping[int, Saved]
-    turn: int | None
+    turn: Turn | None
     more_to_come: bool
 
     @property
@@ -92,6 +101,7 @@ class Meetings:
         engine: Database,
         settings: Settings,
         study: Study,
+        shape: str,
         worker: str,
         store: CheckpointStore,
         writer: CheckpointWriter,
@@ -100,11 +110,14 @@ class Meetings:
     ) -> None:
         """``fits`` says whether a trial can go on from a checkpoint.
 
-        ``refused`` are studies that the worker cannot train.
+        ``shape`` is what the stack trains of the study. ``refused`` are studies that the worker
+        cannot train.
         """
         self._database = engine
         self._settings = settings
         self._study = study
+        self._shape = shape
+        self._stays_until = time.monotonic() + settings.stay_seconds
         self._worker = worker
         self._store = store
         self._writer = writer
@@ -234,9 +247,9 @@ class Meetings:
         free = max(0, report.slots - len(staying))
         if any(self._is_suspect(lease) for lease in staying):
             free = 0
-        turn = self._choose(session) if free else study_id
+        turn = self._choose(session) if free else self._own_turn
         joining: Sequence[Lease] = []
-        if free and turn == study_id:
+        if free and turn == self._own_turn:
             joining = self._lease_some(session, free, report.slots, alone=not staying)
         more_to_come = True
         if free > len(joining):
@@ -246,14 +259,37 @@ class Meetings:
         self._beat(session, report, wanted, study_id if has_part else None)
         return Answer(held, ended, joining, {}, turn, more_to_come)
 
-    def _choose(self, session: Session) -> int | None:
-        return shares.choose(
+    def _choose(self, session: Session) -> Turn | None:
+        """Return whose turn it is: this study and shape, another shape of it, or another study."""
+        study_id = self._study.study_id
+        chosen = shares.choose(
             session,
             self._worker,
-            current=self._study.study_id,
+            current=study_id,
             stay_seconds=self._settings.stay_seconds,
             refused=self._refused,
         )
+        if chosen != study_id:
+            return None if chosen is None else Turn(chosen)
+        if self._shape == NO_SHAPE:
+            return self._own_turn
+        shape = shapes.choose(
+            session,
+            study_id,
+            self._worker,
+            current=self._shape_to_keep,
+            suspect_from=suspect_from(self._settings),
+        )
+        return None if shape is None else Turn(study_id, shape)
+
+    @property
+    def _own_turn(self) -> Turn:
+        return Turn(self._study.study_id, self._shape)
+
+    @property
+    def _shape_to_keep(self) -> str | None:
+        """Its shape for as long as it may pass over trials of others that have waited longer."""
+        return self._shape if time.monotonic() < self._stays_until else None
 
     def _beat(self, session: Session, report: Report, wanted: int, study_id: int | None) -> None:
         """Say that the worker lives and how many lanes it wants filled, if that is news."""
@@ -291,8 +327,9 @@ class Meetings:
             self._worker,
             count,
             self._settings.lease_seconds,
+            shape=self._shape,
             slots=slots,
-            suspect_from=self._suspect_from,
+            suspect_from=suspect_from(self._settings),
             suspects=suspects,
         )
 
@@ -343,13 +380,16 @@ class Meetings:
         return len(leasing.release(session, left, self._worker))
 
     def _is_suspect(self, lease: Lease) -> bool:
-        return lease.lost_leases >= self._suspect_from
-
-    @property
-    def _suspect_from(self) -> int:
-        """A trial whose next lost lease would be its last trains alone, and fails alone."""
-        return max(1, self._settings.max_attempts - 1)
+        return lease.lost_leases >= suspect_from(self._settings)
 
     @property
     def _judged(self) -> bool:
         return self._study.spec.pruner.name != "none"
+
+
+def suspect_from(settings: Settings) -> int:
+    """Return how many lost leases make a trial a suspect.
+
+    One whose next lost lease would be its last trains alone, and fails alone.
+    """
+    return max(1, settings.max_attempts - 1)

@@ -1,4 +1,4 @@
-"""The stack: the trials of one study that train together, and their leases.
+"""The stack: the trials of one study and one shape that train together, and their leases.
 
 Between two epochs it meets the database: it reports what was trained, and lets its lanes follow the
 answer. While that does not come, it trains on, and brings everything along the next time.
@@ -13,18 +13,18 @@ import structlog
 import torch
 from sqlalchemy import Engine as Database
 
-from regtune import studies
+from regtune import shapes, studies
 from regtune.database import Listener, transaction
 from regtune.errors import DataDiffer
 from regtune.leasing import Lease
 from regtune.reporting import Completed, Epoch, Failed, Outcome, Pruned
 from regtune.settings import Settings
-from regtune.spec import StudySpec
+from regtune.spec import NO_SHAPE, StudySpec, read_shape
 from regtune.studies import ModelFacts, Study
 from regtune.task import Storage
 from worker.checkpoints import CheckpointStore, CheckpointWriter, Saved
 from worker.devices import describe
-from worker.meeting import Answer, Meetings, Report
+from worker.meeting import Answer, Meetings, Report, Turn
 from worker.shutdown import Interrupted
 from worker.training import capacity
 from worker.training.capacity import Capacity
@@ -75,6 +75,7 @@ class Stack:
         database: Database,
         settings: Settings,
         study: Study,
+        shape: str,
         worker: str,
         device: torch.device,
         listener: Listener,
@@ -84,11 +85,14 @@ class Stack:
     ) -> None:
         """Load the data, build the model and see how many lanes the device takes.
 
-        ``refused`` are studies that this worker cannot train.
+        ``shape`` is the one of the study's shapes that it trains. ``refused`` are studies that this
+        worker cannot train.
         Raises InvalidData for data that cannot be trained on, DataDiffer for other data than the
         study began with, and whatever the task's own code raises.
         """
         self.study = study
+        self.shape = shape
+        self._spec = study.spec.at(shape)
         self._settings = settings
         self._device = device
         self._listener = listener
@@ -105,6 +109,7 @@ class Stack:
             database,
             settings,
             study,
+            shape,
             worker,
             store,
             self._writer,
@@ -117,8 +122,13 @@ class Stack:
         self._outcomes: dict[int, Outcome] = {}
         self._given_back: frozenset[int] = frozenset()
         self._more_to_come = True
-        self.turn: int | None = study.study_id
+        self.turn: Turn | None = self.own_turn
         self._met_at = self._checkpointed_at = time.monotonic()
+
+    @property
+    def own_turn(self) -> Turn:
+        """What it trains, as whose turn it may be."""
+        return Turn(self.study.study_id, self.shape)
 
     @property
     def training(self) -> bool:
@@ -174,7 +184,8 @@ class Stack:
 
     def close(self) -> None:
         """Let go of the threads; what is still in training is lost to this worker."""
-        log.info("stack_closed", study=self.study.name, occupancy=self._occupancy.share)
+        share = self._occupancy.share
+        log.info("stack_closed", study=self.study.name, shape=self.shape, occupancy=share)
         self._meetings.close()
         self._writer.close()
         self._engine.close()
@@ -197,7 +208,7 @@ class Stack:
         self._leases.clear()
 
     def _build_engine(self, make_engine: Callable[..., Engine]) -> Engine:
-        spec = self.study.spec
+        spec = self._spec
         return make_engine(
             task=spec.task,
             training=spec.training,
@@ -210,17 +221,20 @@ class Stack:
         )
 
     def _agree_on_data(self, database: Database) -> None:
-        """Let the first worker that builds the model say which data the study is about."""
-        facts = self.study.model
+        """Let the first worker that builds a model say which data the study is about."""
+        study_id, own, facts = self.study.study_id, _facts(self._engine), self.study.model
         if facts is None:
             with transaction(database) as session:
-                studies.describe_model(session, self.study.study_id, _facts(self._engine))
-                facts = studies.by_id(session, self.study.study_id).model
-        if facts and facts.data_hash not in (None, self._engine.data_hash):
+                studies.describe_model(session, study_id, own)
+                facts = studies.by_id(session, study_id).model
+        if facts and facts.data_hash not in (None, own.data_hash):
             raise DataDiffer(
                 f"the study began with the data {facts.data_hash}, but those of "
-                f"{self.study.spec.task} are {self._engine.data_hash} here"
+                f"{self.study.spec.task} are {own.data_hash} here"
             )
+        if self.shape != NO_SHAPE:
+            with transaction(database) as session:
+                shapes.describe(session, study_id, self.shape, own)
 
     def _settle_capacity(self) -> Capacity:
         """Return how many lanes to train: as set, as remembered, or as measured now."""
@@ -239,7 +253,7 @@ class Stack:
         self._engine.max_lanes = chosen.lanes
         if chosen.trial_epochs_per_second:
             self._engine.expect(self._least_trial_epochs(), chosen.trial_epochs_per_second)
-        log.info("capacity", study=self.study.name, **asdict(chosen))
+        log.info("capacity", study=self.study.name, shape=self.shape, **asdict(chosen))
         return chosen
 
     def _least_trial_epochs(self) -> int:
@@ -247,7 +261,7 @@ class Stack:
 
         That is without those that have been appended, except as many as fill the slots.
         """
-        spec = self.study.spec
+        spec = self._spec
         trials = self.study.budget_trials - self.study.appended + self._engine.slots
         patience = int(min(spec.search.patience.numbers()))
         return trials * min(spec.training.max_epochs, patience + 1)
@@ -259,7 +273,7 @@ class Stack:
     @property
     def _situation(self) -> tuple[object, ...]:
         """What the capacity depends on."""
-        spec = self.study.spec
+        spec = self._spec
         return (
             describe(self._device),
             torch.__version__,
@@ -347,8 +361,8 @@ class Stack:
 
     def _join(self, keys: Sequence[int], states: Mapping[int, Checkpoint]) -> None:
         """Let trials join the engine where they stand, or at their first epoch."""
-        spec = self.study.spec
-        self._engine.join([_as_lane(self._leases[key], spec) for key in keys], states)
+        lanes = [_as_lane(self._leases[key], self._spec, self.shape) for key in keys]
+        self._engine.join(lanes, states)
 
     def _end_lanes(self, ended: Sequence[LaneEpoch]) -> None:
         """Take ended trials out of the engine, with what they reached at their best weights."""
@@ -459,9 +473,11 @@ def knobs_of(spec: StudySpec) -> frozenset[str]:
     }
 
 
-def _as_lane(lease: Lease, spec: StudySpec) -> LaneTrial:
+def _as_lane(lease: Lease, spec: StudySpec, shape: str) -> LaneTrial:
     """Return the trial to train; one that was appended by an older version has fewer parameters."""
     params = {"learning_rate": spec.training.learning_rate, **lease.params}
+    for name in read_shape(shape):
+        del params[name]
     return LaneTrial(key=lease.trial_id, patience=int(params.pop("patience")), **params)
 
 

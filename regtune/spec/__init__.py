@@ -24,7 +24,8 @@ from regtune.spec.reading import (
     parse_spec,
     parse_text,
 )
-from regtune.spec.search import Search, default_search, grid_values
+from regtune.spec.search import STRENGTHS, Search, default_search
+from regtune.spec.shape import NO_SHAPE, read_shape
 from regtune.spec.study import NAME_PATTERN, REFERENCE_TRIALS, Requires, StudySpec, Validation
 from regtune.spec.task import (
     CLASSIFICATION_SCORES,
@@ -40,9 +41,11 @@ __all__ = [
     "CLASSIFICATION_SCORES",
     "MAX_BODY_BYTES",
     "NAME_PATTERN",
+    "NO_SHAPE",
     "REFERENCE_TRIALS",
     "REGRESSION_SCORES",
     "STOCHASTIC_DEPTH_MODELS",
+    "STRENGTHS",
     "TORCHVISION_MODELS",
     "AnyTask",
     "CnnSettings",
@@ -65,9 +68,9 @@ __all__ = [
     "VitTinySettings",
     "changed",
     "default_search",
-    "grid_values",
     "load_yaml",
     "parse_change",
     "parse_spec",
     "parse_text",
+    "read_shape",
 ]

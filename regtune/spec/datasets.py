@@ -175,5 +175,8 @@ DATASET_SETTINGS: Mapping[str, type[BaseModel]] = {
 }
 """The settings of data sets that can be checked without importing the data set."""
 
+REGRESSION_DATASETS = frozenset({"diabetes"})
+"""Those of them in which a number is predicted, whatever their settings."""
+
 TABULAR = frozenset({"breast_cancer", "wine", "diabetes", "synthetic", "table"})
 """Data sets whose rows are known to be no images."""

@@ -1,6 +1,6 @@
 """What the parts of a spec have in common."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler
@@ -34,6 +34,11 @@ class PartlyUsed(SpecModel):
 
     def _unused(self) -> tuple[str, ...]:
         raise NotImplementedError
+
+    @classmethod
+    def unused_in(cls, values: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return which fields have no meaning beside such values, which may be wrong as well."""
+        return cls.model_construct(**values)._unused()
 
     @serialize_model(mode="wrap")
     def _write_what_is_used(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:

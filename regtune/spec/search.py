@@ -1,7 +1,10 @@
 """What is searched, and over which ranges where the person named none."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, Self, TypeVar
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import ConfigDict, Field
 from pydantic import field_validator as validate_field
@@ -9,22 +12,39 @@ from pydantic import model_validator as validate_model
 from pydantic_core import PydanticCustomError
 
 from regtune.space import (
+    ByOptimizer,
     Choices,
+    Dimension,
     Fixed,
     IntegerParameter,
     LimitParameter,
+    Optimizer,
+    Options,
     Parameter,
+    Plain,
     Range,
     Searched,
 )
-from regtune.spec.parts import SpecModel, with_computed_defaults
-from regtune.spec.training import MAX_LEARNING_RATE, Training
+from regtune.spec.parts import PartlyUsed, with_computed_defaults
+from regtune.spec.shape import MAX_SHAPE_CHARACTERS, MAX_SHAPES, MODEL_PREFIX, write_shape
+from regtune.spec.training import (
+    MAX_BATCH_SIZE,
+    MAX_LEARNING_RATE,
+    Decay,
+    Training,
+    default_learning_rate,
+)
 
 _P = TypeVar("_P", bound=Parameter | IntegerParameter | LimitParameter)
 
+BatchSize = Annotated[int, Field(ge=1, le=MAX_BATCH_SIZE)]
 
-class Search(SpecModel):
-    """What is searched. A parameter that is left out gets its default range or fixed value."""
+
+class Search(PartlyUsed):
+    """What is searched. A strength that is left out gets its default range or fixed value.
+
+    Where `optimizer` is searched, a strength may be another one under each optimizer.
+    """
 
     model_config = ConfigDict(
         json_schema_extra=with_computed_defaults(
@@ -112,6 +132,24 @@ class Search(SpecModel):
         examples=[{"low": 0.0, "high": 1.0}],
     )
 
+    optimizer: Options[Optimizer] | None = Field(
+        None,
+        description="A list of optimizers. Each is a shape of its own, see docs/studies.md. "
+        "Default: training.optimizer for all.",
+        examples=[["adamw", "sgd"]],
+    )
+    batch_size: Options[BatchSize] | None = Field(
+        None,
+        description="A list of batch sizes, each a shape of its own. Default: "
+        "training.batch_size for all.",
+        examples=[[64, 256]],
+    )
+    model: dict[str, Options[Any]] = Field(
+        default_factory=dict,
+        description="Lists of choices for settings of the model, each a shape of its own.",
+        examples=[{"hidden": [[64], [256]], "norm": ["batch", "none"]}],
+    )
+
     @validate_field("weight_decay", "l1_lambda", "input_noise", "weight_noise")
     @classmethod
     def _check_strength(cls, parameter: Parameter) -> Parameter:
@@ -130,13 +168,14 @@ class Search(SpecModel):
     @validate_field("max_norm", "max_gradient_norm")
     @classmethod
     def _check_limit(cls, parameter: LimitParameter) -> LimitParameter:
-        if isinstance(parameter, Range) and parameter.low <= 0:
-            raise PydanticCustomError(
-                "bounds",
-                "a range of limits must begin above 0, but low is {value}; 0 means no limit: "
-                "or_zero: true on a log range adds it",
-                {"value": parameter.low},
-            )
+        for part in _parts(parameter):
+            if isinstance(part, Range) and part.low <= 0:
+                raise PydanticCustomError(
+                    "bounds",
+                    "a range of limits must begin above 0, but low is {value}; 0 means no limit: "
+                    "or_zero: true on a log range adds it",
+                    {"value": part.low},
+                )
         return _check_numbers(parameter, lambda value: value >= 0, "must not be negative")
 
     @validate_field("patience")
@@ -155,6 +194,59 @@ class Search(SpecModel):
             f"must be above 0 and at most {MAX_LEARNING_RATE}",
         )
 
+    @validate_field("model")
+    @classmethod
+    def _check_settings(cls, settings: dict[str, Options[Any]]) -> dict[str, Options[Any]]:
+        for name in settings:
+            if not re.fullmatch(SETTING_PATTERN, name):
+                raise PydanticCustomError(
+                    "setting", "{name} cannot be a setting of a model", {"name": json.dumps(name)}
+                )
+        return settings
+
+    @validate_model(mode="after")
+    def _check_conditions(self) -> Self:
+        """Let a strength that differs by optimizer name exactly those that are searched."""
+        known = self.optimizer.root if self.optimizer else ()
+        for name, parameter in self.parameters().items():
+            if isinstance(parameter, ByOptimizer) and set(parameter.root) != set(known):
+                raise PydanticCustomError(
+                    "condition",
+                    "search.{name} is given for {given}, but {known}; name each of them once, or "
+                    "one range for all",
+                    {
+                        "name": name,
+                        "given": ", ".join(parameter.root),
+                        "known": "search.optimizer has " + ", ".join(known)
+                        if known
+                        else "search.optimizer has no list",
+                    },
+                )
+        return self
+
+    @validate_model(mode="after")
+    def _check_shapes(self) -> Self:
+        shapes = math.prod(len(options.root) for options in self.shaping().values())
+        if shapes > MAX_SHAPES:
+            raise PydanticCustomError(
+                "shapes",
+                "optimizer, batch_size and model make {shapes} different shapes, each of which "
+                "is built by itself; {most} are the most",
+                {"shapes": shapes, "most": MAX_SHAPES},
+            )
+        longest = {
+            name: max(options.root, key=lambda value: len(json.dumps(value)))
+            for name, options in self.shaping().items()
+        }
+        if len(write_shape(longest)) > MAX_SHAPE_CHARACTERS:
+            raise PydanticCustomError(
+                "shapes",
+                "the choices of optimizer, batch_size and model take more than {most} characters "
+                "together",
+                {"most": MAX_SHAPE_CHARACTERS},
+            )
+        return self
+
     @validate_model(mode="after")
     def _check_not_empty(self) -> Self:
         if not self.searched():
@@ -163,17 +255,58 @@ class Search(SpecModel):
             )
         return self
 
-    def parameters(self) -> dict[str, Searched | Fixed[float] | Fixed[int]]:
-        """All parameters by name, in the order in which they are shown."""
-        return {name: getattr(self, name) for name in type(self).model_fields}
+    def parameters(self) -> dict[str, Parameter | IntegerParameter | LimitParameter]:
+        """All strengths by name, in the order in which they are shown."""
+        return {name: getattr(self, name) for name in STRENGTHS}
 
-    def searched(self) -> dict[str, Searched]:
-        """The parameters that are not fixed, by name."""
-        return {
-            name: parameter
-            for name, parameter in self.parameters().items()
-            if not isinstance(parameter, Fixed)
+    def shaping(self) -> dict[str, Options[Any]]:
+        """What is searched and makes shapes, by name; a model's settings as ``model.…``."""
+        named = {"optimizer": self.optimizer, "batch_size": self.batch_size}
+        return {name: options for name, options in named.items() if options is not None} | {
+            f"{MODEL_PREFIX}{name}": options for name, options in self.model.items()
         }
+
+    def searched(self) -> tuple[str, ...]:
+        """The names of all that is searched, in the order in which they are shown."""
+        return tuple(dict.fromkeys(dimension.name for dimension in self.dimensions()))
+
+    def dimensions(self) -> tuple[Dimension, ...]:
+        """What is searched, as Optuna sees it; the optimizer before what depends on it."""
+        made = [Dimension(name, options) for name, options in self.shaping().items()]
+        for name, parameter in self.parameters().items():
+            if isinstance(parameter, ByOptimizer):
+                made += [
+                    Dimension(name, part, optimizer)
+                    for optimizer, part in parameter.root.items()
+                    if not isinstance(part, Fixed)
+                ]
+            elif not isinstance(parameter, Fixed):
+                made.append(Dimension(name, parameter))
+        return tuple(made)
+
+    @property
+    def conditional(self) -> tuple[str, ...]:
+        """The names of the strengths that differ by optimizer and are searched."""
+        return tuple(dict.fromkeys(d.name for d in self.dimensions() if d.optimizer is not None))
+
+    def under(self, optimizer: str) -> dict[str, Plain]:
+        """All strengths by name, as the trials of an optimizer see them."""
+        return {
+            name: parameter.root[optimizer] if isinstance(parameter, ByOptimizer) else parameter
+            for name, parameter in self.parameters().items()
+        }
+
+    def _unused(self) -> tuple[str, ...]:
+        return tuple(name for name in SHAPING if not getattr(self, name))
+
+
+SHAPING = ("optimizer", "batch_size", "model")
+"""The fields of a search that make shapes."""
+
+STRENGTHS = tuple(name for name in Search.model_fields if name not in SHAPING)
+"""The fields of a search that change no shape."""
+
+SETTING_PATTERN = r"[A-Za-z_][A-Za-z0-9_]{0,99}"
 
 
 def _check_numbers(parameter: _P, is_right: Callable[[float], bool], what_is_right: str) -> _P:
@@ -185,29 +318,38 @@ def _check_numbers(parameter: _P, is_right: Callable[[float], bool], what_is_rig
     return parameter
 
 
+def _parts(parameter: Parameter | IntegerParameter | LimitParameter) -> Iterable[Plain]:
+    return parameter.root.values() if isinstance(parameter, ByOptimizer) else (parameter,)
+
+
 def _check_has_no_zero(parameter: Parameter | IntegerParameter, name: str) -> None:
-    if isinstance(parameter, Range) and parameter.or_zero:
+    if any(isinstance(part, Range) and part.or_zero for part in _parts(parameter)):
         raise PydanticCustomError(
             "parameter", "{name} has no zero; leave or_zero out", {"name": name}
         )
 
 
-def default_search(training: Training) -> dict[str, Any]:
+def default_search(training: Training, optimizers: Sequence[str] = ()) -> dict[str, Any]:
     """Return the default ranges and fixed values for a training.
+
+    Where several ``optimizers`` are searched, what differs between them is given for each.
 
     A decoupled decay λ acts over 1 / (η·λ) steps (Wang & Aitchison 2024, arXiv 2405.13698), so one
     below 1 / (η · steps of the whole training) does nothing; the range 1e-6…1e-2 that is usual
     for coupled decay would mostly be off on small data. Proximal L1 shrinks by η·λ₁ each step
     whatever the optimizer; the subgradient is rescaled by Adam and needs λ₁ far smaller.
     """
-    decoupled = training.decay == "decoupled"
+    known = optimizers or (training.optimizer,)
     proximal = training.l1 == "proximal"
+    own_rate = "learning_rate" in training.model_fields_set
     return {
-        "weight_decay": _zero_or(1e-4, 3.0) if decoupled else _zero_or(1e-6, 1e-2),
+        "weight_decay": for_each(known, lambda name: _decay_range(training.decay_of(name))),
         "dropout": {"low": 0.0, "high": 0.7},
-        "l1_lambda": _zero_or(1e-4, 0.3) if proximal else _zero_or(1e-7, 1e-3),
+        "l1_lambda": zero_or(1e-4, 0.3) if proximal else zero_or(1e-7, 1e-3),
         "patience": _patience_range(training.max_epochs),
-        "learning_rate": training.learning_rate,
+        "learning_rate": training.learning_rate
+        if own_rate
+        else for_each(known, default_learning_rate),
         "label_smoothing": 0.0,
         "input_noise": 0.0,
         "weight_noise": 0.0,
@@ -219,7 +361,19 @@ def default_search(training: Training) -> dict[str, Any]:
     }
 
 
-def _zero_or(low: float, high: float) -> dict[str, Any]:
+def for_each(optimizers: Sequence[str], default: Callable[[str], Any]) -> Any:
+    """Return the default of each optimizer, or of all where it is the same."""
+    of_each = {optimizer: default(optimizer) for optimizer in optimizers}
+    first, *others = of_each.values()
+    return of_each if any(other != first for other in others) else first
+
+
+def _decay_range(form: Decay) -> dict[str, Any]:
+    return zero_or(1e-4, 3.0) if form == "decoupled" else zero_or(1e-6, 1e-2)
+
+
+def zero_or(low: float, high: float) -> dict[str, Any]:
+    """Return a log range with a real zero."""
     return {"low": low, "high": high, "log": True, "or_zero": True}
 
 
@@ -228,8 +382,10 @@ def _patience_range(max_epochs: int) -> dict[str, Any]:
     return {"low": low, "high": max(low + 1, max_epochs // 2)}
 
 
-def grid_values(parameter: Searched) -> Sequence[float]:
+def grid_values(parameter: Searched | Options[Any]) -> Sequence[Any]:
     """Return the points of a parameter on a grid: its choices, or its whole numbers."""
+    if isinstance(parameter, Options):
+        return parameter.labels
     if isinstance(parameter, Choices):
         return parameter.root
     return range(int(parameter.low), int(parameter.high) + 1)

@@ -1,18 +1,31 @@
 """A study as a whole: task, training, search, and how far."""
 
-from collections.abc import Mapping
-from typing import Any, Literal, Self
+import math
+import re
+from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import Any, Literal, Self, get_args
 
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic import field_validator as validate_field
 from pydantic import model_validator as validate_model
 from pydantic_core import PydanticCustomError
 
-from regtune.space import Fixed, Range
-from regtune.spec.datasets import TABULAR
+from regtune.space import Fixed, Optimizer, Options, Range
+from regtune.spec.datasets import DATASET_SETTINGS, REGRESSION_DATASETS, TABULAR
+from regtune.spec.models import MODEL_SETTINGS
 from regtune.spec.parts import PartlyUsed, SpecModel, with_computed_defaults
-from regtune.spec.search import Search, default_search, grid_values
-from regtune.spec.task import AnyTask, TaskSpec
+from regtune.spec.preset import PresetName, preset_search
+from regtune.spec.search import SETTING_PATTERN, Search, default_search, grid_values
+from regtune.spec.shape import MODEL_PREFIX, read_shape, shaped, value_at, write_shape
+from regtune.spec.task import (
+    CLASSIFICATION_SCORES,
+    NO_SETTINGS,
+    REGRESSION_SCORES,
+    AnyTask,
+    TaskSpec,
+    from_name,
+)
 from regtune.spec.training import AUGMENTATIONS, Training
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
@@ -188,6 +201,12 @@ class StudySpec(SpecModel):
         description="How each trial is trained.",
         examples=[{"optimizer": "adamw", "max_epochs": 50}],
     )
+    preset: PresetName | None = Field(
+        None,
+        description="What is searched by default, after the usual advice for such a problem, see "
+        "docs/studies.md; what search names wins. Default: the ranges for any problem.",
+        examples=["small_data"],
+    )
     search: Search = Field(
         description="What is searched. Default: sensible ranges of weight_decay, dropout, "
         "l1_lambda and patience.",
@@ -231,18 +250,28 @@ class StudySpec(SpecModel):
     @validate_model(mode="before")
     @classmethod
     def _fill_in_search(cls, data: Any) -> Any:
-        """Give each parameter that is not named its default range, which depends on training."""
+        """Give each strength that is not named its default range, which depends on training.
+
+        What is searched and makes shapes begins at its first choice where nothing else is named.
+        """
         if not isinstance(data, Mapping) or data.get("search") == {}:
             return data
         search = data.get("search", {})
+        if not isinstance(search, Mapping):
+            return data
+        data = _begin_at_first_choices(data, search)
         try:
             training = Training.model_validate(data.get("training", {}))
         except ValidationError:
             # The person is told of the training alone: its errors come up again by themselves.
             training = Training()
-        if not isinstance(search, Mapping):
-            return data
-        return {**data, "search": default_search(training) | dict(search)}
+        optimizers = _known_optimizers(search)
+        defaults = default_search(training, optimizers)
+        preset = data.get("preset")
+        if isinstance(preset, str) and preset in get_args(PresetName):
+            has_labels = _has_labels(data.get("task"))
+            defaults |= preset_search(preset, training, optimizers, has_labels=has_labels)
+        return {**data, "search": defaults | dict(search)}
 
     @validate_field("search", mode="before")
     @classmethod
@@ -259,7 +288,7 @@ class StudySpec(SpecModel):
     @validate_model(mode="after")
     def _agree_on_learning_rate(self) -> Self:
         """Let a learning rate that is not searched be one value, wherever it was named."""
-        fixed = self.search.learning_rate
+        fixed = self.search.under(self.training.optimizer)["learning_rate"]
         if not isinstance(fixed, Fixed) or fixed.root == self.training.learning_rate:
             return self
         if "learning_rate" in self.training.model_fields_set:
@@ -295,25 +324,123 @@ class StudySpec(SpecModel):
         return self
 
     @validate_model(mode="after")
+    def _agree_on_decay(self) -> Self:
+        """Let each optimizer that is searched decay in its own form, unless one is named."""
+        if self.search.optimizer is None:
+            return self
+        optimizers = self.search.optimizer.root
+        if "adamw" in optimizers and self.training.decay_of("adamw") == "coupled":
+            raise PydanticCustomError(
+                "decay",
+                "training.decay is coupled, but search.optimizer has adamw, whose decay is "
+                "decoupled; leave training.decay out, so that each optimizer has its own, or "
+                "search adam instead",
+            )
+        self.__dict__["training"] = self.training.with_searched_optimizer()
+        return self
+
+    @validate_model(mode="after")
+    def _check_settings(self) -> Self:
+        """Check the choices of settings, one by one and then together."""
+        choices = {name: options.root for name, options in self.search.model.items()}
+        for name in choices:
+            self._check_is_setting(name)
+        alone = [{name: value} for name, values in choices.items() for value in values]
+        together = [
+            dict(zip(choices, values, strict=True)) for values in product(*choices.values())
+        ]
+        for settings in [*alone, *together]:
+            try:
+                self.task.with_settings(settings)
+            except ValidationError as error:
+                raise self._unfit(settings, error) from None
+        return self
+
+    def _check_is_setting(self, name: str) -> None:
+        if name in NO_SETTINGS:
+            raise PydanticCustomError(
+                "setting",
+                "search.model.{name} is no setting, but another field of task, which cannot be "
+                "searched",
+                {"name": name},
+            )
+        schema = self.task.schema_of_settings
+        if schema is not None and name not in schema.model_fields:
+            raise PydanticCustomError(
+                "setting",
+                "search.model.{name} is no setting of {model}; known: {known}",
+                {
+                    "name": name,
+                    "model": getattr(self.task, "model", ""),
+                    "known": ", ".join(schema.model_fields) or "none",
+                },
+            )
+
+    def _unfit(self, settings: Mapping[str, Any], error: ValidationError) -> PydanticCustomError:
+        (name, value), *others = (
+            (name, self.search.model[name].label(value)) for name, value in settings.items()
+        )
+        return PydanticCustomError(
+            "setting",
+            "search.model.{name} cannot be {value}{beside}: {why}",
+            {
+                "name": name,
+                "value": value,
+                "beside": "".join(f" beside {other} {label}" for other, label in others),
+                "why": error.errors()[0]["msg"].removeprefix("Input "),
+            },
+        )
+
+    @validate_model(mode="after")
+    def _check_reference_shape(self) -> Self:
+        """Let the reference points, which keep to task and training, be of a searched shape."""
+        for name, options in self.search.shaping().items():
+            own = value_at(name, self.task, self.training)
+            if own not in options.root:
+                place = name.removeprefix(MODEL_PREFIX)
+                raise PydanticCustomError(
+                    "shape",
+                    "search.{name} must have {own} among its choices, because {where} is that and "
+                    "the reference points keep to it",
+                    {
+                        "name": name,
+                        "own": str(own),
+                        "where": f"task.{place}" if place != name else f"training.{name}",
+                    },
+                )
+        return self
+
+    @validate_model(mode="after")
+    def _check_sampler_knows_conditions(self) -> Self:
+        conditional = self.search.conditional
+        if conditional and self.sampler.name in ("cmaes", "gp"):
+            raise PydanticCustomError(
+                "condition",
+                "search.{name} differs by optimizer, and the sampler {sampler} would draw it "
+                "at random; take tpe, random, qmc or grid, or give it one range",
+                {"name": conditional[0], "sampler": self.sampler.name},
+            )
+        return self
+
+    @validate_model(mode="after")
     def _check_grid(self) -> Self:
         if self.sampler.name != "grid":
             return self
-        points = REFERENCE_TRIALS
-        size = 1
-        for name, parameter in self.search.searched().items():
+        for dimension in self.search.dimensions():
+            parameter = dimension.parameter
             if isinstance(parameter, Range) and not isinstance(parameter.low, int):
                 raise PydanticCustomError(
                     "grid",
                     "the sampler grid needs a list of choices for every searched parameter, but "
                     "search.{name} is a range",
-                    {"name": name},
+                    {"name": dimension.name},
                 )
-            size *= len(grid_values(parameter))
+        size = sum(math.prod(map(len, axes.values())) for axes in self.grids())
         if size > MAX_GRID_POINTS:
             raise PydanticCustomError(
                 "grid", "the grid has {size} points, more than can be numbered", {"size": size}
             )
-        points += size
+        points = REFERENCE_TRIALS + size
         if "trials" not in self.budget.model_fields_set:
             self.__dict__["budget"] = self.budget.model_copy(update={"trials": points})
         if self.budget.trials > points:
@@ -343,6 +470,113 @@ class StudySpec(SpecModel):
         share = 4 if self.pruner.name == "extrapolation" else 3
         return self.pruner.first_epoch or max(1, self.training.max_epochs // share)
 
+    @property
+    def optimizers(self) -> tuple[str, ...]:
+        """The optimizers that its trials use."""
+        return self.search.optimizer.root if self.search.optimizer else (self.training.optimizer,)
+
+    def grids(self) -> list[dict[str, Sequence[Any]]]:
+        """The points of each parameter on a grid, by Optuna's names; one grid for each optimizer.
+
+        One for all of them where no strength differs by optimizer.
+        """
+        dimensions = self.search.dimensions()
+        if not self.search.conditional:
+            return [{d.label: grid_values(d.parameter) for d in dimensions}]
+        return [
+            {
+                d.label: (optimizer,) if d.name == "optimizer" else grid_values(d.parameter)
+                for d in dimensions
+                if d.belongs_to(optimizer)
+            }
+            for optimizer in self.optimizers
+        ]
+
+    def shape_of(self, params: Mapping[str, Any]) -> str:
+        """Return the shape of a trial with these values."""
+        return write_shape({name: params[name] for name in self.search.shaping()})
+
+    def at(self, shape: str) -> "StudySpec":
+        """Return the study as the trials of a shape see it."""
+        values = read_shape(shape)
+        if not values:
+            return self
+        task, training = shaped(values, self.task, self.training)
+        strengths = self.search.under(training.optimizer)
+        search = self.search.model_copy(
+            update={**strengths, "optimizer": None, "batch_size": None, "model": {}}
+        )
+        return self.model_copy(update={"task": task, "training": training, "search": search})
+
     def canonical(self) -> dict[str, Any]:
         """The spec as JSON data, every default filled in: two equal studies give equal data."""
         return self.model_dump(mode="json")
+
+
+def _begin_at_first_choices(
+    data: Mapping[str, Any], search: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """Let task and training say what the reference points have of what makes shapes."""
+    model = search.get("model")
+    if "task" in data:
+        data = {**data, "task": from_name(data["task"])}
+    firsts = {
+        "training": _firsts({name: search.get(name) for name in ("optimizer", "batch_size")}),
+        "task": _firsts(_known_settings(model, data.get("task"))),
+    }
+    filled = {
+        part: {**values, **data.get(part, {})}
+        for part, values in firsts.items()
+        if values and isinstance(data.get(part, {}), Mapping)
+    }
+    return {**data, **filled}
+
+
+def _has_labels(task: Any) -> bool:
+    """Return whether a class is predicted, as far as a task says.
+
+    A task by its name may have a loss of its own, so it must say so by its score.
+    """
+    task = from_name(task)
+    if not isinstance(task, Mapping):
+        return False
+    if "name" in task or task.get("score") in REGRESSION_SCORES:
+        return task.get("score") in CLASSIFICATION_SCORES
+    dataset, data = str(task.get("dataset")), task.get("data")
+    kind = data.get("kind") if isinstance(data, Mapping) else None
+    schema = DATASET_SETTINGS.get(dataset)
+    if kind is None and schema is not None and "kind" in schema.model_fields:
+        kind = schema.model_fields["kind"].default
+    return kind != "regression" and dataset not in REGRESSION_DATASETS
+
+
+def _known_settings(choices: Any, task: Any) -> Mapping[str, Any]:
+    """Return those choices of settings that the task may have, as far as that is known here."""
+    if not isinstance(choices, Mapping) or not isinstance(task, Mapping):
+        return {}
+    schema = MODEL_SETTINGS.get(task["model"]) if isinstance(task.get("model"), str) else None
+    return {
+        name: values
+        for name, values in choices.items()
+        if (
+            re.fullmatch(SETTING_PATTERN, str(name)) and name not in NO_SETTINGS
+            if schema is None
+            else name in schema.model_fields
+        )
+    }
+
+
+def _firsts(choices: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: values[0]
+        for name, values in choices.items()
+        if isinstance(values, list | tuple) and values
+    }
+
+
+def _known_optimizers(search: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the optimizers that are searched; none if they are not what they should be."""
+    try:
+        return Options[Optimizer].model_validate(search["optimizer"]).root
+    except (KeyError, ValidationError):
+        return ()

@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 
 from regtune.spec.datasets import DATASET_SETTINGS
 from regtune.spec.models import MODEL_SETTINGS
+from regtune.spec.parts import PartlyUsed
 
 ScoreName = Literal["accuracy", "balanced_accuracy", "log_loss", "auroc", "r2", "rmse"]
 CLASSIFICATION_SCORES: tuple[ScoreName, ...] = (
@@ -52,6 +53,25 @@ class Measured(BaseModel):
     def settings(self) -> dict[str, Any]:
         """The settings of the model, or of the task that has one."""
         return dict(self.model_extra or {})
+
+    @property
+    def schema_of_settings(self) -> type[BaseModel] | None:
+        """What its settings may be; None if only a worker knows that."""
+        return None
+
+    def with_settings(self, changes: Mapping[str, Any]) -> Self:
+        """Return it with some settings changed, and without those that then have no meaning.
+
+        Raises ValidationError where their schema is known and refuses them.
+        """
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        settings = {**self.settings, **changes}
+        schema = self.schema_of_settings
+        unused = schema.unused_in(settings) if schema and issubclass(schema, PartlyUsed) else ()
+        idle = set(unused) - changes.keys()
+        return self.model_validate(
+            fields | {name: value for name, value in settings.items() if name not in idle}
+        )
 
 
 class NamedTask(Measured):
@@ -102,6 +122,11 @@ class TaskSpec(Measured):
     def __str__(self) -> str:
         return f"the data set {self.dataset!r} with the model {self.model!r}"
 
+    @property
+    def schema_of_settings(self) -> type[BaseModel] | None:
+        """What its model's settings may be; None if only a worker knows that."""
+        return MODEL_SETTINGS.get(self.model)
+
     @validate_field("data")
     @classmethod
     def _fill_in_data_settings(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
@@ -123,6 +148,9 @@ class TaskSpec(Measured):
         return own | schema.model_validate(settings).model_dump(mode="json")
 
 
+NO_SETTINGS = frozenset({*NamedTask.model_fields, *TaskSpec.model_fields})
+"""Names that mean something else in a task, so that no setting can be called by them."""
+
 TASK_KINDS = ("named task", "pair")
 
 
@@ -131,13 +159,14 @@ def _kind(data: Any) -> str:
     return TASK_KINDS[0 if named else 1]
 
 
-def _from_name(data: Any) -> Any:
+def from_name(data: Any) -> Any:
+    """Return a task as it is when only its name was posted; anything else as it is."""
     return {"name": data} if isinstance(data, str) else data
 
 
 AnyTask = Annotated[
     Annotated[NamedTask, Tag(TASK_KINDS[0])] | Annotated[TaskSpec, Tag(TASK_KINDS[1])],
     Discriminator(_kind),
-    BeforeValidator(_from_name),
+    BeforeValidator(from_name),
 ]
 """A task by its name, or a data set and a model by theirs."""

@@ -1,25 +1,47 @@
 """How each trial is trained."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import ConfigDict, Field, Strict, ValidationInfo
+from pydantic import ConfigDict, Field, PrivateAttr, Strict, ValidationInfo
 from pydantic import field_validator as validate_field
 from pydantic import model_validator as validate_model
 from pydantic_core import PydanticCustomError
 
+from regtune.space import Optimizer
 from regtune.spec.parts import PartlyUsed, with_computed_defaults
 
 MAX_LEARNING_RATE = 100
+MAX_BATCH_SIZE = 1_000_000
 
-Optimizer = Literal["adam", "adamw", "sgd", "rmsprop"]
+Decay = Literal["coupled", "decoupled"]
 Augmentation = Literal["shift", "flip", "rotation", "erasing"]
 
 
 AUGMENTATIONS: tuple[str, ...] = get_args(Augmentation)
 
 
+def default_decay(optimizer: str) -> Decay:
+    """Return how weight decay acts in an optimizer for which it is not said."""
+    return "decoupled" if optimizer == "adamw" else "coupled"
+
+
+def default_learning_rate(optimizer: str) -> float:
+    """Return the step size of an optimizer for which none is named."""
+    return 0.01 if optimizer == "sgd" else 0.001
+
+
+def steps_per_epoch(rows: int, batch_size: int) -> int:
+    """Return how many steps an epoch takes.
+
+    No batch is of a single row, on which batch norm cannot train, unless single rows are asked for.
+    """
+    steps = -(-rows // batch_size)
+    return max(1, min(steps, rows // 2)) if batch_size > 1 else steps
+
+
 class Training(PartlyUsed):
-    """How each trial is trained; the same for all trials."""
+    """How each trial is trained; the same for all, but for what `search` says."""
 
     model_config = ConfigDict(json_schema_extra=with_computed_defaults("decay", "learning_rate"))
 
@@ -28,11 +50,12 @@ class Training(PartlyUsed):
         description="How gradients move the weights; adamw is adam with a decoupled decay.",
         examples=["adamw"],
     )
-    decay: Literal["coupled", "decoupled"] = Field(
+    decay: Decay = Field(
         "coupled",
         description="coupled: λ₂·w is added to the gradient, as (λ₂/2)·‖w‖² in the loss would; "
         "decoupled: each step first shrinks the weights by the factor 1 - η·λ₂, apart from the "
-        "gradient. Default: decoupled for adamw, which knows no other, coupled for the others.",
+        "gradient. Default: decoupled for adamw, which knows no other, coupled for the others; "
+        "each its own where search.optimizer has several.",
         examples=["decoupled"],
     )
     learning_rate: float = Field(
@@ -56,7 +79,9 @@ class Training(PartlyUsed):
         description="Nesterov's form of the momentum of sgd; needs momentum > 0.",
         examples=[False],
     )
-    batch_size: int = Field(128, ge=1, le=1_000_000, description="Rows per step.", examples=[128])
+    batch_size: int = Field(
+        128, ge=1, le=MAX_BATCH_SIZE, description="Rows per step.", examples=[128]
+    )
     max_epochs: int = Field(
         50, ge=1, le=100_000, description="Longest training of a trial.", examples=[50]
     )
@@ -126,6 +151,8 @@ class Training(PartlyUsed):
         examples=[0],
     )
 
+    _leaves_decay: bool = PrivateAttr(False)
+
     # Only what is named comes here: a default is not validated.
     @validate_field("averaging_start")
     @classmethod
@@ -191,12 +218,32 @@ class Training(PartlyUsed):
 
     @validate_model(mode="after")
     def _fill_in_what_the_optimizer_decides(self) -> Self:
-        if "decay" not in self.model_fields_set and self.optimizer == "adamw":
-            self.__dict__["decay"] = "decoupled"
+        self.__dict__["decay"] = self.decay_of(self.optimizer)
         if "learning_rate" not in self.model_fields_set:
-            self.__dict__["learning_rate"] = 0.01 if self.optimizer == "sgd" else 0.001
+            self.__dict__["learning_rate"] = default_learning_rate(self.optimizer)
         return self
+
+    def decay_of(self, optimizer: str) -> Decay:
+        """Return how weight decay acts under an optimizer: as is said, or as is usual for it."""
+        return self.decay if "decay" in self.model_fields_set else default_decay(optimizer)
+
+    def with_searched_optimizer(self) -> Self:
+        """Return it as it is written where the optimizer is searched.
+
+        A decay that is not named is each optimizer's own then, so it is not written: read again,
+        it would be that of all.
+        """
+        copy = self.model_copy()
+        copy._leaves_decay = "decay" not in self.model_fields_set
+        return copy
+
+    def shaped(self, values: Mapping[str, Any]) -> Self:
+        """Return it with the optimizer and the batch size of a shape."""
+        copy = self.model_copy(update=values)
+        copy.__dict__["decay"] = self.decay_of(copy.optimizer)
+        return copy
 
     def _unused(self) -> tuple[str, ...]:
         of_sgd = () if self.optimizer == "sgd" else ("momentum", "nesterov")
-        return of_sgd + (() if self.averaging == "swa" else ("averaging_start",))
+        of_swa = () if self.averaging == "swa" else ("averaging_start",)
+        return of_sgd + of_swa + (("decay",) if self._leaves_decay else ())

@@ -22,10 +22,12 @@ from regtune.spec import StudySpec
 from service.scheduler.pruning import keeps_notes, make_pruner
 from service.scheduler.suggestion import (
     as_suggestion,
+    common_distributions,
     distributions,
     kind_of,
     make_sampler,
     predetermined,
+    suggest_rest,
 )
 
 
@@ -40,7 +42,7 @@ class Mirror:
             study_name=spec.name, storage=self._storage, pruner=make_pruner(spec)
         )
         self._study_id = self._storage.get_study_id_from_name(spec.name)
-        self._distributions = distributions(spec)
+        self._common = common_distributions(spec)
         self._keeps_notes = keeps_notes(spec)
         self._open: dict[int, optuna.Trial] = {}
         self._judged: dict[int, int] = {}
@@ -117,7 +119,8 @@ class Mirror:
         if point is not None:
             self._study.enqueue_trial(point)
         self._study.sampler = make_sampler(self.spec, number)
-        trial = self._study.ask(self._distributions)
+        trial = self._study.ask(self._common)
+        suggest_rest(self.spec, trial)
         self._next += 1
         self._open[number] = trial
         self._known_notes[number] = dict(self._notes(number))

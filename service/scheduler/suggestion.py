@@ -1,11 +1,15 @@
 """What to try next: two reference points first, then whatever the sampler says.
 
+A point is what is suggested, by the names in Optuna's tables: ``weight_decay``, or
+``weight_decay[adamw]`` where it differs by optimizer.
+
 A sampler is made anew for each trial from the study's seed and the trial's number, so that a
 suggestion never depends on which replica was asked, or for how long that one had been running.
 """
 
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -23,8 +27,9 @@ from optuna.study import Study as OptunaStudy
 from optuna.trial import FrozenTrial
 
 from regtune.leasing import Suggestion
-from regtune.space import Fixed, Searched
-from regtune.spec import REFERENCE_TRIALS, StudySpec, grid_values
+from regtune.space import Dimension, Fixed, Options, Searched
+from regtune.spec import REFERENCE_TRIALS, StudySpec
+from regtune.spec.shape import value_at
 
 COMMON_DROPOUT = 0.2
 COMMON_PATIENCE = 10
@@ -41,8 +46,34 @@ STARTUP_TRIALS = 10
 
 
 def distributions(spec: StudySpec) -> dict[str, BaseDistribution]:
-    """Return how Optuna sees the search space of a study."""
-    return {name: parameter.distribution() for name, parameter in spec.search.searched().items()}
+    """Return how Optuna sees the search space of a study: all that any of its trials may have."""
+    return {d.label: d.parameter.distribution() for d in spec.search.dimensions()}
+
+
+def common_distributions(spec: StudySpec) -> dict[str, BaseDistribution]:
+    """Return how Optuna sees what all trials of a study have."""
+    dimensions = spec.search.dimensions()
+    return {d.label: d.parameter.distribution() for d in dimensions if d.optimizer is None}
+
+
+def suggest_rest(spec: StudySpec, trial: optuna.Trial) -> None:
+    """Let a sampler suggest what a trial has besides, under the optimizer suggested for it."""
+    if not spec.search.conditional:
+        return
+    optimizer = trial.params["optimizer"]
+    for dimension in spec.search.dimensions():
+        if dimension.optimizer == optimizer:
+            _suggest(trial, dimension.label, dimension.parameter.distribution())
+
+
+def _suggest(trial: optuna.Trial, label: str, distribution: BaseDistribution) -> None:
+    match distribution:
+        case CategoricalDistribution(choices=choices):
+            trial.suggest_categorical(label, choices)
+        case IntDistribution(low=low, high=high, log=log):
+            trial.suggest_int(label, low, high, log=log)
+        case FloatDistribution(low=low, high=high, log=log):
+            trial.suggest_float(label, low, high, log=log)
 
 
 def kind_of(number: int) -> str:
@@ -50,7 +81,7 @@ def kind_of(number: int) -> str:
     return ("baseline", "default")[number] if number < REFERENCE_TRIALS else "suggested"
 
 
-def predetermined(spec: StudySpec, number: int) -> dict[str, float] | None:
+def predetermined(spec: StudySpec, number: int) -> dict[str, Any] | None:
     """Return the point of a trial that its number alone decides; None where a sampler must say.
 
     These are the reference points, the grid and the quasi-Monte Carlo sequence.
@@ -72,6 +103,8 @@ def make_sampler(spec: StudySpec, number: int) -> BaseSampler:
     seed = int(np.random.SeedSequence([spec.sampler.seed, number]).generate_state(1)[0])
     startup = min(STARTUP_TRIALS, max(REFERENCE_TRIALS, spec.budget.trials // 4))
     match spec.sampler.name:
+        case "tpe" if spec.search.conditional:
+            return _grouped_tpe(seed, startup)
         case "tpe":
             return _Tpe(
                 distributions(spec),
@@ -94,6 +127,22 @@ def make_sampler(spec: StudySpec, number: int) -> BaseSampler:
     return optuna.samplers.RandomSampler(seed=seed)
 
 
+def _grouped_tpe(seed: int, startup: int) -> BaseSampler:
+    """Return TPE for a space of which an optimizer's trials have a part of their own.
+
+    It samples together what all trials have, and apart from that what those of an optimizer have.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.TPESampler(
+            seed=seed,
+            n_startup_trials=startup,
+            multivariate=True,
+            group=True,
+            constant_liar=True,
+        )
+
+
 class _Tpe(optuna.samplers.TPESampler):
     """Optuna's, told the search space, which it would else look up in every trial of the study."""
 
@@ -111,28 +160,51 @@ class _Tpe(optuna.samplers.TPESampler):
 def as_suggestion(
     spec: StudySpec,
     number: int,
-    suggested: Mapping[str, float],
+    suggested: Mapping[str, Any],
     system_attrs: Mapping[str, object],
 ) -> Suggestion:
     """Return the trial to append for what was suggested, with the values that will be used."""
+    params = _used(spec, suggested)
     return Suggestion(
         kind=kind_of(number),
         suggested=suggested,
         distributions=distributions(spec),
-        params=_used(spec, suggested),
+        params=params,
+        shape=spec.shape_of(params),
         system_attrs=system_attrs,
     )
 
 
-def _used(spec: StudySpec, suggested: Mapping[str, float]) -> dict[str, float]:
+def _used(spec: StudySpec, suggested: Mapping[str, Any]) -> dict[str, Any]:
+    shaping = {
+        name: options.used(suggested[name]) for name, options in spec.search.shaping().items()
+    }
+    optimizer = shaping.get("optimizer", spec.training.optimizer)
+    searched = {
+        d.name: d.parameter.used(suggested[d.label])
+        for d in spec.search.dimensions()
+        if d.belongs_to(optimizer)
+    }
+    strengths = {
+        name: parameter.root if isinstance(parameter, Fixed) else searched[name]
+        for name, parameter in spec.search.under(optimizer).items()
+    }
+    return shaping | strengths
+
+
+def _reference(spec: StudySpec, strength: Callable[[str, Searched], float]) -> dict[str, Any]:
+    """Return a reference point: the study's own shape, and a strength for each that is searched."""
     return {
-        name: parameter.root if isinstance(parameter, Fixed) else parameter.used(suggested[name])
-        for name, parameter in spec.search.parameters().items()
+        d.label: d.parameter.label(value_at(d.name, spec.task, spec.training))
+        if isinstance(d.parameter, Options)
+        else strength(d.name, d.parameter)
+        for d in spec.search.dimensions()
+        if d.belongs_to(spec.training.optimizer)
     }
 
 
-def _everything_off(spec: StudySpec) -> dict[str, float]:
-    return {name: _off(spec, name, parameter) for name, parameter in spec.search.searched().items()}
+def _everything_off(spec: StudySpec) -> dict[str, Any]:
+    return _reference(spec, lambda name, parameter: _off(spec, name, parameter))
 
 
 def _off(spec: StudySpec, name: str, parameter: Searched) -> float:
@@ -144,7 +216,7 @@ def _off(spec: StudySpec, name: str, parameter: Searched) -> float:
     return parameter.lowest()
 
 
-def _common_default(spec: StudySpec) -> dict[str, float]:
+def _common_default(spec: StudySpec) -> dict[str, Any]:
     decoupled = spec.training.decay == "decoupled"
     common = {
         "weight_decay": COMMON_DECOUPLED_DECAY if decoupled else COMMON_COUPLED_DECAY,
@@ -161,20 +233,26 @@ def _common_default(spec: StudySpec) -> dict[str, float]:
         "augment_strength": 0.0,
         "mixup": 0.0,
     }
-    return {
-        name: parameter.nearest(common[name]) for name, parameter in spec.search.searched().items()
-    }
+    return _reference(spec, lambda name, parameter: parameter.nearest(common[name]))
 
 
-def _grid_point(spec: StudySpec, index: int) -> dict[str, float]:
+def _grid_point(spec: StudySpec, index: int) -> dict[str, Any]:
     """Return a point of the grid, in an order shuffled by the study's seed.
 
     Optuna's own sampler holds the whole product in memory; a thousand choices of each of four
     parameters would be 10^12 points.
     """
-    axes = {name: grid_values(parameter) for name, parameter in spec.search.searched().items()}
-    size = math.prod(len(axis) for axis in axes.values())
-    position = int(_shuffled(size, spec.sampler.seed)[index])
+    grids = spec.grids()
+    sizes = [math.prod(map(len, axes.values())) for axes in grids]
+    position = int(_shuffled(sum(sizes), spec.sampler.seed)[index])
+    for axes, size in zip(grids, sizes, strict=True):
+        if position < size:
+            return _point_on(axes, position)
+        position -= size
+    raise AssertionError("the positions of all grids are numbered")
+
+
+def _point_on(axes: Mapping[str, Sequence[Any]], position: int) -> dict[str, Any]:
     point = {}
     for name, axis in axes.items():
         position, step = divmod(position, len(axis))
@@ -197,11 +275,12 @@ def _shuffled(size: int, seed: int) -> NDArray[np.int64]:
     return drawn[np.sort(first)]
 
 
-def _sobol_point(spec: StudySpec, index: int) -> dict[str, float]:
+def _sobol_point(spec: StudySpec, index: int) -> dict[str, Any]:
     """Return a point of the scrambled Sobol sequence of the study's seed.
 
     Optuna's own sampler counts its position in the study's attributes and draws at random until
-    the first trial has finished; here the number is the position.
+    the first trial has finished; here the number is the position. A strength that differs by
+    optimizer has one axis for all of them.
     """
     from scipy.stats import qmc
 
@@ -209,18 +288,19 @@ def _sobol_point(spec: StudySpec, index: int) -> dict[str, float]:
     sequence = qmc.Sobol(d=len(searched), scramble=True, rng=spec.sampler.seed)
     if index:
         sequence.fast_forward(index)
-    units = sequence.random(1)[0]
-    return {
-        name: _at(parameter, float(unit))
-        for (name, parameter), unit in zip(searched.items(), units, strict=True)
-    }
+    units = dict(zip(searched, sequence.random(1)[0].tolist(), strict=True))
+    point: dict[str, Any] = {}
+    for dimension in spec.search.dimensions():
+        if dimension.belongs_to(point.get("optimizer", spec.training.optimizer)):
+            point[dimension.label] = _at(dimension, units[dimension.name])
+    return point
 
 
-def _at(parameter: Searched, unit: float) -> float:
+def _at(dimension: Dimension, unit: float) -> Any:
     """Return the value at a place in [0, 1) of a parameter."""
-    match parameter.distribution():
+    match dimension.parameter.distribution():
         case CategoricalDistribution(choices=choices):
-            return float(choices[int(unit * len(choices))])  # type: ignore[arg-type]
+            return choices[int(unit * len(choices))]
         case IntDistribution(low=low, high=high, log=log):
             value = _between(low - 0.5, high + 0.5, log, unit)
             return min(max(round(value), low), high)

@@ -79,7 +79,7 @@ def test_an_example_runs(path, engine, database_url, tmp_path, monkeypatch):
     with transaction(engine) as session:
         study, _ = studies.create(session, spec, "test")
     settings = Settings(data_dir=tmp_path, poll_seconds=0.1, lanes=TRIALS)
-    run_until_over(engine, database_url, settings, study, seconds=200)
+    run_until_over(engine, database_url, settings, study)
     assert study_state(engine, study) == "completed"
     assert set(states(engine, study)) <= {"complete", "pruned"}
     assert audit(engine) == {}

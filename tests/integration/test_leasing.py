@@ -9,7 +9,7 @@ from sqlalchemy.exc import IntegrityError
 from regtune import leasing, studies
 from regtune.database import transaction
 from regtune.errors import StaleView
-from regtune.spec import Search
+from regtune.spec import STRENGTHS
 from tests import builders
 from tests.audit import audit
 
@@ -67,7 +67,7 @@ def test_a_lease_names_the_trial_and_the_values_to_train(engine: Engine) -> None
     leases = builders.lease(engine, study, 2)
     assert [lease.number for lease in leases] == [0, 1]
     assert leases[0].attempt == 1
-    assert set(leases[0].params) == set(Search.model_fields)
+    assert set(leases[0].params) == set(STRENGTHS)
     assert leases[0].params["patience"] == 4
 
 

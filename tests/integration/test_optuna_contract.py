@@ -1,7 +1,7 @@
 """What we write and what Optuna itself writes for the same trials, row by row, field by field."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -15,6 +15,8 @@ from regtune.database import transaction
 from regtune.errors import UnknownSchema
 from regtune.leasing import Suggestion
 from regtune.reporting import Completed, Failed, Pruned
+from regtune.studies import Study
+from service.scheduler.suggestion import distributions as distributions_of
 from tests import builders
 from tests.builders import epoch
 
@@ -38,15 +40,41 @@ SEARCH = {
 }
 
 
+SHAPING_SEARCH = {
+    "optimizer": ["adamw", "sgd"],
+    "batch_size": [64, 256],
+    "model": {"hidden": [[64], [256, 32]]},
+    "weight_decay": {
+        "adamw": {"low": 1e-4, "high": 3.0, "log": True, "or_zero": True},
+        "sgd": [0.0, 1e-4],
+    },
+    "dropout": {"low": 0.0, "high": 0.5},
+    "l1_lambda": 0.0,
+    "patience": 3,
+}
+
+_COMMON = {"batch_size": 256, "model.hidden": "[256,32]", "dropout": 0.25}
+
+SHAPING_POINTS: list[dict[str, Any]] = [
+    {"optimizer": "adamw", "weight_decay[adamw]": 1e-5, **_COMMON},
+    {"optimizer": "sgd", "weight_decay[sgd]": 1e-4, **_COMMON},
+    {"optimizer": "sgd", "weight_decay[sgd]": 0.0, **_COMMON, "batch_size": 64},
+    {"optimizer": "adamw", "weight_decay[adamw]": 1.0, **_COMMON, "model.hidden": "[64]"},
+    {"optimizer": "sgd", "weight_decay[sgd]": 0.0, **_COMMON},
+]
+
+
+@pytest.mark.parametrize(("search", "points"), [(SEARCH, POINTS), (SHAPING_SEARCH, SHAPING_POINTS)])
 def test_every_row_is_as_optuna_would_have_written_it(
-    engine: Engine, empty_database_url: str
+    engine: Engine,
+    empty_database_url: str,
+    search: Mapping[str, Any],
+    points: Sequence[Mapping[str, Any]],
 ) -> None:
-    spec = builders.spec(search=SEARCH, budget={"trials": 9})
-    distributions = {
-        name: parameter.distribution() for name, parameter in spec.search.searched().items()
-    }
-    _through_ours(engine, distributions)
-    _through_optuna(empty_database_url, distributions, _study_attrs(engine))
+    study = builders.create(engine, search=search, budget={"trials": 9})
+    distributions = distributions_of(study.spec)
+    _through_ours(engine, study, points, distributions)
+    _through_optuna(empty_database_url, points, distributions, _study_attrs(engine))
     theirs = create_engine(empty_database_url)
     for table, columns in _TABLES.items():
         ours = _rows(engine, table, columns)
@@ -111,11 +139,15 @@ def test_the_version_we_know_is_that_of_the_pinned_optuna(engine: Engine) -> Non
         optuna_tables.check_version(connection)
 
 
-def _through_ours(engine: Engine, distributions: Mapping[str, BaseDistribution]) -> None:
-    study = builders.create(engine, search=SEARCH, budget={"trials": 9})
+def _through_ours(
+    engine: Engine,
+    study: Study,
+    points: Sequence[Mapping[str, Any]],
+    distributions: Mapping[str, BaseDistribution],
+) -> None:
     suggestions = [
         Suggestion("suggested", point, distributions, _used(), {"note": [1, {"a": 0.5}]})
-        for point in POINTS
+        for point in points
     ]
     with transaction(engine) as session:
         leasing.append(session, study.study_id, suggestions, expected=0)
@@ -133,7 +165,7 @@ def _through_ours(engine: Engine, distributions: Mapping[str, BaseDistribution])
         reporting.flush(session, leases, epochs, 30)
         reporting.finish(session, list(zip(leases[:3], outcomes, strict=True)), "w")
     with transaction(engine) as session:
-        suggestion = Suggestion("suggested", POINTS[4], distributions, _used(), {"note": []})
+        suggestion = Suggestion("suggested", points[4], distributions, _used(), {"note": []})
         leasing.append(session, study.study_id, [suggestion], expected=5)
     with transaction(engine) as session:
         (_, failing) = leasing.lease(session, study.study_id, "w", 2, 30)
@@ -143,20 +175,23 @@ def _through_ours(engine: Engine, distributions: Mapping[str, BaseDistribution])
 
 
 def _through_optuna(
-    url: str, distributions: Mapping[str, BaseDistribution], study_attrs: Mapping[str, Any]
+    url: str,
+    points: Sequence[Mapping[str, Any]],
+    distributions: Mapping[str, BaseDistribution],
+    study_attrs: Mapping[str, Any],
 ) -> None:
     study = optuna.create_study(study_name="study", storage=url, direction="minimize")
     for key, value in study_attrs.items():
         study.set_user_attr(key, value)
     storage = optuna.storages.RDBStorage(url)
     study_id = storage.get_study_id_from_name("study")
-    for point in [*POINTS, POINTS[4]]:
+    for point in [*points, points[4]]:
         note = {"note": [1, {"a": 0.5}]} if len(study.get_trials()) < 5 else {"note": []}
         study.add_trial(
             optuna.trial.create_trial(
                 state=TrialState.WAITING,
-                params=point,
-                distributions=dict(distributions),
+                params=dict(point),
+                distributions={name: distributions[name] for name in point},
                 user_attrs={"kind": "suggested", **{f"used_{k}": v for k, v in _used().items()}},
                 system_attrs=note,
             )

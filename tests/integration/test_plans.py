@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import Connection, Engine, event, text
 from sqlalchemy.orm import Session
 
-from regtune import leasing, reporting, shares, studies, workers
+from regtune import leasing, reporting, shapes, shares, studies, workers
 from regtune.database import transaction
 from regtune.leasing import Lease
 from regtune.studies import Study
@@ -96,6 +96,7 @@ def test_what_is_asked_all_the_time_reads_no_big_table_from_end_to_end(
         flush,
         finish,
         lambda session: shares.choose(session, "w", current=id_),
+        lambda session: shapes.choose(session, id_, "w", current="{}", suspect_from=2),
         lambda session: studies.has_more(session, id_),
         lambda session: workers.beat(session, "w", wanted_lanes=1, study_id=id_),
         lambda session: session.execute(text(conductor._COUNTS), {"study_id": id_}),
@@ -124,6 +125,31 @@ def test_what_is_asked_all_the_time_reads_no_big_table_from_end_to_end(
             if "AS waiting" in statement[0] and "AS complete" in statement[0]:
                 continue  # a study's progress counts its trials
             assert whole_scans(engine, statement) == [], statement[0]
+
+
+def test_a_lease_does_not_read_the_waiting_trials_of_other_shapes(
+    engine: Engine, study: Study
+) -> None:
+    with engine.begin() as connection:
+        values = {"study_id": study.study_id, "shape": '{"batch_size":64}'}
+        connection.execute(text(_LET_HALF_WAIT_IN_ANOTHER_SHAPE), values)
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("ANALYZE regtune.trials"))
+    with heard(engine) as asked, transaction(engine) as session:
+        leases = leasing.lease(session, study.study_id, "w", 8, 30)
+    assert len(leases) == 8
+    assert whole_scans(engine, asked[0]) == []
+    sql, parameters = asked[0]
+    with engine.connect() as connection:
+        plan = connection.exec_driver_sql(f"EXPLAIN (FORMAT JSON) {sql}", parameters).scalar_one()
+    used = {node.get("Index Name") for node in _nodes(plan[0]["Plan"])}
+    assert "trials_waiting" in used
+
+
+_LET_HALF_WAIT_IN_ANOTHER_SHAPE = """
+UPDATE regtune.trials SET state = 'waiting', shape = :shape, finished_at = NULL
+WHERE study_id = :study_id AND state = 'complete' AND number < 50000
+"""
 
 
 _FILL = (

@@ -15,7 +15,7 @@ from regtune.errors import BudgetSpent, StaleView
 from regtune.leasing import Lease
 from regtune.reporting import Epoch, Failed, Outcome, Pruned
 from regtune.settings import Settings
-from regtune.spec import Search, parse_change
+from regtune.spec import STRENGTHS, parse_change
 from regtune.studies import Study
 from service.scheduler.conductor import Conductor
 from service.scheduler.loop import Scheduler
@@ -154,7 +154,7 @@ def test_reference_points_come_first_and_are_marked(engine: Engine, database_url
         wait_until(over(engine, study), DEADLINE_SECONDS)
     kinds = rows(engine, "SELECT kind, params FROM regtune.trials ORDER BY number")
     assert [kind for kind, _ in kinds] == ["baseline", "default", "suggested", "suggested"]
-    off = dict.fromkeys(Search.model_fields, 0.0) | {"patience": 25, "learning_rate": 0.001}
+    off = dict.fromkeys(STRENGTHS, 0.0) | {"patience": 25, "learning_rate": 0.001}
     assert kinds[0][1] == off
     assert kinds[1][1] == off | {"weight_decay": 0.01, "dropout": 0.2, "patience": 10}
 

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from sqlalchemy import Engine, text
 from regtune import studies, workers
 from regtune.database import transaction
 from regtune.settings import Settings
+from regtune.spec.preset import PresetName
 from regtune.studies import ModelFacts, Study
 from tests import builders
 from tests.audit import audit
@@ -329,3 +330,15 @@ def refusals(engine: Engine, study: Study) -> list[Any]:
     with engine.connect() as connection:
         query = "SELECT * FROM regtune.events WHERE kind = 'study_refused' AND study_id = :id"
         return list(connection.execute(text(query), {"id": study.study_id}))
+
+
+@pytest.mark.parametrize("preset", get_args(PresetName))
+def test_a_study_by_a_preset_is_trained_to_its_end(engine, run, preset):
+    study = builders.create(engine, preset=preset, **{**SHORT, "training": {"max_epochs": 2}})
+    run(study, lanes=4)
+    rows = trials(engine, study)
+    assert [row.state for row in rows[:2]] == ["complete"] * 2
+    assert len(rows) == 6
+    searched = study.spec.search.searched()
+    assert all(len({row.params[name] for row in rows}) > 1 for name in searched)
+    assert audit(engine) == {}

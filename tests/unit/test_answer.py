@@ -61,3 +61,18 @@ def test_the_score_is_named_and_in_per_cent_only_where_it_is_a_share_of_rows() -
     shown = rows(["dropout"], PARAMS, "balanced_accuracy")
     assert shown["test balanced accuracy"] == ["80.00%", "80.00%", "+0.00 points"]
     assert rows(["dropout"], PARAMS, "rmse")["test rmse"] == ["0.8", "0.8", "+0"]
+
+
+def test_what_makes_a_shape_has_a_row_where_it_is_searched() -> None:
+    shape: dict[str, Any] = {"optimizer": "sgd", "batch_size": 64, "model.hidden": [256, 32]}
+    searched = ["optimizer", "batch_size", "model.hidden", "dropout"]
+    figures = {"validation_loss": 0.5, "test_score": 0.8}
+    best = {"study": "x", "number": 3, "searched": searched, "score": "accuracy", **figures}
+    out = io.StringIO()
+    console = Console(file=out, width=100)
+    params = {"params": PARAMS | shape}
+    answer.show(best | params | {"baseline": params | figures}, console)
+    shown = {line.split("  ")[0]: line.split() for line in out.getvalue().splitlines() if line}
+    assert shown["optimizer"][1:] == ["sgd", "sgd"]
+    assert shown["batch size"][2:] == ["64", "64"]
+    assert shown["model.hidden"][1:] == ["[256,", "32]", "[256,", "32]"]

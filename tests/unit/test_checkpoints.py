@@ -105,6 +105,13 @@ def test_a_checkpoint_of_another_trial_is_passed_over(store: CheckpointStore, an
     assert store.newest(replace(STUDY, priority=9), NEXT) is not None
 
 
+def test_a_checkpoint_of_another_shape_is_passed_over(store: CheckpointStore) -> None:
+    params = {**LEASE.params, "batch_size": 64}
+    store.write(STUDY, replace(LEASE, params=params), saved(3))
+    assert store.newest(STUDY, replace(NEXT, params=params)) is not None
+    assert store.newest(STUDY, replace(NEXT, params={**params, "batch_size": 256})) is None
+
+
 def test_a_study_of_another_database_has_a_folder_of_its_own(store: CheckpointStore) -> None:
     store.write(STUDY, LEASE, saved(3))
     assert store.newest(replace(STUDY, created_at=datetime.now(UTC)), NEXT) is None

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from regtune.errors import InvalidSpec
 from regtune.space import Range
-from regtune.spec import Search, StudySpec, load_yaml, parse_spec, parse_text
+from regtune.spec import STRENGTHS, StudySpec, load_yaml, parse_spec, parse_text
 from tests.builders import BASE, spec
 
 TABLE = {"dataset": "table", "model": "mlp"}
@@ -101,7 +101,7 @@ def test_the_learning_rate_is_fixed_and_noise_off_unless_they_are_named(optimize
     study = spec(training={"optimizer": optimizer})
     assert study.search.learning_rate.numbers() == (study.training.learning_rate,)
     assert spec(training={"learning_rate": 0.3}).search.learning_rate.numbers() == (0.3,)
-    for name in Search.model_fields.keys() - {*study.search.searched(), "learning_rate"}:
+    for name in {*STRENGTHS} - {*study.search.searched(), "learning_rate"}:
         assert study.search.parameters()[name].numbers() == (0,)
     assert set(study.search.searched()) == {"weight_decay", "dropout", "l1_lambda", "patience"}
 
@@ -496,7 +496,7 @@ def test_a_grid_cannot_be_asked_for_more_trials_than_it_has() -> None:
 
 def test_a_grid_of_more_points_than_can_be_numbered_is_refused() -> None:
     many = [i / 1000 for i in range(1, 1000)]
-    search = {name: many for name in Search.model_fields if name != "patience"}
+    search = {name: many for name in STRENGTHS if name != "patience"}
     augmented = {"augment": ["shift"]}
     found = refusal(search=search, training=augmented, sampler="grid", budget={"seconds": 9})
     assert "more than can be numbered" in found[0][1]
@@ -586,7 +586,7 @@ def test_a_study_from_before_there_were_folds_and_noise_reads_the_same() -> None
         ),
         (
             "search",
-            Search.model_fields.keys() - {"weight_decay", "dropout", "l1_lambda", "patience"},
+            {*STRENGTHS} - {"weight_decay", "dropout", "l1_lambda", "patience"},
         ),
         ("validation", ("folds", "repeats")),
     ):

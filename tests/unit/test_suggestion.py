@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optuna.trial import TrialState, create_trial
 
-from regtune.spec import Search
+from regtune.spec import STRENGTHS
 from service.scheduler.mirror import Mirror
 from service.scheduler.suggestion import as_suggestion, distributions, predetermined
 from tests.builders import spec
@@ -131,11 +131,9 @@ def test_a_sampler_must_say_where_the_number_alone_does_not_decide() -> None:
 
 def test_every_trial_has_all_values() -> None:
     study = spec(sampler="qmc", search=NEW_RANGES, training=AUGMENTED)
-    assert set(distributions(study)) == set(Search.model_fields)
-    assert set(used(2, sampler="qmc", search=NEW_RANGES, training=AUGMENTED)) == set(
-        Search.model_fields
-    )
-    assert set(used(2, sampler="qmc")) == set(Search.model_fields)
+    assert set(distributions(study)) == set(STRENGTHS)
+    assert set(used(2, sampler="qmc", search=NEW_RANGES, training=AUGMENTED)) == set(STRENGTHS)
+    assert set(used(2, sampler="qmc")) == set(STRENGTHS)
 
 
 @given(seed=st.integers(0, 2**31 - 1), number=st.integers(2, 500))
@@ -205,3 +203,106 @@ def test_a_grid_keeps_its_order_when_the_budget_is_changed(points: int) -> None:
     assert points_of[0] == points_of[1]
     suggested = [tuple(sorted(point.items())) for point in points_of[0][2:] if point]
     assert len(set(suggested)) == 32
+
+
+SHAPES: dict[str, Any] = {
+    "optimizer": ["adamw", "sgd"],
+    "batch_size": [64, 256],
+    "model": {"hidden": [[64], [256]]},
+}
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_reference_points_keep_to_the_shape_of_task_and_training(number: int) -> None:
+    training = {"optimizer": "sgd", "batch_size": 256}
+    point = used(number, search=SHAPES, training=training)
+    own = {"optimizer": "sgd", "batch_size": 256, "model.hidden": [64], "learning_rate": 0.01}
+    assert point.items() >= own.items()
+    assert point["weight_decay"] == (0, 1e-4)[number]
+    assert set(point) == {*STRENGTHS, "optimizer", "batch_size", "model.hidden"}
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "qmc"])
+def test_a_trial_has_the_strengths_of_its_own_optimizer(sampler: str) -> None:
+    study = spec(search=SHAPES, sampler=sampler, budget={"trials": 60})
+    mirror, seen = Mirror(study), set()
+    for number in range(40):
+        made = mirror.suggest(1)[0]
+        optimizer = made.params["optimizer"]
+        conditional = {name for name in made.suggested if "[" in name}
+        assert conditional == {f"weight_decay[{optimizer}]"}
+        assert made.params["learning_rate"] == {"adamw": 0.001, "sgd": 0.01}[optimizer]
+        assert made.params["weight_decay"] <= {"adamw": 3.0, "sgd": 0.01}[optimizer]
+        assert study.shape_of(made.params) == made.shape
+        seen.add(made.shape)
+        mirror.tell(number, TrialState.COMPLETE, float(made.params["dropout"]))
+    assert len(seen) > 3
+
+
+@pytest.mark.filterwarnings("ignore:Argument ``group``")
+def test_tpe_suggests_conditional_parameters_as_optuna_would_have() -> None:
+    study = spec(search=SHAPES, budget={"trials": 60})
+    mirror, plain = Mirror(study), optuna.create_study()
+    for number in range(40):
+        suggestion = mirror.suggest(1)[0]
+        seed = int(np.random.SeedSequence([0, number]).generate_state(1)[0])
+        plain.sampler = optuna.samplers.TPESampler(
+            seed=seed, n_startup_trials=10, multivariate=True, group=True, constant_liar=True
+        )
+        if number < 2:
+            plain.enqueue_trial(dict(suggestion.suggested))
+        trial = plain.ask()
+        optimizer = trial.suggest_categorical("optimizer", ["adamw", "sgd"])
+        trial.suggest_categorical("batch_size", [64, 256])
+        trial.suggest_categorical("model.hidden", ["[64]", "[256]"])
+        trial.suggest_float("dropout", 0.0, 0.7)
+        trial.suggest_float("l1_lambda", 1e-5, 0.3, log=True)
+        trial.suggest_int("patience", 5, 25)
+        bounds = {"adamw": (1e-5, 3.0), "sgd": (1e-7, 0.01)}[optimizer]
+        trial.suggest_float(f"weight_decay[{optimizer}]", *bounds, log=True)
+        assert trial.params == suggestion.suggested
+        mirror.tell(number, TrialState.COMPLETE, trial.params["dropout"])
+        plain.tell(trial, trial.params["dropout"])
+
+
+def test_a_mirror_is_restored_with_conditional_parameters() -> None:
+    study = spec(search=SHAPES, budget={"trials": 60})
+    first, second = Mirror(study), Mirror(study)
+    trials = []
+    for number in range(12):
+        made = first.suggest(1)[0]
+        first.tell(number, TrialState.COMPLETE, made.params["dropout"])
+        trials.append(
+            create_trial(
+                value=made.params["dropout"],
+                params=dict(made.suggested),
+                distributions={name: made.distributions[name] for name in made.suggested},
+            )
+        )
+    second.restore(trials)
+    assert second.suggest(1)[0].suggested == first.suggest(1)[0].suggested
+
+
+def test_a_grid_has_every_point_of_every_optimizer_once() -> None:
+    search = {
+        "optimizer": ["adamw", "sgd"],
+        "weight_decay": {"adamw": [0.1, 1.0, 3.0], "sgd": 1e-4},
+        "learning_rate": {"adamw": 0.001, "sgd": [0.01, 0.1]},
+        "dropout": [0.1, 0.2],
+        "patience": 5,
+        "l1_lambda": 0.0,
+    }
+    study = spec(search=search, sampler="grid", budget={"seconds": 9})
+    points = {str(predetermined(study, number)) for number in range(2, study.budget.trials)}
+    assert len(points) == 2 * 3 + 2 * 2
+    assert sum("adamw" in point for point in points) == 6
+
+
+def test_sobol_points_of_both_optimizers_cover_their_ranges_evenly() -> None:
+    study = spec(search=SHAPES, sampler="qmc", budget={"trials": 130})
+    points = [predetermined(study, number) or {} for number in range(2, 130)]
+    for optimizer, low, high in (("adamw", 1e-5, 3.0), ("sgd", 1e-7, 0.01)):
+        own = [p[f"weight_decay[{optimizer}]"] for p in points if p["optimizer"] == optimizer]
+        assert len(own) == 64
+        places = np.log(np.array(own) / low) / np.log(high / low)
+        assert np.histogram(places, bins=4, range=(0, 1))[0].tolist() == pytest.approx([16] * 4)

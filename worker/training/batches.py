@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from regtune.spec.training import steps_per_epoch
 from worker.tasks.preparation import Split
 from worker.training.model import INPUT_KEYS, PERTURBATIONS
 from worker.training.noise import INPUT, PERTURBATION, data_order, member_seed, step_keys
@@ -75,12 +76,7 @@ class Batches:
 
 
 def batch_sizes(rows: int, batch_size: int) -> list[int]:
-    """Return the sizes of an epoch's batches: every row is seen once, sizes differ by one at most.
-
-    No batch is of a single row, on which batch norm cannot train, unless single rows are asked for.
-    """
-    steps = -(-rows // batch_size)
-    if batch_size > 1:
-        steps = max(1, min(steps, rows // 2))
+    """Return the sizes of an epoch's batches: each row once, sizes differ by one at most."""
+    steps = steps_per_epoch(rows, batch_size)
     size, larger = divmod(rows, steps)
     return [size + 1] * larger + [size] * (steps - larger)
