@@ -41,7 +41,7 @@ def test_new_trials_wake_those_who_want_some_and_no_others(
             while 77 not in known:
                 known |= listener.wait(30)
             heard += study.study_id in known
-    assert heard == 6  # one that is needed, as many again, and four
+    assert heard == 3  # one that is needed, and two more; nobody trains who may end soon
 
 
 def test_a_notification_for_others_goes_unheard(database_url: str, engine: Engine) -> None:

@@ -107,7 +107,7 @@ def test_what_is_wrong_is_refused_by_the_name_of_its_field(client: httpx.Client)
         ({"bugdet": {}}, "bugdet", "known: name, task"),
         ({"sampler": "magic"}, "sampler.name", "'tpe'"),
         ({"task": {"dataset": "no", "model": "mlp"}}, "task.dataset", "known: breast_cancer"),
-        ({"task": {"dataset": "digits", "model": "no"}}, "task.model", "known: mlp"),
+        ({"task": {"dataset": "digits", "model": "no"}}, "task.model", "known: cnn, linear, mlp"),
     ]
     for changes, field, message in wrong:
         response = post(client, **changes)

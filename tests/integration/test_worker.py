@@ -110,8 +110,8 @@ def test_running_out_of_memory_halves_the_lanes_and_loses_no_trial(engine, run, 
     run(ample, lanes=4)
     train = Epochs.train
 
-    def train_two_at_most(self, tensors, strengths, rates, places, tick):
-        result = train(self, tensors, strengths, rates, places, tick)
+    def train_two_at_most(self, tensors, *arguments, **options):
+        result = train(self, tensors, *arguments, **options)
         if len(tensors) > 2:  # in the middle of an epoch, with the lanes in disorder
             for weights in tensors.parameters.values():
                 weights.fill_(7)
@@ -136,7 +136,7 @@ def test_running_out_of_memory_halves_the_lanes_and_loses_no_trial(engine, run, 
 
 
 def test_a_trial_that_does_not_fit_even_alone_fails_with_the_reason(engine, run, monkeypatch):
-    def too_much(self, *arguments):
+    def too_much(self, *arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Epochs, "train", too_much)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import structlog
 import torch
 from torch import Tensor, nn
 
@@ -113,7 +114,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     monkeypatch.setenv("REGTUNE_DATA_DIR", str(tmp_path))
 
     def call(*arguments: str) -> tuple[int, Any, str]:
-        code = main([*arguments, "--json"])
+        with structlog.testing.capture_logs():
+            code = main([*arguments, "--json"])
         told = capsys.readouterr()
         return code, json.loads(told.out) if told.out else None, told.err
 
@@ -147,7 +149,7 @@ def test_a_model_is_shown_as_it_is_built_for_a_data_set(run: Any) -> None:
     assert known["built_for"] == "wine"
     assert known["model"]["penalized"] == {"1.weight": [4, 13], "4.weight": [3, 4]}
     norm = {setting["name"]: setting for setting in known["settings"]}["norm"]
-    assert (norm["type"], norm["default"]) == ("batch | layer | none", "batch")
+    assert (norm["type"], norm["default"]) == ("batch | layer | group | none", "batch")
 
 
 def test_a_data_set_is_shown_with_its_settings_also_if_it_cannot_be_loaded(run: Any) -> None:

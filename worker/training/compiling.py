@@ -10,10 +10,12 @@ bound).
 TorchInductor keeps what it has compiled on disk, where the next worker finds it.
 """
 
+import atexit
 import logging
 import os
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from math import inf
 from pathlib import Path
@@ -378,6 +380,13 @@ class Programs:
         if self._thread is None:
             self._thread = threading.Thread(target=self._compile_all, name="compiler", daemon=True)
             self._thread.start()
+            _COMPILING.add(self)
+
+    def end(self) -> None:
+        """Close, and wait for what is being compiled."""
+        self.close()
+        if self._thread is not None:
+            self._thread.join()
 
     def _compile_all(self) -> None:
         while (program := self._queue.get()) is not None and not self._closed:
@@ -392,6 +401,16 @@ class Programs:
             self._compiled.put((program, form))
             self._queue.task_done()
             log.debug("compiling_took", seconds=round(perf_counter() - started, 1))
+
+
+_COMPILING: weakref.WeakSet[Programs] = weakref.WeakSet()
+
+
+@atexit.register
+def _let_compilers_end() -> None:
+    """Let no thread be cut off in the midst of C++ when the interpreter ends: that would crash."""
+    for programs in list(_COMPILING):
+        programs.end()
 
 
 def keep_compiled_in(folder: Path) -> None:

@@ -60,7 +60,11 @@ def make_engine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
         monkeypatch.setattr(engine_module, "find_model", lambda name: model)
         defaults = {"batch_size": 16, "max_epochs": 12, "learning_rate": 0.01}
         return Engine(
-            task=TaskSpec(dataset="blobs", model="own", **(settings or {"hidden": [16]})),
+            task=TaskSpec(
+                dataset="blobs",
+                model="own",
+                **({"hidden": [16]} if settings is None else settings),
+            ),
             training=Training(**(defaults | {"seed": seed} | training)),
             validation=validation or Validation(),
             storage=Storage(Path("unused")),

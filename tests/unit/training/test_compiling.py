@@ -246,6 +246,34 @@ def test_what_was_compiled_once_is_found_on_disk_by_the_next_process(tmp_path):
     assert said == [["0", "1"], ["1", "0"]]
 
 
+ENDS_WHILE_COMPILING = """
+import torch
+from tests.unit.training.test_compiling import busy
+from tests.waiting import wait_until
+from worker.training import compiling
+
+compiling.CALLS_BEFORE_RECORDING, compiling.SECONDS_BEFORE_COMPILING = 0, 0.0
+programs = compiling.Programs(compiles=True)
+programs.find("busy", 1, 1).bind([busy])(torch.ones(9))
+programs.epoch_ended(1.0)
+wait_until(lambda: programs._queue.empty(), 60)
+print("compiling")
+"""
+
+
+def test_a_program_that_ends_lets_the_compiler_end_first(tmp_path):
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", ENDS_WHILE_COMPILING],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "compiling\n" in done.stdout
+    assert list(tmp_path.rglob("*.so"))
+
+
 def test_the_folder_of_compiled_programs_is_ours_unless_the_environment_names_one(
     monkeypatch, tmp_path
 ):

@@ -41,7 +41,7 @@ def build(make_engine, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]
         monkeypatch.setattr("tests.unit.training.conftest.blobs", data)
         return make_engine(
             model=linear,
-            settings={"input_dropout": False},
+            settings={},
             knobs=frozenset({"weight_decay", "l1_lambda"}),
             **{
                 "optimizer": "sgd",

@@ -24,9 +24,9 @@ def only(engine: Engine, member: int) -> Engine:
     engine._tensors = engine._starting_tensors(0)
     train_any = engine._epochs.train
 
-    def train_member(tensors, strengths, rates, places, tick):
+    def train_member(tensors, strengths, rates, places, tick, **options):
         own = [Place(member, place.epoch) for place in places]
-        return train_any(tensors, strengths, rates, own, tick)
+        return train_any(tensors, strengths, rates, own, tick, **options)
 
     engine._epochs.train = train_member
     return engine

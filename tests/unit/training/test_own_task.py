@@ -202,7 +202,9 @@ def test_settings_reach_the_model(make):
 
 
 def test_ids_and_targets_of_any_shape_reach_model_and_loss_as_they_are(make):
-    engine = make(Words)
+    engine = make(
+        Words, knobs=frozenset({"weight_decay", "dropout"})
+    )  # what perturbs inputs is off
     engine.join([trial(0, learning_rate=0.1)])
     curve = train(engine, 10)[0]
     assert curve[-1].validation_score > 0.9  # rows mixed up, or ids rounded, tell nothing of parity
