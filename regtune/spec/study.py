@@ -346,10 +346,8 @@ class StudySpec(SpecModel):
         for name in choices:
             self._check_is_setting(name)
         alone = [{name: value} for name, values in choices.items() for value in values]
-        together = [
-            dict(zip(choices, values, strict=True)) for values in product(*choices.values())
-        ]
-        for settings in [*alone, *together]:
+        together = product(*choices.values()) if len(choices) > 1 else ()
+        for settings in [*alone, *(dict(zip(choices, values, strict=True)) for values in together)]:
             try:
                 self.task.with_settings(settings)
             except ValidationError as error:
@@ -368,10 +366,10 @@ class StudySpec(SpecModel):
         if schema is not None and name not in schema.model_fields:
             raise PydanticCustomError(
                 "setting",
-                "search.model.{name} is no setting of {model}; known: {known}",
+                "search.model.{name} is no setting of {task}; known: {known}",
                 {
                     "name": name,
-                    "model": getattr(self.task, "model", ""),
+                    "task": str(self.task),
                     "known": ", ".join(schema.model_fields) or "none",
                 },
             )

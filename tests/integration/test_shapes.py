@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import optuna
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, event, text
 
 from regtune import leasing, shapes, studies
 from regtune.database import transaction
@@ -166,6 +166,25 @@ def test_a_setting_of_a_task_of_one_s_own_is_searched(
         ("none", "complete"),
         ("model", "failed"),
     }
+
+
+def test_a_study_of_one_shape_costs_no_statement_about_shapes(
+    engine: Engine, database_url: str, tmp_path: Path
+) -> None:
+    study = builders.create(engine, training={"max_epochs": 2}, budget={"trials": 6})
+    settings = Settings(data_dir=tmp_path, lanes=2, poll_seconds=0.1)
+    asked = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        asked.append(statement)
+
+    event.listen(Engine, "before_cursor_execute", note)
+    try:
+        run_until_over(engine, database_url, settings, study)
+    finally:
+        event.remove(Engine, "before_cursor_execute", note)
+    assert any("t.shape = " in statement for statement in asked)  # leases
+    assert not [s for s in asked if "GROUP BY shape" in s or "regtune.shapes" in s]
 
 
 def test_a_study_of_eight_shapes_is_trained_to_its_end(

@@ -168,7 +168,7 @@ def test_the_study_as_a_shape_sees_it_searches_strengths_alone() -> None:
         ({"optimizer": ["adamw", "lion"]}, "search.optimizer.1", "'adam', 'adamw', 'sgd'"),
         ({"model": [1]}, "search.model", "dictionary"),
         ({"model": {"hidden": 3}}, "search.model.hidden", "must be a list of choices"),
-        ({"model": {"width": [3, 4]}}, "", "search.model.width is no setting of mlp; known: nor"),
+        ({"model": {"width": [3, 4]}}, "", "'mlp'; known: norm, groups, hidden, activation"),
         ({"model": {"hidden": [[64], [0]]}}, "", "search.model.hidden cannot be [0]: should be g"),
         ({"model": {"norm": ["batch", "x"]}}, "", "search.model.norm cannot be x: should be 'ba"),
         ({"model": {"norm": ["group", "batch"], "groups": [4, 8]}}, "",
