@@ -35,13 +35,17 @@ def show(best: Document, console: Console) -> None:
 def _told(best: Document) -> list[str]:
     """Return the parameters that say something: searched ones, and strengths fixed above zero.
 
+    The learning rate says something as well where it may differ by optimizer.
+
     A trial from before a parameter was known does not name it.
     """
     searched, params = best["searched"], best["params"]
     return [
         name
         for name in dict.fromkeys([*STRENGTHS, *searched])
-        if name in searched or (name != "learning_rate" and params.get(name))
+        if name in searched
+        or (name != "learning_rate" and params.get(name))
+        or (name == "learning_rate" and "optimizer" in searched)
     ]
 
 

@@ -11,7 +11,7 @@ parameters, ``weight_decay[adamw]`` and ``weight_decay[sgd]``, of which a trial 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import inf
+from math import inf, isfinite
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar, get_args
 
 from optuna.distributions import (
@@ -66,6 +66,8 @@ class Range(BaseModel, Generic[Number]):
             raise _invalid(f"log: true needs low > 0, but low is {self.low:g}")
         if self.or_zero and not self.log:
             raise _invalid(f"or_zero: true needs log: true; {self._instead}")
+        if self.or_zero and not (self._bottom > 0 and isfinite(self._top)):
+            raise _invalid("low or high is too extreme: a decade beyond stands for zero")
         return self
 
     def numbers(self) -> tuple[float, ...]:
@@ -99,6 +101,10 @@ class Range(BaseModel, Generic[Number]):
     @property
     def _bottom(self) -> float:
         return self.low / 10**OR_ZERO_DECADES if self.or_zero else self.low
+
+    @property
+    def _top(self) -> float:
+        return self.high
 
 
 class Choices(RootModel[tuple[Number, ...]], Generic[Number]):

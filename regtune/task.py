@@ -20,12 +20,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from pydantic_core import ErrorDetails
 
 from regtune.errors import FieldError, InvalidSpec, NotFound
+from regtune.spec.task import NO_SETTINGS
 
 DATASETS = "regtune.datasets"
 MODELS = "regtune.models"
 TASKS = "regtune.tasks"
-
-_FIELDS = frozenset({"name", "dataset", "data", "model", "score", "class_weights"})
 
 RowFunction = Callable[[Any, Any], Any]
 """A function of a model's outputs ``(B, …)`` and targets ``(B, …)``, to one number a row: ``(B,)``.
@@ -212,7 +211,7 @@ def find_task(name: str, configured: Mapping[str, str]) -> Callable[..., Task]:
 def make_task(factory: Callable[..., Task], settings: Mapping[str, Any]) -> Task:
     """Return a task with a study's settings; raise InvalidSpec with those that are wrong."""
     schema = settings_schema(factory)
-    if taken := _FIELDS & schema.model_fields.keys():
+    if taken := NO_SETTINGS & schema.model_fields.keys():
         says = "the task has an argument of this name, which is a field of every task"
         raise InvalidSpec(tuple(FieldError(f"task.{name}", says) for name in sorted(taken)))
     try:

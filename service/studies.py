@@ -94,7 +94,7 @@ class ModelDetail(Document):
     )
     score: str = Field(
         description="What validation and test score are; of all but log_loss and rmse, more is "
-        "better.",
+        "better. `own` is the task's, which alone knows.",
         examples=["accuracy"],
     )
     data_hash: str | None = Field(

@@ -52,7 +52,9 @@ class TrialSummary(Document):
     )
     validation_loss_spread: Measure = Field(description=SPREAD, examples=[0.0042])
     validation_score: Measure = Field(
-        description="Accuracy on the validation rows at the best weights.", examples=[0.981]
+        description="Score on the validation rows at the best weights; `model.score` of the "
+        "study says which.",
+        examples=[0.981],
     )
     epoch: int | None = Field(description="Epoch of the best weights, from 1.", examples=[31])
     attempts: int = Field(description="How often a worker has leased it.", examples=[1])
@@ -95,7 +97,7 @@ class EpochDetail(Document):
         examples=[0.231],
     )
     validation_score: Measure = Field(
-        description="Accuracy on the validation rows after it.", examples=[0.934]
+        description="Score on the validation rows after it.", examples=[0.934]
     )
     penalty: Measure = Field(
         description="The penalties on the weights after it; null if they diverged.",
@@ -112,7 +114,7 @@ class TrialDetail(TrialSummary):
 
     suggested: Params = Field(
         description="What the sampler said, as Optuna stores it; a value below the range's `low` "
-        "stands for zero.",
+        "stands for zero, and of a limit a value above its `high` for none.",
         examples=[{"weight_decay": 0.31, "dropout": 0.22, "l1_lambda": 4.2e-05, "patience": 12}],
     )
     lost_leases: int = Field(
@@ -124,7 +126,7 @@ class TrialDetail(TrialSummary):
         examples=[0.0912],
     )
     test_score: Measure = Field(
-        description="Accuracy on the test rows at the best weights, computed once and never used "
+        description="Score on the test rows at the best weights, computed once and never used "
         "for choosing; null unless it is complete.",
         examples=[0.9787],
     )

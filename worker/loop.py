@@ -233,7 +233,7 @@ class Worker:
         """Fail one trial alone: other workers may well have what this one lacks.
 
         Data that cannot be trained on, and wrong settings, are the same for all of them, and end
-        the study.
+        the study, unless another shape of it was built before.
         """
         failed = Failed.by(error)
         with transaction(self._database) as session:
@@ -242,7 +242,7 @@ class Worker:
                 session, study.study_id, self.name, 1, self._settings.lease_seconds, shape=shape
             )
             reporting.finish(session, [(lease, failed) for lease in leases], self.name)
-            if isinstance(error, InvalidData | InvalidSpec):
+            if isinstance(error, InvalidData | InvalidSpec) and study.model is None:
                 studies.fail(session, study.study_id, str(error), self.name)
 
     def _train(self, stack: Stack) -> None:

@@ -7,7 +7,7 @@ answer. While that does not come, it trains on, and brings everything along the 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
-from math import ceil, inf
+from math import ceil, inf, prod
 
 import structlog
 import torch
@@ -259,10 +259,13 @@ class Stack:
     def _least_trial_epochs(self) -> int:
         """Return how many epochs the trials to come take at the least, as far as is known now.
 
-        That is without those that have been appended, except as many as fill the slots.
+        That is without those that have been appended, except as many as fill the slots; of those
+        that have not, each shape is taken to get as many as any other.
         """
         spec = self._spec
-        trials = self.study.budget_trials - self.study.appended + self._engine.slots
+        shapes = prod(len(options.root) for options in self.study.spec.search.shaping().values())
+        to_come = (self.study.budget_trials - self.study.appended) // shapes
+        trials = to_come + self._engine.slots
         patience = int(min(spec.search.patience.numbers()))
         return trials * min(spec.training.max_epochs, patience + 1)
 
@@ -279,8 +282,10 @@ class Stack:
             torch.__version__,
             spec.task.model_dump(mode="json"),
             (spec.training.optimizer, spec.training.batch_size, spec.training.precision),
+            (spec.training.decay, spec.training.l1, spec.training.penalized),
             (sorted(spec.training.augment), spec.training.averaging),
-            self._engine.members,
+            (self._engine.data_hash, self._engine.parameters),
+            (self._engine.members, self._engine.training_rows, self._engine.steps_per_epoch),
             sorted(knobs_of(spec)),
         )
 

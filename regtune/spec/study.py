@@ -286,22 +286,6 @@ class StudySpec(SpecModel):
         return value
 
     @validate_model(mode="after")
-    def _agree_on_learning_rate(self) -> Self:
-        """Let a learning rate that is not searched be one value, wherever it was named."""
-        fixed = self.search.under(self.training.optimizer)["learning_rate"]
-        if not isinstance(fixed, Fixed) or fixed.root == self.training.learning_rate:
-            return self
-        if "learning_rate" in self.training.model_fields_set:
-            raise PydanticCustomError(
-                "learning_rate",
-                "search.learning_rate is fixed at {fixed}, but training.learning_rate is {named}; "
-                "name one of them",
-                {"fixed": fixed.root, "named": self.training.learning_rate},
-            )
-        self.__dict__["training"] = self.training.model_copy(update={"learning_rate": fixed.root})
-        return self
-
-    @validate_model(mode="after")
     def _check_augmentation(self) -> Self:
         if any(self.search.augment_strength.numbers()) and not self.training.augment:
             raise PydanticCustomError(
@@ -391,7 +375,10 @@ class StudySpec(SpecModel):
 
     @validate_model(mode="after")
     def _check_reference_shape(self) -> Self:
-        """Let the reference points, which keep to task and training, be of a searched shape."""
+        """Let the reference points, which keep to task and training, be of a searched shape.
+
+        What is checked after this may take it for granted.
+        """
         for name, options in self.search.shaping().items():
             own = value_at(name, self.task, self.training)
             if own not in options.root:
@@ -406,6 +393,22 @@ class StudySpec(SpecModel):
                         "where": f"task.{place}" if place != name else f"training.{name}",
                     },
                 )
+        return self
+
+    @validate_model(mode="after")
+    def _agree_on_learning_rate(self) -> Self:
+        """Let a learning rate that is not searched be one value, wherever it was named."""
+        fixed = self.search.under(self.training.optimizer)["learning_rate"]
+        if not isinstance(fixed, Fixed) or fixed.root == self.training.learning_rate:
+            return self
+        if "learning_rate" in self.training.model_fields_set:
+            raise PydanticCustomError(
+                "learning_rate",
+                "search.learning_rate is fixed at {fixed}, but training.learning_rate is {named}; "
+                "name one of them",
+                {"fixed": fixed.root, "named": self.training.learning_rate},
+            )
+        self.__dict__["training"] = self.training.model_copy(update={"learning_rate": fixed.root})
         return self
 
     @validate_model(mode="after")

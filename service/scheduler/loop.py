@@ -101,9 +101,10 @@ class Scheduler:
         except (StaleView, NotFound) as error:
             log.info("mirror_stale", study_id=study_id, reason=str(error))
             self._conductors.pop(study_id, None)
-        except (DBAPIError, TimeoutError) as error:
-            self._lose_touch(error)
         except Exception as error:  # noqa: BLE001 - a sampler may raise anything
+            if database.is_outage(error):
+                self._lose_touch(error)
+                return
             self._conductors.pop(study_id, None)
             self._count_error(study_id, error)
 

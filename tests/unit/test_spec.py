@@ -302,6 +302,16 @@ def test_the_learning_rate_defaults_by_optimizer() -> None:
             "log: true needs low > 0",
         ),
         (
+            {"search": {"max_norm": {"low": 1, "high": 1e308, "log": True, "or_zero": True}}},
+            "search.max_norm",
+            "too extreme",
+        ),
+        (
+            {"search": {"weight_decay": {"low": 5e-324, "high": 1, "log": True, "or_zero": True}}},
+            "search.weight_decay",
+            "too extreme",
+        ),
+        (
             {"search": {"weight_decay": {"low": 0.1, "high": 1, "or_zero": True}}},
             "search.weight_decay",
             "or_zero: true needs log: true",

@@ -229,6 +229,13 @@ def test_what_does_not_agree_is_refused(changes: dict[str, Any], message: str) -
     assert message in found[0][1]
 
 
+@pytest.mark.parametrize("optimizer", ["rmsprop", "sgd"])
+def test_the_optimizer_of_the_reference_points_must_be_searched(optimizer: str) -> None:
+    found = refusal(training={"optimizer": optimizer}, search={"optimizer": ["adamw", "adam"]})
+    ((_, message),) = found
+    assert f"search.optimizer must have {optimizer} among its choices" in message
+
+
 @pytest.mark.parametrize("sampler", ["cmaes", "gp"])
 def test_shapes_alone_are_open_to_every_sampler(sampler: str) -> None:
     search = {**BOTH, "weight_decay": RANGE, "learning_rate": 0.001}

@@ -5,11 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from regtune.errors import FieldError, InvalidSpec, NotFound
 from regtune.settings import Settings
-from regtune.spec import AnyTask, StudySpec, parse_spec, parse_text
+from regtune.spec import AnyTask, StudySpec, load_yaml, parse_spec, parse_text
 from regtune.task import DATASETS, MODELS, TASKS, points
 
 Kind = Literal["task", "data set", "model", "study"]
@@ -71,7 +69,7 @@ def _setting(text: str) -> tuple[str, Any]:
     name, sign, value = text.partition("=")
     if not sign or not name:
         raise InvalidSpec((FieldError("--set", f"name=value, not {text!r}"),))
-    return name, yaml.safe_load(value)
+    return name, load_yaml(value)
 
 
 def _read(file: str) -> str:

@@ -4,6 +4,7 @@ P. Izmailov et al., arXiv 1803.05407. Until it begins, the weights themselves ar
 """
 
 from collections.abc import Mapping, Sequence
+from math import floor
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ Tensors = Mapping[str, Tensor]
 
 def averaged_epochs(training: Training, epochs: Sequence[int]) -> list[int]:
     """Return of how many epochs the average is at each of these epochs' ends, counted from 1."""
-    first = int(training.averaging_start * training.max_epochs) + 1
+    # A product that is whole but for rounding counts as whole.
+    first = floor(training.averaging_start * training.max_epochs + 1e-9) + 1
     return [max(epoch - first + 1, 1) for epoch in epochs]
 
 

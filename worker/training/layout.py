@@ -3,7 +3,7 @@
 On a CPU, convolutions, pooling and batch norm are faster where an image's channels lie side by side
 (*channels last*). A layer gives its output in the order of its input and weights, so it is enough
 that rows and the weights of convolutions are kept like that; to turn them in each step would cost
-what is gained.
+what is gained. Images that are augmented come out channels first, and are turned.
 """
 
 from collections.abc import Callable, Sequence
