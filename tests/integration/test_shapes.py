@@ -140,14 +140,15 @@ def test_a_time_scale_is_that_of_the_decay_of_the_trial_s_own_optimizer(engine: 
         assert told == pytest.approx(1 / (0.001 * 0.5 * 16))
 
 
+@pytest.mark.parametrize("fault", ["model", "rows", "unheard of"])
 def test_a_setting_of_a_task_of_one_s_own_is_searched(
-    engine: Engine, database_url: str, tmp_path: Path
+    engine: Engine, database_url: str, tmp_path: Path, fault: str
 ) -> None:
-    """Its trials whose setting lets its own code raise fail alone."""
+    """Trials fail alone if their setting lets own code raise, spoils the data or is refused."""
     study = builders.create(
         engine,
         task="broken",
-        search={"model": {"fault": ["none", "model"]}, "dropout": 0.0},
+        search={"model": {"fault": ["none", fault]}, "dropout": 0.0},
         training={"max_epochs": 2},
         sampler="random",
         pruner="none",
@@ -164,7 +165,7 @@ def test_a_setting_of_a_task_of_one_s_own_is_searched(
     assert audit(engine) == {}
     assert {(row.params["model.fault"], row.state) for row in rows} == {
         ("none", "complete"),
-        ("model", "failed"),
+        (fault, "failed"),
     }
 
 
