@@ -1,7 +1,7 @@
 """The settings of the built-in data sets, checked where no data set is installed."""
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, Strict, ValidationInfo
 from pydantic import field_validator as validate_field
@@ -12,6 +12,17 @@ from regtune.spec.parts import PartlyUsed, SpecModel
 
 class NoSettings(SpecModel):
     """Settings of a data set that has none."""
+
+
+def _test_fraction() -> Any:
+    return Field(
+        0.2,
+        gt=0,
+        lt=1,
+        description="Share of the rows in path that are the test rows: stratified, the same for "
+        "every study.",
+        examples=[0.2],
+    )
 
 
 ColumnNames = Annotated[tuple[str, ...], Strict(False), Field(max_length=10_000)]
@@ -34,14 +45,7 @@ class TableSettings(SpecModel):
         description="File of the test rows. Default: test_fraction of the rows in path.",
         examples=["adult-test.csv"],
     )
-    test_fraction: float = Field(
-        0.2,
-        gt=0,
-        lt=1,
-        description="Share of the rows in path that are the test rows: stratified, the same for "
-        "every study.",
-        examples=[0.2],
-    )
+    test_fraction: float = _test_fraction()
     kind: Literal["classification", "regression"] | None = Field(
         None,
         description="What is predicted. Default: a number where the target is one with more than "
@@ -88,14 +92,7 @@ class ImageFolderSettings(SpecModel):
         "rows in path.",
         examples=["flowers/test"],
     )
-    test_fraction: float = Field(
-        0.2,
-        gt=0,
-        lt=1,
-        description="Share of the rows in path that are the test rows: stratified, the same for "
-        "every study.",
-        examples=[0.2],
-    )
+    test_fraction: float = _test_fraction()
     size: int = Field(
         32,
         ge=1,

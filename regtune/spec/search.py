@@ -47,21 +47,8 @@ class Search(PartlyUsed):
     """
 
     model_config = ConfigDict(
-        json_schema_extra=with_computed_defaults(
-            "weight_decay",
-            "dropout",
-            "l1_lambda",
-            "patience",
-            "learning_rate",
-            "label_smoothing",
-            "input_noise",
-            "weight_noise",
-            "max_norm",
-            "max_gradient_norm",
-            "input_dropout",
-            "augment_strength",
-            "mixup",
-        )
+        # Not until a schema is asked for: the strengths are named by the fields below.
+        json_schema_extra=lambda schema: with_computed_defaults(*STRENGTHS)(schema)
     )
 
     weight_decay: Parameter = Field(
@@ -303,7 +290,7 @@ class Search(PartlyUsed):
 SHAPING = ("optimizer", "batch_size", "model")
 """The fields of a search that make shapes."""
 
-STRENGTHS = tuple(name for name in Search.model_fields if name not in SHAPING)
+STRENGTHS: tuple[str, ...] = tuple(name for name in Search.model_fields if name not in SHAPING)
 """The fields of a search that change no shape."""
 
 SETTING_PATTERN = r"[A-Za-z_][A-Za-z0-9_]{0,99}"

@@ -28,7 +28,7 @@ from optuna.trial import FrozenTrial
 
 from regtune.leasing import Suggestion
 from regtune.space import Dimension, Fixed, Options, Searched
-from regtune.spec import REFERENCE_TRIALS, StudySpec
+from regtune.spec import REFERENCE_TRIALS, STRENGTHS, StudySpec
 from regtune.spec.shape import value_at
 
 COMMON_DROPOUT = 0.2
@@ -218,20 +218,11 @@ def _off(spec: StudySpec, name: str, parameter: Searched) -> float:
 
 def _common_default(spec: StudySpec) -> dict[str, Any]:
     decoupled = spec.training.decay == "decoupled"
-    common = {
+    common = dict.fromkeys(STRENGTHS, 0.0) | {
         "weight_decay": COMMON_DECOUPLED_DECAY if decoupled else COMMON_COUPLED_DECAY,
         "dropout": COMMON_DROPOUT,
-        "l1_lambda": 0.0,
         "patience": COMMON_PATIENCE,
         "learning_rate": spec.training.learning_rate,
-        "label_smoothing": 0.0,
-        "input_noise": 0.0,
-        "weight_noise": 0.0,
-        "max_norm": 0.0,
-        "max_gradient_norm": 0.0,
-        "input_dropout": 0.0,
-        "augment_strength": 0.0,
-        "mixup": 0.0,
     }
     return _reference(spec, lambda name, parameter: parameter.nearest(common[name]))
 

@@ -316,7 +316,7 @@ class Programs:
             spent = seconds * share / max(sum(work), 1)
             program.seconds += spent
             program.certain = program.seconds + spent * epochs_to_come
-        self._compile_what_pays(programs)
+        self.compile_what_pays()
         return changed
 
     def expect(self, name: str, sizes: Collection[int], seconds: float) -> bool:
@@ -332,12 +332,10 @@ class Programs:
         return self._compiles and seconds >= SECONDS_BEFORE_COMPILING
 
     def compile_what_pays(self) -> None:
-        """Compile what has been recorded and is expected to run for long."""
-        self._compile_what_pays(list(self))
-
-    def _compile_what_pays(self, programs: Sequence[Program]) -> None:
+        """Compile what has been recorded and runs for long, or is expected to."""
         if not self._compiles:
             return
+        programs = list(self)
         queued = sum(program.queued for program in programs)
         paying = {p.kind for p in programs if p.certain >= SECONDS_BEFORE_COMPILING}
         for program in programs:

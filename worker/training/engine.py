@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from regtune.errors import InvalidData
-from regtune.spec import AnyTask, NamedTask, Training, Validation
+from regtune.spec import STRENGTHS, AnyTask, NamedTask, Training, Validation
 from regtune.task import (
     Data,
     Pair,
@@ -61,21 +61,7 @@ SAMPLE_ROWS = 4
 WEIGHED_LANES = 2
 """Lanes that take a step to see how much memory that needs: the fewest that make a batch."""
 
-KNOBS = frozenset(
-    {
-        "weight_decay",
-        "dropout",
-        "l1_lambda",
-        "label_smoothing",
-        "input_noise",
-        "weight_noise",
-        "max_norm",
-        "max_gradient_norm",
-        "input_dropout",
-        "augment_strength",
-        "mixup",
-    }
-)
+KNOBS = frozenset(STRENGTHS) - {"learning_rate", "patience"}
 """The strengths that a study may leave out, so that no lane spends time on them."""
 
 
