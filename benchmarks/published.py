@@ -223,12 +223,13 @@ def run(api: Client, problem: Problem, arm: Arm, scale: Scale) -> Result:
     """Search an arm's strengths, then train the best ones again with other seeds."""
     started = perf_counter()
     name = f"{problem.name}-{arm.name.replace(' ', '-')}"
-    search = {**OFF, **arm.search, "patience": [scale.epochs]}
-    best = answer(api, study_of(problem, arm, scale, name, search, seed=0, trials=scale.trials))
-    params = {key: value for key, value in best["params"].items() if key != "patience"}
-    fixed = {**params, "patience": [scale.epochs]}
+    params: dict[str, float] = {}
+    if arm.search:
+        searched = study_of(problem, arm, scale, name, arm.search, seed=0, trials=scale.trials)
+        best = answer(api, searched)
+        params = {key: best["params"][key] for key in arm.search}
     again = [
-        study_of(problem, arm, scale, f"{name}-{seed}", fixed, seed, trials=1)
+        study_of(problem, arm, scale, f"{name}-{seed}", params, seed, trials=1)
         for seed in range(1, scale.seeds + 1)
     ]
     scores = [shown(problem, answer(api, spec)["test_score"]) for spec in again]
@@ -239,7 +240,7 @@ def run(api: Client, problem: Problem, arm: Arm, scale: Scale) -> Result:
         mean=fmean(scores),
         error=stdev(scores) / sqrt(len(scores)) if len(scores) > 1 else None,
         seeds=scores,
-        params={key: value for key, value in params.items() if key in arm.search},
+        params=params,
         seconds=perf_counter() - started,
     )
 
@@ -253,7 +254,7 @@ def study_of(
     seed: int,
     trials: int,
 ) -> Mapping[str, Any]:
-    """Return a study over these strengths."""
+    """Return a study over these strengths; all others are off."""
     hidden = problem.hidden if scale.full else problem.small_hidden
     return {
         "name": name,
@@ -265,7 +266,7 @@ def study_of(
             "seed": seed,
         },
         "validation": {"fraction": problem.fraction},
-        "search": search,
+        "search": {**OFF, **search, "patience": [scale.epochs]},
         "budget": {"trials": trials},
     }
 
