@@ -118,7 +118,7 @@ def some_trials(lanes: int) -> list[LaneTrial]:
 
 def held_rows(setting: Setting) -> Held:
     """Return the peers' rows: the same as the lanes', standardized alike."""
-    return Held.of(prepare(setting.data, VALIDATION, SEED, setting.device, torch.float32))
+    return Held.of(prepare(setting.data, VALIDATION, SEED, torch.float32).on(setting.device))
 
 
 def sample_batch() -> tuple[Tensor, Tensor]:

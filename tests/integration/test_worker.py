@@ -131,6 +131,7 @@ def test_running_out_of_memory_halves_the_lanes_and_loses_no_trial(engine, run, 
         "reason": "4 lanes ran out of memory",
         "bytes_per_lane": None,
         "trial_epochs_per_second": None,
+        "data": "resident",
     }
     assert audit(engine) == {}
 
