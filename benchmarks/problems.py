@@ -15,6 +15,7 @@ from worker.tasks.preparation import prepare
 from worker.training import engine as engine_module
 from worker.training.engine import Engine
 from worker.training.lanes import LaneTrial
+from worker.training.residence import OnDevice
 
 STRENGTHS = Strengths(weight_decay=0.05, dropout=0.2, l1_lambda=1e-3)
 VALIDATION = Validation(fraction=0.2)
@@ -73,7 +74,9 @@ class Setting:
         return (self.rows - self.validation_rows) // BATCH_ROWS
 
 
-def build_engine(setting: Setting, lanes: int, *, compiles: bool) -> Engine:
+def build_engine(
+    setting: Setting, lanes: int, *, compiles: bool, data_on_device: OnDevice = "auto"
+) -> Engine:
     """Build an engine over the benchmark's own network and rows."""
     with (
         patch.object(engine_module, "find_dataset", lambda name: lambda storage: setting.data),
@@ -91,6 +94,7 @@ def build_engine(setting: Setting, lanes: int, *, compiles: bool) -> Engine:
             knobs={"weight_decay", "dropout", "l1_lambda"},
             threads=setting.threads,
             compiles=compiles,
+            data_on_device=data_on_device,
         )
 
 
