@@ -44,7 +44,7 @@ COMPILE = $(BIN)/uv pip compile pyproject.toml --quiet --universal --python-vers
 lock: $(READY)  ## Renew requirements/*.txt (UPGRADE=--upgrade for the newest versions)
 	$(COMPILE) $(UPGRADE) --all-extras --group dev -o requirements/all.txt
 	$(COMPILE) --extra service -c requirements/all.txt -o requirements/service.txt
-	$(COMPILE) --extra worker -c requirements/all.txt -o requirements/worker.txt
+	$(COMPILE) --extra worker --extra s3 -c requirements/all.txt -o requirements/worker.txt
 
 clean:  ## Remove what was built; .regtune, which holds studies, stays
 	rm -rf .venv dist test-artifacts .mypy_cache .pytest_cache .ruff_cache .hypothesis \

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.peers import BATCH_ROWS, CLASSES, LEARNING_RATE, Held, Network, Strengths, cnn, mlp
 from regtune.spec import TaskSpec, Training, Validation
+from regtune.spec.training import Precision
 from regtune.task import Data, Storage
 from worker.tasks.preparation import prepare
 from worker.training import engine as engine_module
@@ -75,7 +76,12 @@ class Setting:
 
 
 def build_engine(
-    setting: Setting, lanes: int, *, compiles: bool, data_on_device: OnDevice = "auto"
+    setting: Setting,
+    lanes: int,
+    *,
+    compiles: bool,
+    precision: Precision = "float32",
+    data_on_device: OnDevice = "auto",
 ) -> Engine:
     """Build an engine over the benchmark's own network and rows."""
     with (
@@ -85,7 +91,11 @@ def build_engine(
         return Engine(
             task=TaskSpec(dataset="mnist", model=f"benchmark-{setting.problem.name}"),
             training=Training(
-                batch_size=BATCH_ROWS, learning_rate=LEARNING_RATE, max_epochs=FOREVER, seed=SEED
+                batch_size=BATCH_ROWS,
+                learning_rate=LEARNING_RATE,
+                max_epochs=FOREVER,
+                precision=precision,
+                seed=SEED,
             ),
             validation=VALIDATION,
             storage=Storage(setting.data_dir),

@@ -45,13 +45,13 @@ def epochs(asked: argparse.Namespace) -> None:
     compiling.CALLS_BEFORE_RECORDING, compiling.SECONDS_BEFORE_COMPILING = 0, 0.0
     torch.set_flush_denormal(True)
     data = shortened(mnist(Storage(asked.data_dir)), asked.rows, TEST_ROWS)
+    print(f"{LANES} lanes, {asked.rows} rows, {asked.device}")
     for problem in PROBLEMS.values():
-        setting = as_setting(problem, data, asked)
-        seconds = take_turns(setting)
+        seconds = take_turns(as_setting(problem, data, asked))
         resident, streamed = (median(seconds[wish]) for wish in WISHES)
         print(
-            f"{problem.name}, {LANES} lanes, {asked.rows} rows on {asked.device}: an epoch resident "
-            f"{resident:.2f} s, streamed {streamed:.2f} s, {streamed / resident:.2f} times as long",
+            f"{problem.name}: an epoch takes {resident:.2f} s resident, {streamed:.2f} s streamed, "
+            f"{streamed / resident:.2f} times as long",
             flush=True,
         )
 

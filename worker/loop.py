@@ -4,6 +4,7 @@ import gc
 import os
 import random
 import socket
+import threading
 import time
 from collections.abc import Callable
 
@@ -79,6 +80,7 @@ class Worker:
         self._idle_beat = 0.0
         # Not all workers of a fleet at once.
         self._sweep_due = time.monotonic() + random.uniform(0, settings.sweep_seconds)
+        self._sweeping: threading.Thread | None = None
         self._refused: set[int] = set()
 
     def run(self) -> None:
@@ -144,16 +146,24 @@ class Worker:
         gc.collect()  # an engine's tensors hang in cycles; the next one asks what memory is free
 
     def _sweep_in_time(self) -> None:
-        """Remove, now and then, checkpoints that whoever wrote them has not lived to remove."""
-        if time.monotonic() < self._sweep_due:
+        """Remove, now and then, checkpoints that whoever wrote them has not lived to remove.
+
+        In a thread of its own: a store that does not answer must not keep the device waiting.
+        """
+        if time.monotonic() < self._sweep_due or self._sweeping:
             return
-        self._sweep_due = time.monotonic() + self._settings.sweep_seconds
-        try:
-            self._sweep()
-        except Exception as error:  # noqa: BLE001 - a file system may raise anything
-            log.warning("sweep_failed", error=str(error) or type(error).__name__)
+        self._sweeping = threading.Thread(target=self._sweep, name="sweep", daemon=True)
+        self._sweeping.start()
 
     def _sweep(self) -> None:
+        try:
+            self._remove_what_is_over()
+        except Exception as error:  # noqa: BLE001 - a file system may raise anything
+            log.warning("sweep_failed", error=str(error) or type(error).__name__)
+        self._sweep_due = time.monotonic() + self._settings.sweep_seconds
+        self._sweeping = None
+
+    def _remove_what_is_over(self) -> None:
         kept = self._checkpoints.studies()
         with transaction(self._database) as session:
             over = studies.over(session, kept)

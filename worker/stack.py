@@ -147,7 +147,8 @@ class Stack:
         through.
         """
         try:
-            epochs = self._engine.train_epoch(progress)
+            # When a study ends, it is too late for an experiment to pay.
+            epochs = self._engine.train_epoch(progress, trying=self._more_to_come)
         except (Interrupted, DeviceLost):
             raise
         except Exception as error:  # noqa: BLE001 - a user's crash is data
@@ -358,7 +359,7 @@ class Stack:
                 part = parts.pop(0)
                 self._join(part, states)
                 try:
-                    epochs += self._engine.train_epoch(progress)
+                    epochs += self._engine.train_epoch(progress, trying=False)
                     states |= zip(part, self._engine.checkpoint(part), strict=True)
                 except (Interrupted, DeviceLost):
                     raise

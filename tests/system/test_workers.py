@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,28 +14,16 @@ from sqlalchemy import Engine, text
 
 from regtune import workers
 from regtune.database import transaction
-from regtune.settings import Settings
 from regtune.studies import Study
-from service.scheduler.loop import Scheduler
 from tests import builders
 from tests.audit import audit
 from tests.plugins.faulty import FATAL_DECAY
+from tests.system.conftest import LEASE_SECONDS
 from tests.waiting import wait_until
 from tests.working import worker_process
 
 SECONDS = 120
 SHORT = {"max_epochs": 6, "batch_size": 256}
-LEASE_SECONDS = 6.0
-"""Longer than the first step of a model takes, which is recorded, on a busy machine."""
-
-
-@pytest.fixture
-def scheduler(engine: Engine, database_url: str) -> Iterator[None]:
-    settings = Settings(lease_seconds=LEASE_SECONDS, poll_seconds=0.2, max_attempts=9)
-    scheduler = Scheduler(engine, database_url, settings)
-    scheduler.start()
-    yield
-    scheduler.stop()
 
 
 def is_over(engine: Engine, study: builders.Study) -> bool:

@@ -270,10 +270,12 @@ class Engine:
         """Say whether a checkpoint is of this model and this training."""
         return checkpoint.fits(self._starting_tensors(1))
 
-    def train_epoch(self, tick: Tick = lambda: None) -> list[LaneEpoch]:
+    def train_epoch(self, tick: Tick = lambda: None, *, trying: bool = True) -> list[LaneEpoch]:
         """Train every trial for one epoch of its own and validate it; in the order of ``lanes``.
 
         ``tick`` is called after every step and every batch of the validation, from any thread.
+        ``trying`` says whether so many epochs are to come that it pays to find out if more threads
+        for a chunk of lanes are faster, which costs some of them.
         Raises ValueError while a trial that has ended is still in the stack, DeviceLost when not
         even the lanes' former state can be had back from the device.
         """
@@ -289,8 +291,7 @@ class Engine:
                 np.array([trial.learning_rate for trial in self._trial_of_each_lane()]),
                 [Place(m, lane.epoch + 1) for lane in self._lanes for m in range(self._members)],
                 tick,
-                # With free slots, a study is about to end: too late for an experiment to pay.
-                trying=not self.free_slots,
+                trying=trying,
             )
             measured_TM5 = measured_K5.double().cpu().view(len(self._lanes), self._members, 5)
         seconds = perf_counter() - started

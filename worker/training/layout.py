@@ -2,8 +2,8 @@
 
 On a CPU, convolutions, pooling and batch norm are faster where an image's channels lie side by side
 (*channels last*). A layer gives its output in the order of its input and weights, so it is enough
-that rows and the weights of convolutions are kept like that; to turn them in each step would cost
-what is gained. Images that are augmented come out channels first, and are turned.
+that rows and the weights of convolutions are kept like that, and that what is done to rows before
+the model leaves them so; to turn them in each step would cost what is gained.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ def memory_format_of_rows(
 def like(original: Tensor, function: Callable[..., Tensor], *others: Tensor) -> Tensor:
     """Return ``function(original, *others)``, with axes in memory in the order of ``original``.
 
-    The function must take and return tensors of as many axes, the first one being the lane.
+    The function must take and return tensors of as many axes; the first one, lanes or rows, stays.
     """
     order = [0, *axes_in_memory(original, behind=1)]
     if order == list(range(original.ndim)):
