@@ -6,10 +6,10 @@ in fair queueing (Demers, Keshav & Shenker 1989). The next free lanes go to the 
 time is least, so in the long run studies that want lanes get them in proportion to their
 priorities, however long their trials are.
 
-A lease that ends leaves a charge, in the statement that ends it; charges are taken in when the
-shares are settled, which a scheduler does at every poll. Running leases are counted up to the
-moment of the choice. A study that wanted nothing for a while has saved
-nothing up: it joins where the others stand.
+A lease that ends leaves a charge, in the statement that ends it: what it took, and what became of
+its trial. Charges are taken in when the shares are settled, which a scheduler does at every poll.
+Running leases are counted up to the moment of the choice. A study that wanted nothing for a while
+has saved nothing up: it joins where the others stand.
 """
 
 from collections.abc import Collection
@@ -97,17 +97,22 @@ _SETTLE = """
 WITH clock AS (
     SELECT coalesce(cast(:now AS timestamptz), now()) AS now
 ), charge AS (
-    DELETE FROM regtune.charges WHERE study_id = ANY(:study_ids) RETURNING study_id, seconds
+    DELETE FROM regtune.charges WHERE study_id = ANY(:study_ids) RETURNING *
+), taken AS (
+    SELECT study_id, sum(seconds) AS seconds, sum(complete) AS complete, sum(pruned) AS pruned,
+           sum(failed) AS failed, sum(cancelled) AS cancelled, sum(epochs) AS epochs,
+           min(started_at) AS started_at
+    FROM charge GROUP BY study_id
 ), settled AS MATERIALIZED (
     SELECT sh.study_id, s.priority, sh.virtual_seconds, sh.worker_seconds,
-           sh.ended_seconds + coalesce((
-               SELECT sum(seconds) FROM charge WHERE charge.study_id = sh.study_id), 0) AS ended,
+           sh.ended_seconds + coalesce(taken.seconds, 0) AS ended,
            (SELECT sum(t.share * greatest(0, extract(epoch FROM clock.now - t.leased_at)::float))
             FROM regtune.trials t
             WHERE t.study_id = sh.study_id AND t.state = 'running') AS running,
            EXISTS (SELECT FROM regtune.trials t
                    WHERE t.study_id = sh.study_id AND t.state IN ('waiting', 'running')) AS is_open
-    FROM regtune.shares sh JOIN regtune.studies s USING (study_id), clock
+    FROM regtune.shares sh JOIN regtune.studies s USING (study_id)
+    LEFT JOIN taken USING (study_id) CROSS JOIN clock
     WHERE sh.study_id = ANY(:study_ids)
 ), charged AS (
     SELECT study_id, ended, ended + coalesce(running, 0) AS seconds, running IS NOT NULL AS runs,
@@ -118,8 +123,15 @@ WITH clock AS (
 UPDATE regtune.shares sh
 SET worker_seconds = charged.seconds, ended_seconds = charged.ended, settled_at = clock.now,
     virtual_seconds = CASE WHEN charged.is_open THEN charged.virtual ELSE greatest(
-        charged.virtual, (SELECT min(virtual) FROM charged WHERE runs)) END
-FROM charged, clock WHERE sh.study_id = charged.study_id
+        charged.virtual, (SELECT min(virtual) FROM charged WHERE runs)) END,
+    complete = sh.complete + coalesce(taken.complete, 0),
+    pruned = sh.pruned + coalesce(taken.pruned, 0),
+    failed = sh.failed + coalesce(taken.failed, 0),
+    cancelled = sh.cancelled + coalesce(taken.cancelled, 0),
+    ended_epochs = sh.ended_epochs + coalesce(taken.epochs, 0),
+    started_at = least(sh.started_at, taken.started_at)
+FROM charged LEFT JOIN taken USING (study_id) CROSS JOIN clock
+WHERE sh.study_id = charged.study_id
 """
 
 _CHOOSE = f"""

@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
-from regtune import database, leasing, reporting, studies, workers
+from regtune import database, leasing, reporting, standing, studies, workers
 from regtune.errors import StaleView
 from regtune.settings import Settings
 from regtune.studies import Study
@@ -145,10 +145,7 @@ class Conductor:
         """Return the seconds since the first lease, where the budget asks for them; else 0."""
         if study.budget_seconds is None:
             return 0.0
-        spent: float = session.execute(
-            text(_SECONDS_SPENT), {"study_id": self._study_id}
-        ).scalar_one()
-        return spent
+        return standing.of(session, self._study_id).seconds_spent or 0.0
 
     def _read_ended(self, session: Session) -> Sequence[Ended]:
         rows = session.execute(
@@ -255,9 +252,12 @@ class Conductor:
         if study.state == "stopping":
             return "stopped", study.reason or "stopped by request"
         used_up = self._used_up(session, study, news)
-        if used_up and session.execute(text(_ALL_FAILED), {"study_id": self._study_id}).scalar():
+        if used_up is None:
+            return None
+        stands = standing.of(session, self._study_id)
+        if stands.failed == stands.ended > 0:
             return "failed", "every trial failed"
-        return ("completed", used_up) if used_up else None
+        return "completed", used_up
 
     def _used_up(self, session: Session, study: Study, news: News) -> str | None:
         """Say which limit of the budget a study with no open trial has reached, if any."""
@@ -302,15 +302,6 @@ SELECT count(*) FILTER (WHERE state = 'waiting') AS waiting,
        count(*) FILTER (WHERE state = 'running') AS running,
        count(*) FILTER (WHERE state = 'running' AND lease_expires_at < now()) AS overdue
 FROM regtune.trials WHERE study_id = :study_id AND state IN ('waiting', 'running')
-"""
-
-_SECONDS_SPENT = """
-SELECT coalesce(extract(epoch FROM now() - min(started_at)), 0)::float
-FROM regtune.trials WHERE study_id = :study_id
-"""
-
-_ALL_FAILED = """
-SELECT coalesce(bool_and(state = 'failed'), false) FROM regtune.trials WHERE study_id = :study_id
 """
 
 _ENDED = """
