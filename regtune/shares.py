@@ -23,7 +23,7 @@ from regtune import tables
 
 def enter(session: Session, study_id: int) -> None:
     """Let a study that is new, or goes on after a pause, join where the others stand."""
-    session.execute(text(_ENTER), {"study_id": study_id})
+    session.execute(_ENTER, {"study_id": study_id})
 
 
 def settle(session: Session, *, now: datetime | None = None) -> None:
@@ -32,8 +32,8 @@ def settle(session: Session, *, now: datetime | None = None) -> None:
     It reads what is running or has ended since, however many trials there were before.
     """
     # In a statement of its own: what another replica has settled meanwhile is seen by the next.
-    locked = session.execute(text(_LOCK), {"live": list(tables.LIVE_STUDY_STATES)})
-    session.execute(text(_SETTLE), {"study_ids": list(locked.scalars()), "now": now})
+    locked = session.execute(_LOCK, {"live": list(tables.LIVE_STUDY_STATES)})
+    session.execute(_SETTLE, {"study_ids": list(locked.scalars()), "now": now})
 
 
 def choose(
@@ -52,7 +52,7 @@ def choose(
     ``stay_seconds`` more. ``refused`` are studies that it cannot train.
     """
     return session.execute(
-        text(_CHOOSE),
+        _CHOOSE,
         {
             "worker": worker,
             "current": current,
@@ -75,7 +75,7 @@ AND coalesce(cast(s.spec -> 'requires' ->> 'min_memory_gb' AS float), 0) * 1e9
 """Whether the worker ``w`` can train the study ``s``."""
 
 # Studies that run nothing have no part in where the others stand, unless none runs anything.
-_ENTER = """
+_ENTER = text("""
 INSERT INTO regtune.shares (study_id, virtual_seconds)
 SELECT :study_id, coalesce(min(sh.virtual_seconds) FILTER (WHERE EXISTS (
            SELECT FROM regtune.trials t
@@ -85,15 +85,15 @@ FROM regtune.shares sh JOIN regtune.studies s USING (study_id)
 WHERE s.state = 'active' AND s.study_id <> :study_id
 ON CONFLICT (study_id) DO UPDATE
 SET virtual_seconds = greatest(regtune.shares.virtual_seconds, excluded.virtual_seconds)
-"""
+""")
 
-_LOCK = """
+_LOCK = text("""
 SELECT sh.study_id FROM regtune.shares sh JOIN regtune.studies s USING (study_id)
 WHERE s.state = ANY(:live) OR sh.study_id IN (SELECT study_id FROM regtune.charges)
 ORDER BY sh.study_id FOR UPDATE OF sh
-"""
+""")
 
-_SETTLE = """
+_SETTLE = text("""
 WITH clock AS (
     SELECT coalesce(cast(:now AS timestamptz), now()) AS now
 ), charge AS (
@@ -132,9 +132,10 @@ SET worker_seconds = charged.seconds, ended_seconds = charged.ended, settled_at 
     started_at = least(sh.started_at, taken.started_at)
 FROM charged LEFT JOIN taken USING (study_id) CROSS JOIN clock
 WHERE sh.study_id = charged.study_id
-"""
+""")
 
-_CHOOSE = f"""
+# Who is the only one need not be compared.
+TURN = f"""
 WITH clock AS (
     SELECT coalesce(cast(:now AS timestamptz), now()) AS now
 ), candidate AS (
@@ -153,10 +154,15 @@ WITH clock AS (
                    epoch FROM clock.now - greatest(t.leased_at, candidate.settled_at))::float))
                AS unsettled
         FROM regtune.trials t
-        WHERE t.study_id = candidate.study_id AND t.state = 'running') held
+        WHERE t.study_id = candidate.study_id AND t.state = 'running'
+          AND (SELECT count(*) FROM candidate) > 1) held
+), turn AS (
+    SELECT study_id FROM counted
+    ORDER BY virtual_seconds + (unsettled + :stay * (
+        elsewhere - CASE study_id WHEN :current THEN 1 ELSE 0 END)) / priority, study_id
+    LIMIT 1
 )
-SELECT study_id FROM counted
-ORDER BY virtual_seconds + (unsettled + :stay * (
-    elsewhere - CASE study_id WHEN :current THEN 1 ELSE 0 END)) / priority, study_id
-LIMIT 1
 """
+"""The study that a worker's free lanes should go to, for a statement to begin with."""
+
+_CHOOSE = text(f"{TURN} SELECT study_id FROM turn")

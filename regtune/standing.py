@@ -48,7 +48,7 @@ class Standing:
 
 def of_each(session: Session, study_ids: Iterable[int]) -> Mapping[int, Standing]:
     """Return how studies stand, by id; those that have been deleted are left out."""
-    rows = session.execute(text(_STANDINGS), {"study_ids": list(study_ids)}).mappings()
+    rows = session.execute(_STANDINGS, {"study_ids": list(study_ids)}).mappings()
     return {
         row["study_id"]: Standing(**{key: row[key] for key in row if key != "study_id"})
         for row in rows
@@ -63,7 +63,7 @@ def of(session: Session, study_id: int) -> Standing:
         raise NotFound("the study has been deleted") from None
 
 
-_STANDINGS = """
+_STANDINGS = text("""
 SELECT sh.study_id, opened.waiting, opened.running,
        sh.complete + charged.complete AS complete, sh.pruned + charged.pruned AS pruned,
        sh.failed + charged.failed AS failed, sh.cancelled + charged.cancelled AS cancelled,
@@ -86,4 +86,4 @@ FROM regtune.shares sh CROSS JOIN LATERAL (
     FROM regtune.charges c WHERE c.study_id = sh.study_id
 ) charged
 WHERE sh.study_id = ANY(:study_ids)
-"""
+""")

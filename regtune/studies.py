@@ -178,18 +178,13 @@ def by_id(session: Session, study_id: int) -> Study:
 
 def over(session: Session, candidates: Collection[Born]) -> set[Born]:
     """Return those that are this database's own, and are over or have been deleted."""
-    return {one for one in candidates if session.execute(text(_IS_OVER), asdict(one)).scalar()}
+    return {one for one in candidates if session.execute(_IS_OVER, asdict(one)).scalar()}
 
 
 def trials_over(session: Session, study: Born, trial_ids: Collection[int]) -> set[int]:
     """Return those of a study's trials that have ended; none if it is another database's."""
-    found = session.execute(text(_TRIALS_OVER), {**asdict(study), "trial_ids": list(trial_ids)})
+    found = session.execute(_TRIALS_OVER, {**asdict(study), "trial_ids": list(trial_ids)})
     return set(found.scalars())
-
-
-def has_more(session: Session, study_id: int) -> bool:
-    """Say whether a study has trials that no worker has begun, or may still get some."""
-    return bool(session.execute(text(_HAS_MORE), {"study_id": study_id}).scalar())
 
 
 def room(session: Session, study: Study) -> int:
@@ -459,35 +454,29 @@ def _cancel_trials(
     """
     return len(
         session.execute(
-            text(_CANCEL),
+            _CANCEL,
             {"study_id": study_id, "states": list(states), "reason": reason, "actor": actor},
         ).all()
     )
 
 
 # What was done to a study stays on record when it is deleted, its making at its very moment too.
-_IS_OVER = f"""
+_IS_OVER = text(f"""
 SELECT EXISTS (SELECT FROM regtune.studies
                WHERE study_id = :study_id AND created_at = :created_at
                  AND NOT {tables.IS_LIVE})
     OR (EXISTS (SELECT FROM regtune.events WHERE study_id = :study_id AND kind = 'study_deleted')
         AND EXISTS (SELECT FROM regtune.events WHERE study_id = :study_id
                     AND kind = 'study_created' AND at = :created_at))
-"""
+""")
 
-_TRIALS_OVER = """
+_TRIALS_OVER = text("""
 SELECT trial_id FROM regtune.trials JOIN regtune.studies s USING (study_id)
 WHERE study_id = :study_id AND s.created_at = :created_at AND trial_id = ANY(:trial_ids)
   AND trials.state NOT IN ('waiting', 'running')
-"""
+""")
 
-_HAS_MORE = """
-SELECT s.state = 'active' AND (s.appended < s.budget_trials OR EXISTS (
-    SELECT FROM regtune.trials t WHERE t.study_id = s.study_id AND t.state = 'waiting'))
-FROM regtune.studies s WHERE s.study_id = :study_id
-"""
-
-_CANCEL = """
+_CANCEL = text("""
 WITH picked AS (
     SELECT trial_id, epochs, started_at, CASE state WHEN 'running' THEN share * greatest(
         0, extract(epoch FROM now() - leased_at)::float) ELSE 0 END AS seconds
@@ -522,7 +511,7 @@ WITH picked AS (
     FROM cancelled ORDER BY number
 )
 SELECT trial_id FROM cancelled
-"""
+""")
 
 _OF_TRIALS = "(SELECT trial_id FROM public.trials WHERE study_id = :study_id)"
 

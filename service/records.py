@@ -98,7 +98,7 @@ def eta_seconds(session: Session, study: Study, stands: Standing) -> float | Non
         return None
     left = []
     pace = session.execute(
-        text(_PACE), {"study_id": study.study_id, "seconds_spent": stands.seconds_spent}
+        _PACE, {"study_id": study.study_id, "seconds_spent": stands.seconds_spent}
     ).scalar()
     if pace:
         left.append((study.budget_trials - stands.ended) / pace)
@@ -252,7 +252,7 @@ def _suggested(session: Session, trial_id: int) -> Params:
 
 # Over the latest 20, so that a study that was paused, or has got more workers, is soon told right.
 # Measured up to now: when nothing ends any more, the pace falls.
-_PACE = """
+_PACE = text("""
 WITH latest AS (
     SELECT finished_at FROM regtune.trials
     WHERE study_id = :study_id AND finished_at IS NOT NULL
@@ -264,7 +264,7 @@ WITH latest AS (
         now() - make_interval(secs => :seconds_spent)) AS at
 )
 SELECT (SELECT count(*) FROM latest) / nullif(extract(epoch FROM now() - at), 0)::float FROM since
-"""
+""")
 
 _RESULTS = """
 SELECT number, kind, params, value AS validation_loss, value_spread AS validation_loss_spread,

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import Connection, Engine, event, text
 from sqlalchemy.orm import Session
 
-from regtune import leasing, reporting, shapes, shares, standing, studies, workers
+from regtune import leasing, reporting, shapes, shares, standing, workers
 from regtune.database import transaction
 from regtune.leasing import Lease
 from regtune.standing import Standing
@@ -100,14 +100,25 @@ def test_what_is_asked_all_the_time_reads_no_big_table_from_end_to_end(
         finish,
         lambda session: shares.choose(session, "w", current=id_),
         lambda session: shapes.choose(session, id_, "w", current="{}", suspect_from=2),
-        lambda session: studies.has_more(session, id_),
+        lambda session: leasing.take(
+            session,
+            id_,
+            "w",
+            8,
+            30,
+            shape="{}",
+            slots=8,
+            suspect_from=2,
+            alone=True,
+            stay_seconds=10,
+        ),
         lambda session: workers.beat(session, "w", wanted_lanes=1, study_id=id_),
-        lambda session: session.execute(text(conductor._COUNTS), {"study_id": id_}),
+        lambda session: session.execute(conductor._COUNTS, {"study_id": id_}),
         lambda session: session.execute(
-            text(conductor._ENDED), {"study_id": id_, "open": list(range(100))}
+            conductor._ENDED, {"study_id": id_, "open": list(range(100))}
         ),
         lambda session: session.execute(
-            text(conductor._EPOCHS), {"study_id": id_, "seen": '[{"number": 7, "epoch": 1}]'}
+            conductor._EPOCHS, {"study_id": id_, "seen": '[{"number": 7, "epoch": 1}]'}
         ),
         lambda session: standing.of(session, id_),
         lambda session: records.best(session, study, STANDS),
@@ -120,7 +131,7 @@ def test_what_is_asked_all_the_time_reads_no_big_table_from_end_to_end(
         shares.settle,
         lambda session: leasing.release(session, leases[4:6], "w"),
         lambda session: leasing.expire(session, id_, 3),
-        lambda session: reporting.request_stop(session, id_, {leases[6].trial_id: (1, "no")}),
+        lambda session: reporting.request_stop(session, {leases[6].trial_id: (1, "no")}),
         lambda session: leasing.append(session, id_, [builders.suggestion(study)], expected=TRIALS),
     ]
     for ask in (*single, *several):
