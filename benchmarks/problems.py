@@ -16,6 +16,7 @@ from worker.tasks.preparation import prepare
 from worker.training import engine as engine_module
 from worker.training.engine import Engine
 from worker.training.lanes import LaneTrial
+from worker.training.residence import OnDevice
 
 STRENGTHS = Strengths(weight_decay=0.05, dropout=0.2, l1_lambda=1e-3)
 VALIDATION = Validation(fraction=0.2)
@@ -75,7 +76,12 @@ class Setting:
 
 
 def build_engine(
-    setting: Setting, lanes: int, *, compiles: bool, precision: Precision = "float32"
+    setting: Setting,
+    lanes: int,
+    *,
+    compiles: bool,
+    precision: Precision = "float32",
+    data_on_device: OnDevice = "auto",
 ) -> Engine:
     """Build an engine over the benchmark's own network and rows."""
     with (
@@ -98,6 +104,7 @@ def build_engine(
             knobs={"weight_decay", "dropout", "l1_lambda"},
             threads=setting.threads,
             compiles=compiles,
+            data_on_device=data_on_device,
         )
 
 
@@ -118,7 +125,7 @@ def some_trials(lanes: int) -> list[LaneTrial]:
 
 def held_rows(setting: Setting) -> Held:
     """Return the peers' rows: the same as the lanes', standardized alike."""
-    return Held.of(prepare(setting.data, VALIDATION, SEED, setting.device, torch.float32))
+    return Held.of(prepare(setting.data, VALIDATION, SEED, torch.float32).on(setting.device))
 
 
 def sample_batch() -> tuple[Tensor, Tensor]:

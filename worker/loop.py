@@ -1,5 +1,6 @@
 """The worker's loop: choose a study, build its engine, train its trials, until told to stop."""
 
+import gc
 import os
 import random
 import socket
@@ -14,7 +15,14 @@ from sqlalchemy.exc import DBAPIError
 
 from regtune import database, events, leasing, reporting, shapes, shares, studies, task, workers
 from regtune.database import transaction
-from regtune.errors import DatabaseUnavailable, DataDiffer, InvalidData, InvalidSpec, NotFound
+from regtune.errors import (
+    DatabaseUnavailable,
+    DataDiffer,
+    DataTooLarge,
+    InvalidData,
+    InvalidSpec,
+    NotFound,
+)
 from regtune.reporting import Failed
 from regtune.settings import Settings
 from regtune.spec import NO_SHAPE
@@ -135,6 +143,7 @@ class Worker:
         if self._stack is not None:
             self._stack.close()
         self._stack = None
+        gc.collect()  # an engine's tensors hang in cycles; the next one asks what memory is free
 
     def _sweep_in_time(self) -> None:
         """Remove, now and then, checkpoints that whoever wrote them has not lived to remove.
@@ -218,6 +227,12 @@ class Worker:
         except DataDiffer as difference:
             self._refuse(study, difference)
             return None
+        except DataTooLarge as error:
+            if study.model is not None and shape == NO_SHAPE:  # some worker had room
+                self._refuse(study, error)
+            else:
+                self._fail_one(study, shape, error)
+            return None
         except (DBAPIError, NotFound):  # the database
             raise
         except Exception as error:  # noqa: BLE001 - a user's crash is data
@@ -225,9 +240,9 @@ class Worker:
             self._fail_one(study, shape, error)
             return None
 
-    def _refuse(self, study: Study, difference: DataDiffer) -> None:
-        """Leave a study to workers that have its data, and say so in its history."""
-        log.error("study_refused", study=study.name, reason=str(difference))
+    def _refuse(self, study: Study, reason: DataDiffer | DataTooLarge) -> None:
+        """Leave a study to workers that have its data, or room, and say so in its history."""
+        log.error("study_refused", study=study.name, reason=str(reason))
         self._refused.add(study.study_id)
         with transaction(self._database) as session:
             events.record(
@@ -235,7 +250,7 @@ class Worker:
                 study.study_id,
                 "study_refused",
                 self.name,
-                detail={"reason": str(difference)},
+                detail={"reason": str(reason)},
             )
             events.notify(session, database.NEWS, study.study_id)
 

@@ -153,7 +153,7 @@ class Pruner(SpecModel):
         None,
         ge=1,
         description="No trial is pruned before it, because strong regularization looks worse "
-        "early and wins late. Default: a quarter of max_epochs for extrapolation, which does not "
+        "early and wins late. Default: a fifth of max_epochs for extrapolation, which does not "
         "compare early losses, and a third for the others.",
         examples=[16],
     )
@@ -468,7 +468,7 @@ class StudySpec(SpecModel):
     @property
     def first_prunable_epoch(self) -> int:
         """No pruner acts before this epoch, counted from 1."""
-        share = 4 if self.pruner.name == "extrapolation" else 3
+        share = 5 if self.pruner.name == "extrapolation" else 3
         return self.pruner.first_epoch or max(1, self.training.max_epochs // share)
 
     @property

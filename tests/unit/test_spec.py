@@ -536,7 +536,7 @@ def test_broken_or_hostile_yaml_is_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("pruner", "max_epochs", "first"),
     [
-        ("extrapolation", 40, 10),
+        ("extrapolation", 40, 8),
         ("median", 40, 13),
         ("none", 40, 13),
         ("extrapolation", 2, 1),

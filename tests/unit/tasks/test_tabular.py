@@ -54,7 +54,7 @@ def load(folder: Path, text: str = ROWS, **settings: Any) -> Data:
 
 
 def prepared(data: Data, **validation: Any) -> Prepared:
-    return prepare(data, Validation(**validation), 0, torch.device("cpu"), torch.float64)
+    return prepare(data, Validation(**validation), 0, torch.float64).on(torch.device("cpu"))
 
 
 def all_rows(part: str, data: Data) -> np.ndarray:
@@ -223,7 +223,7 @@ def test_a_large_table_is_read_and_prepared(tmp_path):
     columns["y"] = random.integers(0, 3, 2_000)
     parquet.write_table(pa.table(columns), tmp_path / "t.parquet")
     data = table(Storage(tmp_path), path="t.parquet", target="y")
-    whole = prepare(data, Validation(), 0, torch.device("cpu"), torch.float32)
+    whole = prepare(data, Validation(), 0, torch.float32)
     assert whole.rows.x.shape == (1600, 400 + 600)
 
 
