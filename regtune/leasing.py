@@ -433,10 +433,12 @@ WITH token AS (
     RETURNING t.trial_id, t.study_id, t.number, t.state, t.reason, t.finished_at, t.share,
               t.leased_at, t.epochs, t.started_at
 ), charged AS (
-    INSERT INTO regtune.charges (study_id, seconds, failed, cancelled, epochs, started_at)
+    INSERT INTO regtune.charges (study_id, seconds, complete, pruned, failed, cancelled, epochs,
+                                 started_at)
     SELECT study_id, coalesce(sum(share * greatest(0, extract(
                epoch FROM coalesce(cast(:now AS timestamptz), now()) - leased_at)::float)), 0),
-           count(*) FILTER (WHERE state = 'failed'), count(*) FILTER (WHERE state = 'cancelled'),
+           0, 0, count(*) FILTER (WHERE state = 'failed'),
+           count(*) FILTER (WHERE state = 'cancelled'),
            coalesce(sum(epochs) FILTER (WHERE state <> 'waiting'), 0),
            min(started_at) FILTER (WHERE state <> 'waiting')
     FROM given_up GROUP BY study_id

@@ -345,11 +345,12 @@ WITH outcome AS (
     WHERE t.trial_id = held.trial_id
     RETURNING t.*, o.optuna_state
 ), charged AS (
-    INSERT INTO regtune.charges (study_id, seconds, complete, pruned, failed, epochs, started_at)
+    INSERT INTO regtune.charges (study_id, seconds, complete, pruned, failed, cancelled, epochs,
+                                 started_at)
     SELECT study_id, coalesce(sum(share * greatest(0, extract(
                epoch FROM finished_at - leased_at)::float)), 0),
            count(*) FILTER (WHERE state = 'complete'), count(*) FILTER (WHERE state = 'pruned'),
-           count(*) FILTER (WHERE state = 'failed'), sum(epochs), min(started_at)
+           count(*) FILTER (WHERE state = 'failed'), 0, sum(epochs), min(started_at)
     FROM ended GROUP BY study_id
 ), public_trials AS (
     UPDATE public.trials p

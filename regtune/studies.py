@@ -492,8 +492,9 @@ WITH picked AS (
     FROM picked WHERE t.trial_id = picked.trial_id
     RETURNING t.trial_id, t.number
 ), charged AS (
-    INSERT INTO regtune.charges (study_id, seconds, cancelled, epochs, started_at)
-    SELECT :study_id, sum(coalesce(seconds, 0)), count(*), sum(epochs), min(started_at)
+    INSERT INTO regtune.charges (study_id, seconds, complete, pruned, failed, cancelled, epochs,
+                                 started_at)
+    SELECT :study_id, sum(coalesce(seconds, 0)), 0, 0, 0, count(*), sum(epochs), min(started_at)
     FROM picked HAVING count(*) > 0
 ), public_trials AS (
     UPDATE public.trials o

@@ -211,11 +211,12 @@ charges = Table(
     Column("charge_id", BigInteger, Identity(always=True), primary_key=True),
     Column("study_id", Integer, nullable=False),
     Column("seconds", Double, nullable=False, comment="of workers' time, not yet settled"),
+    # Without defaults: a program that does not count them yet must not end trials uncounted.
     *(
-        Column(state, Integer, nullable=False, server_default="0", comment="trials that ended so")
+        Column(state, Integer, nullable=False, comment="trials that ended so")
         for state in ENDED_TRIAL_STATES
     ),
-    Column("epochs", BigInteger, nullable=False, server_default="0", comment="that those trained"),
+    Column("epochs", BigInteger, nullable=False, comment="that those trained"),
     Column("started_at", DateTime(timezone=True), comment="first lease of any of those"),
     Index("charges_of_study", "study_id"),
     schema=SCHEMA,

@@ -1,4 +1,7 @@
-"""How trials ended is counted as they end, beside what they cost."""
+"""How trials ended is counted as they end, beside what they cost.
+
+A charge must say the counts, so that a worker of an older version cannot end trials uncounted.
+"""
 
 import sqlalchemy as sa
 from alembic import op
@@ -23,6 +26,8 @@ def upgrade() -> None:
             sa.Column("started_at", sa.DateTime(timezone=True), comment=_FIRST_LEASE),
         ):
             op.add_column(table, column, schema="regtune")
+    for name in (*_STATES, "epochs"):
+        op.alter_column("charges", name, server_default=None, schema="regtune")
     op.execute(
         """
         UPDATE regtune.shares sh
