@@ -74,10 +74,12 @@ def append(
     suggestions: Sequence[Suggestion],
     *,
     expected: int,
+    alive_seconds: float | None = None,
     actor: str = "scheduler",
 ) -> Sequence[int]:
     """Append waiting trials to an active study within its budget; return their trial ids.
 
+    Workers that can train them are woken, those that have been silent for ``alive_seconds`` aside.
     ``expected`` is the number that the first one will get. Raise StaleView if it is taken, that
     is, if another scheduler has appended in the meantime. Return nothing if the study is not
     active any more. Numbers are contiguous: the study's row is locked while they are given out.
@@ -91,7 +93,13 @@ def append(
     rows = [_row(expected + i, suggestion) for i, suggestion in enumerate(suggestions[:room])]
     trial_ids = session.execute(
         _APPEND,
-        {"study_id": study_id, "rows": json.dumps(rows), "actor": actor, "work": WORK},
+        {
+            "study_id": study_id,
+            "rows": json.dumps(rows),
+            "actor": actor,
+            "alive_seconds": alive_seconds,
+            "work": WORK,
+        },
     ).scalars()
     return sorted(trial_ids)
 
@@ -282,7 +290,7 @@ def _tokens(leases: Iterable[Lease]) -> str:
     return json.dumps([{"trial_id": lease.trial_id, "token": str(lease.token)} for lease in leases])
 
 
-_APPEND = text("""
+_APPEND = text(f"""
 WITH row AS (
     SELECT * FROM json_to_recordset(cast(:rows AS json)) AS r(
         number int, kind text, params jsonb, shape text, suggested json, user_attrs json,
@@ -322,14 +330,18 @@ WITH row AS (
 ), called AS (
     -- As many as it takes, not a whole fleet for a few trials: those with room first, then those
     -- that may get some before this commits, who would find nothing and then hear of it too late.
+    -- A killed worker still wants lanes, and once its leases have run out it has room.
     SELECT coalesce(string_agg(' ' || left(md5(name), 8), ''), '') AS tags
     FROM (SELECT name, sum(lanes) OVER (ORDER BY free DESC, heartbeat_at DESC, name)
                        - lanes AS before
-          FROM (SELECT name, heartbeat_at, coalesce(trials, 0) < lanes AS free,
-                       CASE WHEN coalesce(trials, 0) < lanes THEN lanes - coalesce(trials, 0)
-                       ELSE least(lanes, wanted_lanes) END AS lanes
-                FROM regtune.workers LEFT JOIN held USING (name)
-                WHERE wanted_lanes > 0 AND stopped_at IS NULL) wanting) counted
+          FROM (SELECT w.name, w.heartbeat_at, coalesce(trials, 0) < w.lanes AS free,
+                       CASE WHEN coalesce(trials, 0) < w.lanes THEN w.lanes - coalesce(trials, 0)
+                       ELSE least(w.lanes, w.wanted_lanes) END AS lanes
+                FROM regtune.workers w JOIN regtune.studies s ON s.study_id = :study_id
+                LEFT JOIN held ON held.name = w.name
+                WHERE w.wanted_lanes > 0 AND w.stopped_at IS NULL AND {shares.SUITS}
+                  AND coalesce(w.heartbeat_at > now() - make_interval(
+                      secs => cast(:alive_seconds AS float)), true)) wanting) counted
     WHERE before < 2 + (SELECT count(*) FROM row)
 )
 SELECT trial_id, pg_notify(:work, cast(:study_id AS text)

@@ -279,7 +279,12 @@ class Conductor:
         suggestions = self._mirror.suggest(count, SUGGESTION_SECONDS)
         with database.transaction(self._engine) as session:
             appended = leasing.append(
-                session, self._study_id, suggestions, expected=expected, actor=ACTOR
+                session,
+                self._study_id,
+                suggestions,
+                expected=expected,
+                alive_seconds=self._settings.lease_seconds,
+                actor=ACTOR,
             )
         if len(appended) != len(suggestions):
             raise StaleView("the study was changed or halted while its next trials were chosen")

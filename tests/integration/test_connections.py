@@ -1,7 +1,9 @@
 """Connections of a pool, and whom a notification is meant for."""
 
 import hashlib
+import socket
 
+import pytest
 from sqlalchemy import Engine, text
 
 from regtune import database
@@ -42,6 +44,29 @@ def test_new_trials_wake_those_who_want_some_and_no_others(
                 known |= listener.wait(30)
             heard += study.study_id in known
     assert heard == 3  # one that is needed, and two more; nobody trains who may end soon
+
+
+@pytest.mark.parametrize(("datasets", "silent"), [(["digits"], "1 hour"), (["mnist"], "0 s")])
+def test_neither_the_dead_nor_those_who_cannot_train_them_are_woken_instead(
+    database_url: str, engine: Engine, datasets: list[str], silent: str
+) -> None:
+    study = builders.create(engine)
+    builders.append(engine, study, 1)
+    builders.register(engine, "useless", lanes=64, datasets=datasets)
+    builders.register(engine, "busy")
+    builders.lease(engine, study, worker="busy")
+    with engine.begin() as connection:
+        late = f"heartbeat_at = now() - interval '{silent}' WHERE name = 'useless'"
+        connection.execute(text(f"UPDATE regtune.workers SET {late}"))
+    with database.Listener(database_url, database.WORK, name="busy") as listener:
+        listener.wait(0)
+        builders.append(engine, study, 1)
+        with engine.begin() as connection:
+            connection.execute(text(f"NOTIFY {database.WORK}, '77'"))
+        known: set[int] = set()
+        while 77 not in known:
+            known |= listener.wait(30)
+    assert study.study_id in known
 
 
 def test_a_notification_for_others_goes_unheard(database_url: str, engine: Engine) -> None:
