@@ -80,3 +80,23 @@ def test_a_notification_for_others_goes_unheard(database_url: str, engine: Engin
         while 3 not in known:
             known |= listener.wait(30)
     assert known == {2, 3}
+
+
+def test_who_only_drains_does_not_reconnect() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        port = server.getsockname()[1]
+        database.Listener(f"postgresql://anyone@127.0.0.1:{port}/none", database.WORK).drain()
+        with pytest.raises(BlockingIOError):
+            server.accept()
+
+
+def test_what_was_drained_is_not_heard_again(database_url: str, engine: Engine) -> None:
+    with database.Listener(database_url, database.WORK) as listener:
+        listener.wait(0)
+        with engine.begin() as connection:
+            connection.execute(text(f"NOTIFY {database.WORK}, '1'"))
+        listener.drain()
+        with engine.begin() as connection:
+            connection.execute(text(f"NOTIFY {database.WORK}, '2'"))
+        assert listener.wait(30) == {2}
