@@ -133,6 +133,7 @@ class Meetings:
         self._closing = threading.Event()
         self._report: Report | None = None
         self._answer: Future[Answer] | None = None
+        self._leased: Sequence[Lease] = ()
         self._renewal: Future[None] | None = None
         self._said: tuple[int, int | None] | None = None
         self._beat_due = 0.0
@@ -155,7 +156,9 @@ class Meetings:
         if self._answer is None or not wait([self._answer], seconds).done:
             return None
         held, self._report, self._answer = self._answer, None, None
-        return held.result()
+        answer = held.result()
+        self._leased = ()
+        return answer
 
     def renew(self, leases: Sequence[Lease], slots: int) -> None:
         """Renew leases in the middle of an epoch; the verdicts wait for its end."""
@@ -165,6 +168,7 @@ class Meetings:
     def part(self, report: Report, seconds: float) -> int | None:
         """Report for the last time and give everything else back; return how many trials.
 
+        That includes what was leased in a meeting whose answer has not been taken.
         None if the database could not be reached in time; then the leases run out.
         """
         self._closing.set()
@@ -187,6 +191,7 @@ class Meetings:
         if report.given_back:
             self._writer.wait(FLUSH_SECONDS)
         answer = self._transact(lambda session: self._meet(session, report), self._closing)
+        self._leased = answer.joining
         again = [lease for lease in answer.joining if lease.attempt > 1]
         return self._resume(answer, again) if again else answer
 
@@ -390,7 +395,7 @@ class Meetings:
         verdicts = self._flush(session, report)
         ended = self._finish(session, report, verdicts)
         left = [lease for lease in report.leases if lease.trial_id not in ended]
-        return len(leasing.release(session, left, self._worker))
+        return len(leasing.release(session, [*left, *self._leased], self._worker))
 
     def _is_suspect(self, lease: Lease) -> bool:
         return lease.lost_leases >= suspect_from(self._settings)

@@ -115,6 +115,27 @@ def test_leases_are_renewed_while_checkpoints_are_read_for_longer_than_they_last
     assert audit(engine) == {}
 
 
+def test_a_worker_that_is_told_to_stop_while_it_reads_checkpoints_gives_their_trials_back(
+    engine: Engine,
+    database_url: str,
+    tmp_path: Path,
+    s3: ObjectStore,
+    folder_in_s3: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("REGTUNE_CHECKPOINTS", folder_in_s3)
+    study = builders.create(engine, training={"max_epochs": 300}, pruner="none")
+    builders.append(engine, study, 1)
+    with worker(database_url, tmp_path, "first"):
+        wait_until(lambda: of_the_trial(engine, "epochs"), 60)
+    with silent(s3):
+        with worker(database_url, tmp_path, "second"):
+            wait_until(lambda: of_the_trial(engine, "worker") == "second", 60)
+        assert of_the_trial(engine, "state") == "waiting"
+    assert (of_the_trial(engine, "attempt"), of_the_trial(engine, "lost_leases")) == (2, 0)
+    assert audit(engine) == {}
+
+
 def of_the_trial(engine: Engine, column: str):
     """A column of the only trial that there is."""
     with engine.connect() as connection:
