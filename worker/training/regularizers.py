@@ -160,7 +160,8 @@ def perturbed(parts: Sequence[Tensor], deviation: Tensor, key_2: Tensor) -> list
     counts = [part.numel() for part in parts]
     noise = deviation * standard_normal(key_2, (sum(counts),), parts[0].dtype)
     return [
-        part + own.view(part.shape) for part, own in zip(parts, noise.split(counts), strict=True)
+        part + own.view(part.shape)
+        for part, own in zip(parts, torch.split(noise, counts), strict=True)
     ]
 
 
