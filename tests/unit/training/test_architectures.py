@@ -117,6 +117,8 @@ MODELS = {
 }
 """Models, and how many dropout sites each has."""
 
+SLOW = ("resnet18", "mobilenet_v3_small")
+
 
 @pytest.fixture
 def build(make_engine, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
@@ -133,7 +135,13 @@ def test_its_lanes_are_one_batched_model_and_its_dropouts_are_sites(build, name)
     assert len(engine.model.sites) == MODELS[name][1]
 
 
-@pytest.mark.parametrize("name", sorted(MODELS.keys() - {"resnet18", "mobilenet_v3_small"}))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.long) if name in SLOW else name
+        for name in sorted(MODELS)
+    ],
+)
 @pytest.mark.filterwarnings("error:There is a performance drop")
 def test_a_trial_is_the_same_alone_in_company_and_lane_by_lane(build, name):
     alone, company, looped = (build(name) for _ in range(3))
