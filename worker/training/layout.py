@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from worker.tasks.preparation import Rows
-
 
 def prefers_channels_last(model: nn.Module, device: torch.device) -> bool:
     """Say whether rows and weights are to be kept channels last for this model."""
@@ -26,11 +24,13 @@ def channels_last(model: nn.Module) -> None:
             module.to(memory_format=torch.channels_last)
 
 
-def channels_last_rows(rows: Rows) -> Rows:
-    """Return rows of images ``(N, channels, height, width)`` channels last, others as they are."""
-    if rows.x.ndim != 4:
-        return rows
-    return Rows(rows.x.contiguous(memory_format=torch.channels_last), rows.y)
+def memory_format_of_rows(
+    model: nn.Module, input_shape: Sequence[int], device: torch.device
+) -> torch.memory_format:
+    """Return how rows are to be kept for this model: images, perhaps, channels last."""
+    images = len(input_shape) == 3
+    last = images and prefers_channels_last(model, device)
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def like(original: Tensor, function: Callable[..., Tensor], *others: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.utils import _pytree as pytree
 
-from worker.tasks.preparation import Rows
+from worker.tasks.rows import Rows
 from worker.training.augmentation import augmented, before, mixed, own_shares
 from worker.training.layout import stacked
 from worker.training.noise import random_bits
