@@ -118,6 +118,9 @@ MODELS = {
 """Models, and how many dropout sites each has."""
 
 SLOW = ("resnet18", "mobilenet_v3_small")
+"""They also pool images channels last to a single pixel, for which ``vmap`` takes a loop."""
+
+NO_FALLBACK = pytest.mark.filterwarnings("error:There is a performance drop")
 
 
 @pytest.fixture
@@ -138,11 +141,10 @@ def test_its_lanes_are_one_batched_model_and_its_dropouts_are_sites(build, name)
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.long) if name in SLOW else name
+        pytest.param(name, marks=pytest.mark.long if name in SLOW else NO_FALLBACK)
         for name in sorted(MODELS)
     ],
 )
-@pytest.mark.filterwarnings("error:There is a performance drop")
 def test_a_trial_is_the_same_alone_in_company_and_lane_by_lane(build, name):
     alone, company, looped = (build(name) for _ in range(3))
     alone.join([trial(0, **STRONG)])
