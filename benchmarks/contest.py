@@ -23,6 +23,7 @@ from benchmarks.memory import (
 )
 from benchmarks.peers import Captured, HandTuned, Tutorial, cnn
 from benchmarks.problems import STRENGTHS, Setting, build_engine, held_rows, some_trials
+from regtune.spec.training import Precision
 from worker.training.capacity import Footprint
 from worker.training.compiling import first_line
 from worker.training.cores import EPOCHS_TRIED, synchronize
@@ -33,6 +34,9 @@ PREPARING_SHARE = 0.7
 
 TRYING_SECONDS = 1.0
 """For how long at least something is tried of which the fastest is wanted."""
+
+PRECISIONS: Mapping[str, Sequence[Precision]] = {"cpu": ("bf16",), "cuda": ("tf32", "bf16")}
+"""What a study may ask for besides float32."""
 
 FORMATS = {torch.contiguous_format: "contiguous", torch.channels_last: "channels last"}
 """How the peer may lay out images in memory."""
@@ -130,7 +134,7 @@ class Contest:
             self._enter(f"{lanes} lanes", partial(self._lanes, lanes=lanes, compiles=True))
         self._take_turns(list(self.contenders))
         if not self.setting.quick:
-            self._run_again_uncompiled()
+            self._run_best_again()
             if self.setting.device.type == "cpu":
                 self._measure_resident()
 
@@ -245,15 +249,18 @@ class Contest:
         peer.train_epoch()
         return Contender(name, peer.train_epoch)
 
-    def _lanes(self, name: str, *, lanes: int, compiles: bool) -> Contender:
+    def _lanes(
+        self, name: str, *, lanes: int, compiles: bool, precision: Precision = "float32"
+    ) -> Contender:
         """Bring lanes to their steady state: recorded, compiled, compared."""
         EVENTS.clear()
-        engine = build_engine(self.setting, lanes, compiles=compiles)
+        engine = build_engine(self.setting, lanes, compiles=compiles, precision=precision)
         contender = Contender(name, engine.train_epoch, lanes)
-        self.footprint = engine.footprint
-        contender.predicted_bytes = bytes_per_lane(self.footprint, lanes, self.setting)
+        footprint = engine.footprint
+        self.footprint = self.footprint or footprint  # that of the plain lanes, which come first
+        contender.predicted_bytes = bytes_per_lane(footprint, lanes, self.setting)
         try:
-            check_memory(lanes * self.footprint.state, self.setting.device)
+            check_memory(lanes * footprint.state, self.setting.device)
             before = allocated(self.setting.device)
             engine.join(some_trials(lanes))
             trying_threads = 2 * EPOCHS_TRIED if lanes < self.setting.threads else 0
@@ -273,15 +280,21 @@ class Contest:
         contender.form, contender.reason = EVENTS.form(), EVENTS.reason()
         return contender
 
-    def _run_again_uncompiled(self) -> None:
+    def _run_best_again(self) -> None:
+        """Let the fastest number of lanes run uncompiled, and in the other precisions."""
         best = self.best
-        if best is None or best.form != "compiled":
+        if best is None:
             return
-        name = f"{best.name}, not compiled"
-        prepare = partial(self._lanes, lanes=best.trials, compiles=False)
-        again = self._enter(name, prepare, share=1.0)
-        if again:
-            self._take_turns([again])
+        ways: dict[str, Callable[[str], Contender]] = {
+            precision: partial(self._lanes, lanes=best.trials, compiles=True, precision=precision)
+            for precision in PRECISIONS[self.setting.device.type]
+        }
+        if best.form == "compiled":
+            ways["not compiled"] = partial(self._lanes, lanes=best.trials, compiles=False)
+        for way, prepare in ways.items():
+            again = self._enter(f"{best.name}, {way}", prepare, share=1.0)
+            if again:
+                self._take_turns([again])
 
     def _measure_resident(self) -> None:
         """Measure what the most lanes take, in processes of their own, against a single one."""

@@ -9,7 +9,8 @@ validation, all with dropout, AdamW and proximal L1:
   some settings (threads, memory format) the one that is fastest here;
 - hand-tuned, CUDA graph: the same with a step as one graph, on CUDA;
 - lanes: the engine at several numbers of lanes, after all that it uses has been compiled;
-- lanes, not compiled: the best of those again, recorded only.
+- lanes, not compiled: the best of those again, recorded only;
+- lanes, bf16 (and tf32 on CUDA): the same with that ``training.precision``.
 
     python benchmarks/engine.py --data-dir ~/data --quick                     # under a minute
     python benchmarks/engine.py --data-dir ~/data --problem mlp --json mlp.json

@@ -29,6 +29,7 @@ from worker.loop import Worker
 from worker.shutdown import Shutdown
 from worker.training.checkpoint import Checkpoint
 from worker.training.lanes import LaneEpoch, LaneResult, LaneTrial
+from worker.training.residence import Residence
 
 EPOCHS = 20
 _TICK_SECONDS = 0.25
@@ -56,6 +57,7 @@ class FreeEngine:
     def __init__(self, *, max_lanes: int, epoch_seconds: float = 0.0, **_: object) -> None:
         self.max_lanes = max_lanes
         self.score, self.data_hash = "accuracy", None
+        self.residence = Residence(resident=True, row_bytes=0)
         self.members = self.steps_per_epoch = self.training_rows = self.parameters = 1
         self.model = SimpleNamespace(penalized=[], spared=[], sites=[], vectorized=True)
         self._epoch_seconds = epoch_seconds
@@ -106,7 +108,7 @@ class FreeEngine:
         for key in list(keys):
             del self._trials[key], self._epochs[key]
 
-    def train_epoch(self, tick: Any) -> list[LaneEpoch]:
+    def train_epoch(self, tick: Any, *, trying: bool) -> list[LaneEpoch]:
         """Let an epoch's time pass, and say what each trial has reached."""
         due = time.monotonic() + self._epoch_seconds
         tick()

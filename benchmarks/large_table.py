@@ -52,7 +52,8 @@ def read(folder: Path, name: str, folds: int) -> None:
     read_in = perf_counter() - started
     data.content_hash()
     hashed_in = perf_counter() - started - read_in
-    prepared = prepare(data, Validation(folds=folds or None), 0, torch.device("cpu"), torch.float32)
+    prepared = prepare(data, Validation(folds=folds or None), 0, torch.float32)
+    prepared = prepared.on(torch.device("cpu"))
     prepared_in = perf_counter() - started - read_in - hashed_in
     held = (prepared.rows.x.nbytes + prepared.test.x.nbytes) / 1e9
     print(

@@ -218,13 +218,13 @@ def mlp(dropout: float) -> nn.Module:
     )
 
 
-def cnn(dropout: float) -> nn.Module:
-    """Build a small network of two convolutions with batch norm."""
+def cnn(dropout: float, channels: int = 1, side: int = 28) -> nn.Module:
+    """Build a small network of two convolutions with batch norm, for square images."""
     return nn.Sequential(
-        *_convolution(1, 16),
+        *_convolution(channels, 16),
         *_convolution(16, 32),
         nn.Flatten(),
-        nn.Linear(32 * 7 * 7, 64),
+        nn.Linear(32 * (side // 4) ** 2, 64),
         nn.ReLU(),
         nn.Dropout(dropout),
         nn.Linear(64, CLASSES),

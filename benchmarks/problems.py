@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from benchmarks.peers import BATCH_ROWS, CLASSES, LEARNING_RATE, Held, Network, Strengths, cnn, mlp
 from regtune.spec import TaskSpec, Training, Validation
+from regtune.spec.training import Precision
 from regtune.task import Data, Storage
 from worker.tasks.preparation import prepare
 from worker.training import engine as engine_module
 from worker.training.engine import Engine
 from worker.training.lanes import LaneTrial
+from worker.training.residence import OnDevice
 
 STRENGTHS = Strengths(weight_decay=0.05, dropout=0.2, l1_lambda=1e-3)
 VALIDATION = Validation(fraction=0.2)
@@ -73,7 +75,14 @@ class Setting:
         return (self.rows - self.validation_rows) // BATCH_ROWS
 
 
-def build_engine(setting: Setting, lanes: int, *, compiles: bool) -> Engine:
+def build_engine(
+    setting: Setting,
+    lanes: int,
+    *,
+    compiles: bool,
+    precision: Precision = "float32",
+    data_on_device: OnDevice = "auto",
+) -> Engine:
     """Build an engine over the benchmark's own network and rows."""
     with (
         patch.object(engine_module, "find_dataset", lambda name: lambda storage: setting.data),
@@ -82,7 +91,11 @@ def build_engine(setting: Setting, lanes: int, *, compiles: bool) -> Engine:
         return Engine(
             task=TaskSpec(dataset="mnist", model=f"benchmark-{setting.problem.name}"),
             training=Training(
-                batch_size=BATCH_ROWS, learning_rate=LEARNING_RATE, max_epochs=FOREVER, seed=SEED
+                batch_size=BATCH_ROWS,
+                learning_rate=LEARNING_RATE,
+                max_epochs=FOREVER,
+                precision=precision,
+                seed=SEED,
             ),
             validation=VALIDATION,
             storage=Storage(setting.data_dir),
@@ -91,6 +104,7 @@ def build_engine(setting: Setting, lanes: int, *, compiles: bool) -> Engine:
             knobs={"weight_decay", "dropout", "l1_lambda"},
             threads=setting.threads,
             compiles=compiles,
+            data_on_device=data_on_device,
         )
 
 
@@ -111,7 +125,7 @@ def some_trials(lanes: int) -> list[LaneTrial]:
 
 def held_rows(setting: Setting) -> Held:
     """Return the peers' rows: the same as the lanes', standardized alike."""
-    return Held.of(prepare(setting.data, VALIDATION, SEED, setting.device, torch.float32))
+    return Held.of(prepare(setting.data, VALIDATION, SEED, torch.float32).on(setting.device))
 
 
 def sample_batch() -> tuple[Tensor, Tensor]:

@@ -278,9 +278,8 @@ def optimize(task: Task, ready: Barrier, end: Any) -> None:
     ready.wait(READY_SECONDS)
     training, validation = task.spec.training, task.spec.validation
     data = mnist(Storage(task.data_dir))
-    rows = Held.of(
-        prepare(data, validation, training.seed, torch.device(task.device), torch.float32)
-    )
+    prepared = prepare(data, validation, training.seed, torch.float32)
+    rows = Held.of(prepared.on(torch.device(task.device)))
     study = optuna.create_study(
         study_name=task.spec.name,
         storage=storage(task.journal),

@@ -290,13 +290,15 @@ def workers(as_json: AsJson = False) -> None:
     if as_json:
         _write_json(known)
         return
-    columns = ("worker", "alive", "device", "lanes", "occupancy", "study")
+    columns = ("worker", "alive", "device", "lanes", "occupancy", "data", "study")
     table = Table(*columns, box=None, pad_edge=False)
     for worker in known:
         alive = "yes" if worker["alive"] else "no"
         lanes = str(worker["lanes"])
         full = "" if worker["occupancy"] is None else f"{worker['occupancy']:.0%}"
-        table.add_row(worker["name"], alive, worker["device"], lanes, full, worker["study"] or "")
+        data = (worker["capacity"] or {}).get("data") or ""
+        study = worker["study"] or ""
+        table.add_row(worker["name"], alive, worker["device"], lanes, full, data, study)
     _show(table, "no workers; `regtune worker` starts one")
 
 

@@ -72,6 +72,10 @@ class InvalidData(RegtuneError):
     """The study's data set cannot be trained on as it is."""
 
 
+class DataTooLarge(InvalidData):
+    """The study's data set is too large for this machine."""
+
+
 class DataDiffer(RegtuneError):
     """The rows of the data set are not those that the study began with."""
 

@@ -35,6 +35,11 @@ class Settings(BaseSettings):
         description="Folders and addresses, with commas between, under which a study may name "
         "files for a worker to read; the data folder is always one.",
     )
+    data_on_device: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Whether a worker keeps all rows on its device: auto, if they take no more "
+        "than half of what is free there. Else they stay on the host, and batches are streamed.",
+    )
     tasks: Annotated[Mapping[str, str], NoDecode] = Field(
         {},
         description="Tasks of one's own that are not installed by an entry point, as "

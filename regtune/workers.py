@@ -95,8 +95,8 @@ def beat(
     The schedulers are woken when it wants something else than it has said before.
 
     ``lanes``, ``occupancy`` and ``capacity`` stay as they are where they are None. The fields of
-    ``capacity`` are ``lanes``, ``reason`` and, where they are known, ``bytes_per_lane`` and
-    ``trial_epochs_per_second``.
+    ``capacity`` are ``lanes``, ``reason`` and, where they are known, ``bytes_per_lane``,
+    ``trial_epochs_per_second`` and ``data``.
     """
     session.execute(
         _BEAT,

@@ -10,6 +10,7 @@ from importlib.metadata import version
 import structlog
 import uvicorn
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 
 from regtune import database, task
 from regtune.errors import AddressTaken, DatabaseUnavailable
@@ -51,10 +52,11 @@ def create_app(settings: Settings, *, schedule: bool = True) -> FastAPI:
         newsroom.stop()
         engine.dispose()
 
-    app = FastAPI(
+    app = FastAPIOffline(
         title="regtune",
         description=DESCRIPTION,
         version=version("regtune"),
+        redoc_url=None,
         lifespan=lifespan,
         separate_input_output_schemas=False,
         responses=PROBLEM,

@@ -32,6 +32,12 @@ class Capacity(Document):
         "not measured.",
         examples=[812.5],
     )
+    data: str | None = Field(
+        None,
+        description="Where the rows of its study are: resident on the device, or streamed to it "
+        "from the host; null if it has not said.",
+        examples=["resident"],
+    )
 
 
 class WorkerDetail(Document):

@@ -12,6 +12,7 @@ import pytest
 from sqlalchemy import Engine, create_engine, make_url, text
 
 from regtune import database
+from tests.object_store import BUCKET, ObjectStore, object_store
 
 _numbers = itertools.count()
 
@@ -73,6 +74,21 @@ def engine(database_url: str) -> Iterator[Engine]:
     engine = database.connect(database_url, pool_size=20)
     yield engine
     engine.dispose()
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[ObjectStore]:
+    """An object store of this test process alone."""
+    with object_store() as store:
+        yield store
+
+
+@pytest.fixture
+def folder_in_s3(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of a folder in an object store with nothing in it; this process knows how."""
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{BUCKET}/{next(_numbers)}"
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -63,7 +64,8 @@ class CheckpointStore:
         Raises RegtuneError if nothing is installed for such addresses.
         """
         try:
-            self._files, self._root = fsspec.core.url_to_fs(address)
+            # Others write and remove here too, so no listing may be remembered.
+            self._files, self._root = fsspec.core.url_to_fs(address, use_listings_cache=False)
         except (ImportError, ValueError) as error:
             raise RegtuneError(f"REGTUNE_CHECKPOINTS is {address!r}: {error}") from None
 
@@ -121,7 +123,6 @@ class CheckpointStore:
         return sorted(found, key=_name, reverse=True)
 
     def _list(self, folder: str) -> list[str]:
-        self._files.invalidate_cache(folder)
         try:
             paths: list[str] = self._files.ls(folder, detail=False)
         except (FileNotFoundError, NotADirectoryError):
@@ -143,7 +144,7 @@ class CheckpointStore:
             raise
 
     def _remove(self, path: str) -> None:
-        if self._files.exists(path):
+        with suppress(FileNotFoundError):
             self._files.rm(path, recursive=True)
 
     def _folder(self, study: Study | Born) -> str:

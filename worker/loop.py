@@ -1,8 +1,10 @@
 """The worker's loop: choose a study, build its engine, train its trials, until told to stop."""
 
+import gc
 import os
 import random
 import socket
+import threading
 import time
 from collections.abc import Callable
 
@@ -13,7 +15,14 @@ from sqlalchemy.exc import DBAPIError
 
 from regtune import database, events, leasing, reporting, shapes, shares, studies, task, workers
 from regtune.database import transaction
-from regtune.errors import DatabaseUnavailable, DataDiffer, InvalidData, InvalidSpec, NotFound
+from regtune.errors import (
+    DatabaseUnavailable,
+    DataDiffer,
+    DataTooLarge,
+    InvalidData,
+    InvalidSpec,
+    NotFound,
+)
 from regtune.reporting import Failed
 from regtune.settings import Settings
 from regtune.spec import NO_SHAPE
@@ -71,6 +80,7 @@ class Worker:
         self._idle_beat = 0.0
         # Not all workers of a fleet at once.
         self._sweep_due = time.monotonic() + random.uniform(0, settings.sweep_seconds)
+        self._sweeping: threading.Thread | None = None
         self._refused: set[int] = set()
 
     def run(self) -> None:
@@ -133,18 +143,27 @@ class Worker:
         if self._stack is not None:
             self._stack.close()
         self._stack = None
+        gc.collect()  # an engine's tensors hang in cycles; the next one asks what memory is free
 
     def _sweep_in_time(self) -> None:
-        """Remove, now and then, checkpoints that whoever wrote them has not lived to remove."""
-        if time.monotonic() < self._sweep_due:
+        """Remove, now and then, checkpoints that whoever wrote them has not lived to remove.
+
+        In a thread of its own: a store that does not answer must not keep the device waiting.
+        """
+        if time.monotonic() < self._sweep_due or self._sweeping:
             return
-        self._sweep_due = time.monotonic() + self._settings.sweep_seconds
-        try:
-            self._sweep()
-        except Exception as error:  # noqa: BLE001 - a file system may raise anything
-            log.warning("sweep_failed", error=str(error) or type(error).__name__)
+        self._sweeping = threading.Thread(target=self._sweep, name="sweep", daemon=True)
+        self._sweeping.start()
 
     def _sweep(self) -> None:
+        try:
+            self._remove_what_is_over()
+        except Exception as error:  # noqa: BLE001 - a file system may raise anything
+            log.warning("sweep_failed", error=str(error) or type(error).__name__)
+        self._sweep_due = time.monotonic() + self._settings.sweep_seconds
+        self._sweeping = None
+
+    def _remove_what_is_over(self) -> None:
         kept = self._checkpoints.studies()
         with transaction(self._database) as session:
             over = studies.over(session, kept)
@@ -208,6 +227,12 @@ class Worker:
         except DataDiffer as difference:
             self._refuse(study, difference)
             return None
+        except DataTooLarge as error:
+            if study.model is not None and shape == NO_SHAPE:  # some worker had room
+                self._refuse(study, error)
+            else:
+                self._fail_one(study, shape, error)
+            return None
         except (DBAPIError, NotFound):  # the database
             raise
         except Exception as error:  # noqa: BLE001 - a user's crash is data
@@ -215,9 +240,9 @@ class Worker:
             self._fail_one(study, shape, error)
             return None
 
-    def _refuse(self, study: Study, difference: DataDiffer) -> None:
-        """Leave a study to workers that have its data, and say so in its history."""
-        log.error("study_refused", study=study.name, reason=str(difference))
+    def _refuse(self, study: Study, reason: DataDiffer | DataTooLarge) -> None:
+        """Leave a study to workers that have its data, or room, and say so in its history."""
+        log.error("study_refused", study=study.name, reason=str(reason))
         self._refused.add(study.study_id)
         with transaction(self._database) as session:
             events.record(
@@ -225,7 +250,7 @@ class Worker:
                 study.study_id,
                 "study_refused",
                 self.name,
-                detail={"reason": str(difference)},
+                detail={"reason": str(reason)},
             )
             events.notify(session, database.NEWS, study.study_id)
 

@@ -43,6 +43,12 @@ MOST_SECONDS_BETWEEN_TRIES = 5.0
 FLUSH_SECONDS = 30.0
 """What checkpoints may take to be written before others may lease their trials."""
 
+RESUME_SECONDS = 120.0
+"""What checkpoints may take to be read; trials of which none has come by then start anew."""
+
+READERS = 8
+"""Checkpoints that are read at once: an object store takes longer to answer than to send."""
+
 T = TypeVar("T")
 
 
@@ -328,8 +334,10 @@ class Meetings:
 
     def _resume(self, answer: Answer, again: Sequence[Lease]) -> Answer:
         """Find the checkpoints of trials that were trained before, and let the record follow."""
-        found = {lease.trial_id: self._newest(lease) for lease in again}
-        resumed = {id_: saved for id_, saved in found.items() if saved is not None}
+        found = self._read(again, answer.joining)
+        if self._closing.is_set():
+            return answer  # which nobody waits for any more
+        resumed = {id_: saved for id_, saved in found.items() if self._fits(saved.checkpoint)}
         curves = [
             (lease, resumed[lease.trial_id].epochs if lease.trial_id in resumed else [])
             for lease in again
@@ -344,13 +352,30 @@ class Meetings:
             resumed={id_: saved for id_, saved in resumed.items() if id_ not in lost},
         )
 
+    def _read(self, again: Sequence[Lease], joining: Sequence[Lease]) -> dict[int, Saved]:
+        """Read checkpoints, by trial id, and renew the leases meanwhile: the store may be slow."""
+        pool = ThreadPoolExecutor(READERS, "checkpoint-readers")
+        reading = {lease.trial_id: pool.submit(self._newest, lease) for lease in again}
+        pool.shutdown(wait=False)
+        due = time.monotonic() + RESUME_SECONDS
+        while wait(reading.values(), self._settings.lease_seconds / BEATS_A_LEASE).not_done:
+            if self._closing.is_set() or time.monotonic() > due:
+                log.warning("checkpoints_unread", study=self._study.name, trials=len(again))
+                break
+            self._renew_those(joining)
+        found = {id_: one.result() for id_, one in reading.items() if one.done()}
+        return {id_: saved for id_, saved in found.items() if saved is not None}
+
     def _newest(self, lease: Lease) -> Saved | None:
         try:
-            saved = self._store.newest(self._study, lease)
+            return self._store.newest(self._study, lease)
         except Exception as error:  # noqa: BLE001 - a file system may raise anything
             log.warning("checkpoints_unreadable", study=self._study.name, error=str(error))
             return None
-        return saved if saved and self._fits(saved.checkpoint) else None
+
+    def _renew_those(self, leases: Sequence[Lease]) -> None:
+        seconds = self._settings.lease_seconds
+        self._transact(lambda session: reporting.flush(session, leases, {}, seconds), self._closing)
 
     def _renew(self, leases: Sequence[Lease], slots: int) -> None:
         def work(session: Session) -> None:

@@ -6,7 +6,7 @@ answer. While that does not come, it trains on, and brings everything along the 
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import ceil, inf, prod
 
 import structlog
@@ -147,7 +147,8 @@ class Stack:
         through.
         """
         try:
-            epochs = self._engine.train_epoch(progress)
+            # When a study ends, it is too late for an experiment to pay.
+            epochs = self._engine.train_epoch(progress, trying=self._more_to_come)
         except (Interrupted, DeviceLost):
             raise
         except Exception as error:  # noqa: BLE001 - a user's crash is data
@@ -220,6 +221,7 @@ class Stack:
             own_tasks=self._settings.tasks,
             max_lanes=self._settings.lanes or capacity.MOST_LANES,
             knobs=knobs_of(spec),
+            data_on_device=self._settings.data_on_device,
         )
 
     def _agree_on_data(self, database: Database) -> None:
@@ -252,10 +254,17 @@ class Stack:
             )
             if not remembered:
                 self._memory.keep(chosen, *self._situation)
+        chosen = replace(chosen, data=str(self._engine.residence))
         self._engine.max_lanes = chosen.lanes
         if chosen.trial_epochs_per_second:
             self._engine.expect(self._least_trial_epochs(), chosen.trial_epochs_per_second)
-        log.info("capacity", study=self.study.name, shape=self.shape, **asdict(chosen))
+        log.info(
+            "capacity",
+            study=self.study.name,
+            shape=self.shape,
+            **asdict(chosen),
+            data_bytes=self._engine.residence.row_bytes,
+        )
         return chosen
 
     def _least_trial_epochs(self) -> int:
@@ -286,7 +295,7 @@ class Stack:
             (spec.training.optimizer, spec.training.batch_size, spec.training.precision),
             (spec.training.decay, spec.training.l1, spec.training.penalized),
             (sorted(spec.training.augment), spec.training.averaging),
-            (self._engine.data_hash, self._engine.parameters),
+            (self._engine.data_hash, self._engine.parameters, str(self._engine.residence)),
             (self._engine.members, self._engine.training_rows, self._engine.steps_per_epoch),
             sorted(knobs_of(spec)),
         )
@@ -352,7 +361,7 @@ class Stack:
                 part = parts.pop(0)
                 self._join(part, states)
                 try:
-                    epochs += self._engine.train_epoch(progress)
+                    epochs += self._engine.train_epoch(progress, trying=False)
                     states |= zip(part, self._engine.checkpoint(part), strict=True)
                 except (Interrupted, DeviceLost):
                     raise

@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler
 from pydantic import model_serializer as serialize_model
+from pydantic_core import ErrorDetails
 
 
 class SpecModel(BaseModel):
@@ -44,3 +45,22 @@ class PartlyUsed(SpecModel):
     def _write_what_is_used(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         unused = self._unused()
         return {name: value for name, value in write(self).items() if name not in unused}
+
+
+def in_plain_words(detail: ErrorDetails) -> str:
+    """Return what is wrong with a value, without pydantic's own terms."""
+    if detail["type"] == "too_long":
+        return "must have at most {max_length} values, but {actual_length} are given".format(
+            **detail["ctx"]
+        )
+    return _WORDS.get(detail["type"]) or detail["msg"].removeprefix("Input ")
+
+
+_WORDS = {
+    "too_short": "must name at least one value, but the list is empty",
+    "model_type": "must be a mapping of fields",
+    "model_attributes_type": "must be a mapping of fields",
+    "dict_type": "must be a mapping",
+    "tuple_type": "must be a list",
+    "list_type": "must be a list",
+}

@@ -21,6 +21,7 @@ from regtune.space import (
 from regtune.spec.change import BudgetChange, StudyChange
 from regtune.spec.datasets import DATASET_SETTINGS
 from regtune.spec.models import MODEL_SETTINGS
+from regtune.spec.parts import in_plain_words
 from regtune.spec.search import Search
 from regtune.spec.study import (
     NAME_PATTERN,
@@ -46,7 +47,7 @@ def parse_spec(data: Any) -> StudySpec:
     try:
         return StudySpec.model_validate(data)
     except ValidationError as error:
-        raise InvalidSpec(tuple(_field_error(detail, data) for detail in error.errors())) from None
+        raise InvalidSpec(_field_errors(error, data, _FIELDS_OF)) from None
 
 
 def parse_change(data: Any) -> StudyChange:
@@ -56,9 +57,7 @@ def parse_change(data: Any) -> StudyChange:
     try:
         return StudyChange.model_validate(data)
     except ValidationError as error:
-        raise InvalidSpec(
-            tuple(_field_error(detail, data, _FIELDS_OF_A_CHANGE) for detail in error.errors())
-        ) from None
+        raise InvalidSpec(_field_errors(error, data, _FIELDS_OF_A_CHANGE)) from None
 
 
 def changed(spec: StudySpec, change: Mapping[str, Any]) -> StudySpec:
@@ -144,10 +143,23 @@ _FIELDS_OF_A_CHANGE: Mapping[tuple[str, ...], type[BaseModel]] = {
 }
 
 
+def _field_errors(
+    error: ValidationError,
+    posted: Mapping[str, Any],
+    fields_of: Mapping[tuple[str, ...], type[BaseModel]],
+) -> tuple[FieldError, ...]:
+    """Return every field at fault; a list of wrong values alone passes for an empty one besides."""
+    return tuple(
+        _field_error(detail, posted, fields_of)
+        for detail in error.errors()
+        if detail["type"] != "too_short" or not detail["input"]
+    )
+
+
 def _field_error(
     detail: ErrorDetails,
     posted: Mapping[str, Any],
-    fields_of: Mapping[tuple[str, ...], type[BaseModel]] = _FIELDS_OF,
+    fields_of: Mapping[tuple[str, ...], type[BaseModel]],
 ) -> FieldError:
     """Say in plain words what pydantic found, without the union tags that it puts in the way."""
     parts = [str(part) for part in detail["loc"] if part not in PARAMETER_KINDS + TASK_KINDS]
@@ -160,7 +172,7 @@ def _field_error(
         return FieldError(field, "is required")
     if detail["type"] == "string_pattern_mismatch":
         return FieldError(field, f"must match {NAME_PATTERN}")
-    message = detail["msg"].removeprefix("Input ")
+    message = in_plain_words(detail)
     given = detail.get("input")
     if isinstance(given, str | int | float) and len(str(given)) <= 100:
         message += f" (given: {json.dumps(given)})" if " is given" not in message else ""

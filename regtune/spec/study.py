@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any, Literal, Self, get_args
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic import field_validator as validate_field
 from pydantic import model_validator as validate_model
 from pydantic_core import PydanticCustomError
@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from regtune.space import Fixed, Optimizer, Options, Range
 from regtune.spec.datasets import DATASET_SETTINGS, REGRESSION_DATASETS, TABULAR
 from regtune.spec.models import MODEL_SETTINGS
-from regtune.spec.parts import PartlyUsed, SpecModel, with_computed_defaults
+from regtune.spec.parts import PartlyUsed, SpecModel, in_plain_words, with_computed_defaults
 from regtune.spec.preset import PresetName, preset_search
 from regtune.spec.search import SETTING_PATTERN, Search, default_search, grid_values
 from regtune.spec.shape import MODEL_PREFIX, read_shape, shaped, value_at, write_shape
@@ -153,7 +153,7 @@ class Pruner(SpecModel):
         None,
         ge=1,
         description="No trial is pruned before it, because strong regularization looks worse "
-        "early and wins late. Default: a quarter of max_epochs for extrapolation, which does not "
+        "early and wins late. Default: a fifth of max_epochs for extrapolation, which does not "
         "compare early losses, and a third for the others.",
         examples=[16],
     )
@@ -369,7 +369,7 @@ class StudySpec(SpecModel):
                 "name": name,
                 "value": value,
                 "beside": "".join(f" beside {other} {label}" for other, label in others),
-                "why": error.errors()[0]["msg"].removeprefix("Input "),
+                "why": in_plain_words(error.errors()[0]),
             },
         )
 
@@ -468,7 +468,7 @@ class StudySpec(SpecModel):
     @property
     def first_prunable_epoch(self) -> int:
         """No pruner acts before this epoch, counted from 1."""
-        share = 4 if self.pruner.name == "extrapolation" else 3
+        share = 5 if self.pruner.name == "extrapolation" else 3
         return self.pruner.first_epoch or max(1, self.training.max_epochs // share)
 
     @property
@@ -521,9 +521,11 @@ def _begin_at_first_choices(
     model = search.get("model")
     if "task" in data:
         data = {**data, "task": from_name(data["task"])}
+    training, task = data.get("training", {}), data.get("task")
+    trained = {name: search.get(name) for name in ("optimizer", "batch_size")}
     firsts = {
-        "training": _firsts({name: search.get(name) for name in ("optimizer", "batch_size")}),
-        "task": _firsts(_known_settings(model, data.get("task"))),
+        "training": _fitting(_firsts(trained), training, Training),
+        "task": _fitting(_firsts(_known_settings(model, task)), task, _schema_of_settings(task)),
     }
     filled = {
         part: {**values, **data.get(part, {})}
@@ -531,6 +533,27 @@ def _begin_at_first_choices(
         if values and isinstance(data.get(part, {}), Mapping)
     }
     return {**data, **filled}
+
+
+def _fitting(
+    firsts: Mapping[str, Any], posted: Any, schema: type[BaseModel] | None
+) -> Mapping[str, Any]:
+    """Return the first choices that are no mistake beside what was posted.
+
+    A mistake is told of where it was made, under search, and nowhere else.
+    """
+    if schema is None or not isinstance(posted, Mapping):
+        return firsts
+    values = {**firsts, **posted}
+    try:
+        schema.model_validate({n: values[n] for n in values if n in schema.model_fields})
+    except ValidationError as error:
+        own = firsts.keys() - posted.keys()
+        at_fault = {detail["loc"][:1] for detail in error.errors()}
+        unfit = own if () in at_fault else {name for name in own if (name,) in at_fault}
+        if unfit:
+            return _fitting({n: firsts[n] for n in firsts if n not in unfit}, posted, schema)
+    return firsts
 
 
 def _has_labels(task: Any) -> bool:
@@ -555,7 +578,7 @@ def _known_settings(choices: Any, task: Any) -> Mapping[str, Any]:
     """Return those choices of settings that the task may have, as far as that is known here."""
     if not isinstance(choices, Mapping) or not isinstance(task, Mapping):
         return {}
-    schema = MODEL_SETTINGS.get(task["model"]) if isinstance(task.get("model"), str) else None
+    schema = _schema_of_settings(task)
     return {
         name: values
         for name, values in choices.items()
@@ -565,6 +588,12 @@ def _known_settings(choices: Any, task: Any) -> Mapping[str, Any]:
             else name in schema.model_fields
         )
     }
+
+
+def _schema_of_settings(task: Any) -> type[BaseModel] | None:
+    """Return what the settings of a posted task may be, as far as that is known here."""
+    model = task.get("model") if isinstance(task, Mapping) else None
+    return MODEL_SETTINGS.get(model) if isinstance(model, str) else None
 
 
 def _firsts(choices: Mapping[str, Any]) -> dict[str, Any]:

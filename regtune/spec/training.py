@@ -15,8 +15,8 @@ MAX_LEARNING_RATE = 100
 MAX_BATCH_SIZE = 1_000_000
 
 Decay = Literal["coupled", "decoupled"]
+Precision = Literal["float32", "tf32", "bf16"]
 Augmentation = Literal["shift", "flip", "rotation", "erasing"]
-
 
 AUGMENTATIONS: tuple[str, ...] = get_args(Augmentation)
 
@@ -136,7 +136,7 @@ class Training(PartlyUsed):
         "shift, flip (left to right), rotation, erasing (of a rectangle).",
         examples=[["shift", "rotation"]],
     )
-    precision: Literal["float32", "tf32", "bf16"] = Field(
+    precision: Precision = Field(
         "float32",
         description="float32; tf32: the same with TF32 matrix products, on CUDA only (elsewhere "
         "the same as float32); bf16: forward and backward pass under bfloat16 autocast, weights "

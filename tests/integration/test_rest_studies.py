@@ -464,13 +464,14 @@ def test_a_worker_says_how_full_it_is_and_how_its_lanes_were_counted(
         "reason": "more lanes train no more trial-epochs a second",
         "bytes_per_lane": 1_200_000,
         "trial_epochs_per_second": 812.5,
+        "data": "streamed",
     }
     known = {"lanes": 64, "occupancy": 0.75, "capacity": counted}
     assert beat(**known) == known
     assert beat() == known
     assert beat(occupancy=0.0)["occupancy"] == 0
     told = {"lanes": 2, "reason": "REGTUNE_LANES says so"}
-    unmeasured = {"bytes_per_lane": None, "trial_epochs_per_second": None}
+    unmeasured = {"bytes_per_lane": None, "trial_epochs_per_second": None, "data": None}
     assert beat(capacity=told)["capacity"] == told | unmeasured
     register(engine)
     assert beat() == {"lanes": 2, "occupancy": None, "capacity": None}

@@ -19,6 +19,7 @@ from service.scheduler.suggestion import as_suggestion, distributions
 from tests import builders
 from tests.audit import audit
 from tests.threads import run_until_over
+from worker.training.epoch import Epochs
 
 A, B = '{"batch_size":64}', '{"batch_size":256}'
 BATCHES = {"batch_size": [64, 256], "dropout": 0.1, "weight_decay": 0.0, "l1_lambda": 0.0}
@@ -296,6 +297,27 @@ def test_no_shape_starves_and_no_lane_is_thrown_away(
     assert_stacks_hold_one_shape(rows)
     before = [row for row in rows if row.started_at < rows[2].started_at]
     assert len(before) < 38
+
+
+def test_a_lone_trial_may_try_more_threads_unless_the_whole_study_is_ending(
+    engine: Engine, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That a slot is free says nothing: a trial of another shape waits."""
+    train, seen = Epochs.train, list[tuple[int, bool]]()
+
+    def spy(self: Epochs, tensors: Any, *others: Any, trying: bool) -> Any:
+        seen.append((len(tensors), trying))
+        return train(self, tensors, *others, trying=trying)
+
+    monkeypatch.setattr(Epochs, "train", spy)
+    search = {**BATCHES, "batch_size": [256, 64], "patience": [7, 9]}
+    study = builders.create(
+        engine, search=search, training={"max_epochs": 3}, pruner="none", budget={"trials": 2}
+    )
+    append(engine, study, 256, 64)
+    settings = Settings(data_dir=tmp_path, lanes=2, poll_seconds=0.1)
+    run_until_over(engine, database_url, settings, study)
+    assert seen == [(1, True)] * 3 + [(1, False)] * 3
 
 
 def trials(engine: Engine, study: Study) -> Sequence[Any]:

@@ -60,11 +60,18 @@ def cancel(engine: Engine, name: str) -> None:
         studies.act(session, name, "cancel", "test")
 
 
-@pytest.mark.parametrize("address", ["folder", "memory://"])
+@pytest.fixture(params=["folder", "s3://"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where checkpoints are kept."""
+    if request.param == "folder":
+        return str(tmp_path / "checkpoints")
+    folder: str = request.getfixturevalue("folder_in_s3")
+    return folder
+
+
 def test_what_is_over_is_swept_and_nothing_that_is_needed_or_of_another_database(
-    engine: Engine, database_url: str, tmp_path: Path, address: str, monkeypatch
+    engine: Engine, database_url: str, tmp_path: Path, root: str, monkeypatch
 ) -> None:
-    root = str(tmp_path / "checkpoints") if address == "folder" else f"memory://{tmp_path}"
     monkeypatch.setenv("REGTUNE_CHECKPOINTS", root)
     store = CheckpointStore(root)
     ended, running = begun(engine, "live", store, 2)

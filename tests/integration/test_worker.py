@@ -20,6 +20,7 @@ from tests.threads import run_until_over
 from tests.waiting import wait_until
 from worker.loop import Worker
 from worker.shutdown import Shutdown
+from worker.training import residence
 from worker.training.epoch import Epochs
 
 SHORT = {"training": {"max_epochs": 4, "batch_size": 256}, "budget": {"trials": 6}}
@@ -104,6 +105,57 @@ def test_what_is_the_same_for_all_workers_ends_the_study_at_its_first_trial(
     assert audit(engine) == {}
 
 
+def test_a_study_may_be_streamed_and_says_so(engine, run):
+    """The same study, with its rows on the device and not."""
+    resident = builders.create(engine, "resident", **SHORT)
+    run(resident, lanes=4)
+    assert the_worker(engine).capacity["data"] == "resident"
+    streamed = builders.create(engine, "streamed", **SHORT)
+    run(streamed, lanes=4, data_on_device="never")
+    assert the_worker(engine).capacity["data"] == "streamed"
+    for ours, theirs in zip(trials(engine, streamed), trials(engine, resident), strict=True):
+        assert ours.state == "complete"
+        if ours.number < 2:  # the later ones depend on which trials had ended
+            assert ours.value == pytest.approx(theirs.value, rel=1e-4)
+    assert audit(engine) == {}
+
+
+def test_data_with_no_room_for_them_end_the_study_with_their_sizes(engine, run, monkeypatch):
+    monkeypatch.setattr(residence, "free_bytes", lambda device: 30_000)
+    study = builders.create(engine, **SHORT)
+    run(study, lanes=2)
+    assert builders.study_state(engine, study) == "failed"
+    says = "batches of 256 rows 337.9 kB, but 30.0 kB are free; take a smaller training.batch_size"
+    assert says in describe(engine, study)["reason"]
+    assert [row.state for row in trials(engine, study)].count("failed") == 1
+    assert audit(engine) == {}
+
+
+def test_a_worker_without_room_leaves_a_study_to_those_that_had_it(
+    engine, database_url, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(residence, "free_bytes", lambda device: 30_000)
+    study = builders.create(engine, **SHORT)
+    with transaction(engine) as session:
+        facts = ModelFacts(1, [], [], [], True, 1, 1, data_hash=None)
+        studies.describe_model(session, study.study_id, facts)
+    builders.append(engine, study, 3)
+    settings = Settings(data_dir=tmp_path, poll_seconds=0.1, lanes=2)
+    shutdown = Shutdown()
+    worker = Worker(database_url, settings, torch.device("cpu"), "w", shutdown)
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    try:
+        wait_until(lambda: refusals(engine, study), 60)
+    finally:
+        shutdown.request()
+        thread.join()
+    (refusal,) = refusals(engine, study)
+    assert "30.0 kB are free" in refusal.detail["reason"]
+    assert builders.states(engine, study) == ["waiting"] * 3
+    assert audit(engine) == {}
+
+
 def test_running_out_of_memory_halves_the_lanes_and_loses_no_trial(engine, run, monkeypatch):
     """The same study, with and without a device that holds two lanes at most."""
     ample = builders.create(engine, "ample", **SHORT)
@@ -131,6 +183,7 @@ def test_running_out_of_memory_halves_the_lanes_and_loses_no_trial(engine, run, 
         "reason": "4 lanes ran out of memory",
         "bytes_per_lane": None,
         "trial_epochs_per_second": None,
+        "data": "resident",
     }
     assert audit(engine) == {}
 

@@ -1,13 +1,14 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 from sqlalchemy import Engine, text
 
 from tests import builders
-from tests.serving import service_process
+from tests.serving import app, service_process, serving
 from tests.waiting import wait_until
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -63,6 +64,15 @@ def test_the_dashboard_shows_a_study_its_history_and_its_best_parameters(
         page.locator("main textarea:visible").first.fill("the answer is in trial 3")
         page.get_by_role("button", name="Save").click()
         wait_until(lambda: "the answer is in trial 3" in notes(engine))
+
+
+def test_the_api_is_described_where_there_is_no_internet(page: Page, database_url: str) -> None:
+    asked: set[str] = set()
+    page.on("request", lambda request: asked.add(urlsplit(request.url).netloc))
+    with serving(app(database_url)) as client:
+        page.goto(f"{client.base_url}/docs")
+        expect(page.locator("[data-path='/v1/studies']").first).to_be_visible(timeout=30_000)
+        assert asked == {client.base_url.netloc.decode()}
 
 
 def notes(engine: Engine) -> str:

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,28 +14,16 @@ from sqlalchemy import Engine, text
 
 from regtune import workers
 from regtune.database import transaction
-from regtune.settings import Settings
 from regtune.studies import Study
-from service.scheduler.loop import Scheduler
 from tests import builders
 from tests.audit import audit
 from tests.plugins.faulty import FATAL_DECAY
+from tests.system.conftest import LEASE_SECONDS
 from tests.waiting import wait_until
 from tests.working import worker_process
 
 SECONDS = 120
 SHORT = {"max_epochs": 6, "batch_size": 256}
-LEASE_SECONDS = 6.0
-"""Longer than the first step of a model takes, which is recorded, on a busy machine."""
-
-
-@pytest.fixture
-def scheduler(engine: Engine, database_url: str) -> Iterator[None]:
-    settings = Settings(lease_seconds=LEASE_SECONDS, poll_seconds=0.2, max_attempts=9)
-    scheduler = Scheduler(engine, database_url, settings)
-    scheduler.start()
-    yield
-    scheduler.stop()
 
 
 def is_over(engine: Engine, study: builders.Study) -> bool:
@@ -89,20 +76,22 @@ def test_trials_of_a_killed_worker_are_trained_again_under_the_same_numbers(
     assert audit(engine) == {}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.usefixtures("scheduler")
-def test_a_polite_stop_gives_the_trials_back_at_once(
-    engine: Engine, database_url: str, number: signal.Signals
-) -> None:
+def test_a_polite_stop_gives_the_trials_back_at_once(engine: Engine, database_url: str) -> None:
     study = builders.create(engine, budget={"trials": 8}, training={"max_epochs": 5000})
-    with worker_process(database_url, "polite", lanes=4) as worker:
-        wait_until(lambda: column(engine, "SELECT 1 FROM regtune.epochs LIMIT 1"), SECONDS)
-        worker.send_signal(number)
-        assert worker.wait(10) == 0
+    trained = "SELECT DISTINCT worker FROM regtune.trials WHERE epochs > 0"
+    with (
+        worker_process(database_url, "told") as told,
+        worker_process(database_url, "interrupted") as interrupted,
+    ):
+        wait_until(lambda: len(column(engine, trained)) == 2, SECONDS)
+        for worker, number in ((told, signal.SIGTERM), (interrupted, signal.SIGINT)):
+            worker.send_signal(number)
+        assert [worker.wait(10) for worker in (told, interrupted)] == [0, 0]
     assert builders.states(engine, study).count("running") == 0
     assert column(engine, "SELECT max(lost_leases) FROM regtune.trials") == [0]
     with transaction(engine) as session:
-        assert [worker.alive for worker in workers.everyone(session, 60)] == [False]
+        assert [worker.alive for worker in workers.everyone(session, 60)] == [False] * 2
     assert audit(engine) == {}
 
 

@@ -46,8 +46,10 @@ def saved(epochs: int, fill: float = 1.0, size: int = 10) -> Saved:
     return Saved(Checkpoint(tensors, state), curve)
 
 
-@pytest.fixture(params=["folder", "file://", "memory://"])
+@pytest.fixture(params=["folder", "file://", "memory://", "s3://"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> CheckpointStore:
+    if request.param == "s3://":
+        return CheckpointStore(request.getfixturevalue("folder_in_s3"))
     path = f"{tmp_path}/deep/er"
     return CheckpointStore(path if request.param == "folder" else request.param + path)
 

@@ -50,7 +50,7 @@ def test_a_task_may_be_named_instead_of_a_data_set_and_a_model() -> None:
         ({"name": "waves", "score": "best"}, "task.score", "'accuracy'"),
         ({"name": 3}, "task.name", "valid string"),
         ({}, "task.dataset", "is required"),
-        (3, "task", "valid dictionary"),
+        (3, "task", "must be a mapping of fields (given: 3)"),
     ],
 )
 def test_what_is_wrong_with_a_task_is_said(task: Any, field: str, message: str) -> None:
@@ -283,7 +283,7 @@ def test_the_learning_rate_defaults_by_optimizer() -> None:
         ({"task": {**BASE["task"], "score": "f1"}}, "task.score", "'balanced_accuracy'"),
         ({"task": {**BASE["task"], "class_weights": 1}}, "task.class_weights", "'balanced'"),
         ({"task": {**TABLE, "data": {"path": "t.csv"}}}, "task.data.target", "is required"),
-        ({"task": {**TABLE, "data": 1}}, "task.data", "valid dictionary"),
+        ({"task": {**TABLE, "data": 1}}, "task.data", "must be a mapping (given: 1)"),
         (
             {"task": {**TABLE, "data": {"path": "t", "target": "y", "sep": ";"}}},
             "task.data.sep",
@@ -320,7 +320,7 @@ def test_the_learning_rate_defaults_by_optimizer() -> None:
         ({"search": {"dropout": -0.1}}, "search.dropout", "must be in [0, 1)"),
         ({"search": {"dropout": [0.1, 1.0]}}, "search.dropout", "must be in [0, 1)"),
         ({"search": {"dropout": True}}, "search.dropout", "one number"),
-        ({"search": {"dropout": []}}, "search.dropout", "at least 1 item"),
+        ({"search": {"dropout": []}}, "search.dropout", "must name at least one value"),
         ({"search": {"dropout": [0.1, 0.1]}}, "search.dropout", "only once"),
         ({"search": {"weight_decay": -1e-9}}, "search.weight_decay", "must not be negative"),
         ({"search": {"l1_lambda": [-1.0]}}, "search.l1_lambda", "must not be negative"),
@@ -457,6 +457,8 @@ def test_the_learning_rate_defaults_by_optimizer() -> None:
             "validation",
             "folds × repeats must be at most 256, but 100 × 3 is given",
         ),
+        ({"training": 3}, "training", "must be a mapping of fields (given: 3)"),
+        ({"training": {"augment": "flip"}}, "training.augment", "must be a list"),
         ({"priority": 0}, "priority", "greater than or equal to 1"),
         (
             {"budget": {"trial_epochs": 99}},
@@ -534,7 +536,7 @@ def test_broken_or_hostile_yaml_is_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("pruner", "max_epochs", "first"),
     [
-        ("extrapolation", 40, 10),
+        ("extrapolation", 40, 8),
         ("median", 40, 13),
         ("none", 40, 13),
         ("extrapolation", 2, 1),

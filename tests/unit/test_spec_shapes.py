@@ -161,15 +161,27 @@ def test_the_study_as_a_shape_sees_it_searches_strengths_alone() -> None:
     [
         ({"batch_size": 64}, "search.batch_size", "must be a list of choices"),
         ({"batch_size": {"low": 1, "high": 9}}, "search.batch_size", "must be a list of choices"),
-        ({"batch_size": []}, "search.batch_size", "at least 1 item"),
+        ({"batch_size": []}, "search.batch_size", "must name at least one value, but the list"),
         ({"batch_size": [64, 0]}, "search.batch_size.1", "greater than or equal to 1"),
         ({"batch_size": [64, 64.5]}, "search.batch_size.1", "integer"),
         ({"batch_size": [64, 64]}, "search.batch_size", "only once"),
         ({"optimizer": ["adamw", "lion"]}, "search.optimizer.1", "'adam', 'adamw', 'sgd'"),
-        ({"model": [1]}, "search.model", "dictionary"),
+        ({"batch_size": [0, 64]}, "search.batch_size.0", "greater than or equal to 1"),
+        ({"batch_size": ["64"]}, "search.batch_size.0", "should be a valid integer"),
+        ({"optimizer": ["lion", "adamw"]}, "search.optimizer.0", "'adam', 'adamw', 'sgd'"),
+        ({"model": [1]}, "search.model", "must be a mapping"),
+        ({"model": {"hidden": []}}, "search.model.hidden", "must name at least one value"),
         ({"model": {"hidden": 3}}, "search.model.hidden", "must be a list of choices"),
         ({"model": {"width": [3, 4]}}, "", "'mlp'; known: norm, groups, hidden, activation"),
         ({"model": {"hidden": [[64], [0]]}}, "", "search.model.hidden cannot be [0]: should be g"),
+        ({"model": {"hidden": [[0], [64]]}}, "", "search.model.hidden cannot be [0]: should be g"),
+        ({"model": {"hidden": [3, [64]]}}, "", "search.model.hidden cannot be 3: must be a list"),
+        ({"model": {"norm": ["x", "batch"]}}, "", "search.model.norm cannot be x: should be 'ba"),
+        ({"model": {"hidden": [[60], [64]], "norm": ["group", "batch"]}}, "",
+         "search.model.hidden cannot be [60] beside norm group: norm: group wants widths that"),
+        ({"model": {"norm": ["group", "x"], "hidden": [[0]]}}, "",
+         "search.model.norm cannot be x: should be"),
+        ({"model": {"hidden": [[float("nan")], [64]]}}, "search.model.hidden", "JSON can write"),
         ({"model": {"norm": ["batch", "x"]}}, "", "search.model.norm cannot be x: should be 'ba"),
         ({"model": {"norm": ["group", "batch"], "groups": [4, 8]}}, "",
          "search.model.norm cannot be batch beside groups 4: groups is a setting of norm: group"),
@@ -177,7 +189,8 @@ def test_the_study_as_a_shape_sees_it_searches_strengths_alone() -> None:
          "search.model.hidden cannot be [60] beside norm group: norm: group wants widths that"),
         ({"model": {"a[b]": [1, 2]}}, "search.model", 'a[b]" cannot be a setting'),
         ({"model": {"hidden": [[64], [float("inf")]]}}, "search.model.hidden", "JSON can write"),
-        ({"model": {"hidden": [[n] for n in range(1, 66)]}}, "search.model.hidden", "at most 64"),
+        ({"model": {"hidden": [[n] for n in range(1, 66)]}}, "search.model.hidden",
+         "must have at most 64 values, but 65 are given"),
         ({"batch_size": [1, 2, 3, 4, 5], "model": {"hidden": [[n] for n in range(1, 15)]}},
          "search", "70 different shapes"),
         ({**BOTH, "weight_decay": {"adamw": RANGE}}, "search", "search.weight_decay is given for "
@@ -198,6 +211,20 @@ def test_what_makes_no_sense_is_refused(search: dict[str, Any], field: str, mess
     assert len(found) == 1, found
     assert found[0][0] == field
     assert message in found[0][1]
+
+
+def test_a_wrong_choice_and_a_wrong_field_beside_it_are_each_told_of_once() -> None:
+    found = refusal(
+        search={"batch_size": [0], "optimizer": ["lion"]},
+        training={"max_epochs": 0},
+        task={"dataset": "digits", "model": "mlp", "norm": "x"},
+    )
+    assert [field for field, _ in found] == [
+        "task.norm",
+        "training.max_epochs",
+        "search.optimizer.0",
+        "search.batch_size.0",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,7 @@ def _engine(subject: Subject, settings: Settings, device: torch.device) -> Engin
         max_lanes=LANES * spec.validation.members,
         own_tasks=settings.tasks,
         knobs=knobs_of(spec),
+        data_on_device=settings.data_on_device,
     )
 
 

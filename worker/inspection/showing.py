@@ -107,7 +107,6 @@ def build(subject: Subject, settings: Settings) -> dict[str, Any]:
         data,
         spec.validation,
         spec.training.seed,
-        torch.device("cpu"),
         torch.float32,
         own_loss=own_loss,
     )

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from torchvision.datasets import ImageFolder
 
 from regtune.errors import InvalidData
 from regtune.spec import ImageFolderSettings
 from regtune.task import Data, Storage
-from worker.tasks.files import folder, opened
+from worker.tasks.decoding import ImageFiles
+from worker.tasks.files import folder
 from worker.tasks.holdout import hold_out
 
 
@@ -63,16 +63,5 @@ class _Found:
 
     def images(self, numbers: NDArray[np.int64], asked: ImageFolderSettings) -> NDArray[np.uint8]:
         """Return the images of these numbers."""
-        whole = np.empty((len(numbers), asked.channels, asked.size, asked.size), np.uint8)
-        for place, number in enumerate(numbers):
-            whole[place] = self._image(self._paths[number], asked)
-        return whole
-
-    def _image(self, path: Path, asked: ImageFolderSettings) -> NDArray[np.uint8]:
-        with opened(str(path), self._storage) as file:
-            try:
-                image = Image.open(file).convert("RGB" if asked.channels == 3 else "L")
-            except (OSError, Image.DecompressionBombError) as error:
-                raise InvalidData(f"{str(path)!r} cannot be read: {error}") from None
-        fitted = ImageOps.fit(image, (asked.size, asked.size), Image.Resampling.BILINEAR)
-        return np.asarray(fitted).reshape(asked.size, asked.size, asked.channels).transpose(2, 0, 1)
+        paths = [self._paths[number] for number in numbers]
+        return ImageFiles(paths, asked.channels, asked.size, self._storage).decoded()

@@ -4,6 +4,7 @@ A trial may be trained several times, as *members* with other rows and other noi
 a cross-validation, and again with another seed. A member's rows are its split.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,29 +19,10 @@ from regtune.errors import InvalidData
 from regtune.spec import Validation
 from regtune.task import Columns, Data
 from worker.tasks.encoding import encode
+from worker.tasks.rows import Rows, Standardization, blocks, statistics
 from worker.training.noise import member_seed
 
 RowNumbers = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Inputs ``(N, *features)`` and targets ``(N,)`` on the training device.
-
-    Targets are labels, int64, or numbers of the same type as the inputs; for a loss of the task's
-    own they may be anything, ``(N, …)``.
-    """
-
-    x: Tensor
-    y: Tensor
-
-    def __len__(self) -> int:
-        return self.y.shape[0]
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """The shape of one row's input."""
-        return tuple(self.x.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -67,9 +49,10 @@ class Split:
 class Prepared:
     """The rows of one study, its splits, and the rows that are looked at once at the end.
 
-    ``outputs`` is how many numbers a model returns for a row. Targets of a regression are
-    standardized by the first split's training rows, ``unit`` being their standard deviation there.
-    ``class_weights`` are those that make all classes weigh the same in those rows, 1 on average.
+    Rows are on the host until they are put ``on`` a device. ``outputs`` is how many numbers a model
+    returns for a row. Targets of a regression are standardized by the first split's training rows,
+    ``unit`` being their standard deviation there. ``class_weights`` are those that make all classes
+    weigh the same in those rows, 1 on average.
     """
 
     rows: Rows
@@ -79,17 +62,27 @@ class Prepared:
     unit: float = 1.0
     class_weights: Tensor | None = None
 
+    def on(
+        self, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format
+    ) -> "Prepared":
+        """Return the same with all rows on ``device`` as a step wants them."""
+        return replace(
+            self,
+            rows=self.rows.on(device, memory_format),
+            test=self.test.on(device, memory_format),
+            splits=tuple(split.to(device, self.rows.dtype) for split in self.splits),
+        )
+
 
 def prepare(
     data: Data,
     validation: Validation,
     seed: int,
-    device: torch.device,
     dtype: torch.dtype,
     *,
     own_loss: bool = False,
 ) -> Prepared:
-    """Split the training rows and standardize the inputs.
+    """Split the training rows and find out how inputs are standardized to numbers of ``dtype``.
 
     Splits are stratified by class and a pure function of ``seed``, so every trial of a study sees
     the same rows. Mean and standard deviation come from the rows trained on alone: one pair for
@@ -105,21 +98,22 @@ def prepare(
         train_y, test_y, unit = _standardize_targets(data, chosen[0][0])
     if isinstance(data.train_x, Columns) and isinstance(data.test_x, Columns):
         train_x, test_x, splits = _encode(data.train_x, data.test_x, chosen)
-        copies = len(splits)
+        copies, pending = len(splits), Standardization(dtype)
     else:
         assert isinstance(data.train_x, np.ndarray)
         assert isinstance(data.test_x, np.ndarray)
-        train_x, test_x, splits = _standardize(data, data.train_x, data.test_x, chosen, dtype)
+        train_x, test_x = _as_tensor(data.train_x), _as_tensor(data.test_x)
+        splits, pending = _standardize(data, data.train_x, chosen, dtype)
         copies = 1
 
     def rows(x: Tensor, y: NDArray[Any]) -> Rows:
         targets = torch.from_numpy(np.concatenate([y] * copies))
         numbers = targets.is_floating_point() or (data.classes is None and not own_loss)
-        return Rows(x.to(device, dtype), targets.to(device, dtype if numbers else None))
+        return Rows(x, targets.to(dtype if numbers else None), pending)
 
     return Prepared(
         rows=rows(train_x, train_y),
-        splits=tuple(split.to(device, dtype) for split in splits),
+        splits=tuple(splits),
         test=rows(test_x, test_y),
         outputs=data.outputs,
         unit=unit,
@@ -141,10 +135,10 @@ def check(data: Data, *, own_loss: bool = False) -> None:
             raise InvalidData(
                 f"the {name} inputs have {len(x)} rows, but the targets have the shape {y.shape}"
             )
-        if not np.isfinite(y).all():
-            raise InvalidData(f"{_count(~np.isfinite(y))} {name} targets are no numbers")
-        if not isinstance(x, Columns) and not np.isfinite(x).all():
-            raise InvalidData(f"{_count(~np.isfinite(x))} {name} inputs are no numbers")
+        if wrong := _not_finite(y):
+            raise InvalidData(f"{wrong} of {y.size} {name} targets are no numbers")
+        if not isinstance(x, Columns) and (wrong := _not_finite(x)):
+            raise InvalidData(f"{wrong} of {x.size} {name} inputs are no numbers")
     shapes = _row_shape(data.train_x), _row_shape(data.test_x)
     if shapes[0] != shapes[1]:
         raise InvalidData(f"training rows have the shape {shapes[0]}, test rows {shapes[1]}")
@@ -209,31 +203,26 @@ def _standardize_targets(
 
 
 def _standardize(
-    data: Data,
-    train_x: NDArray[Any],
-    test_x: NDArray[Any],
-    chosen: Sequence[Chosen],
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, list[Split]]:
-    """Return the inputs as the first split standardizes them, and how the others differ."""
-    count = _statistics if data.standardize else _nothing
-    statistics = [count(train_x[training]) for training, _ in chosen]
-    mean, deviation = statistics[0]
-
-    def standardized(x: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(x.copy()).to(dtype).sub_(mean).div_(deviation)
-
+    data: Data, train_x: NDArray[Any], chosen: Sequence[Chosen], dtype: torch.dtype
+) -> tuple[list[Split], Standardization]:
+    """Return how the first split standardizes inputs, and how the others differ from it."""
+    tested = np.arange(len(data.test_y))
+    found = [
+        _statistics(train_x, training) if data.standardize else _nothing(train_x)
+        for training, _ in chosen
+    ]
+    mean, deviation = found[0]
     splits = [
         Split(
             training,
             validated,
-            np.arange(len(test_x)),
+            tested,
             scale=(deviation / own_deviation)[0],
             shift=((mean - own_mean) / own_deviation)[0],
         )
-        for (training, validated), (own_mean, own_deviation) in zip(chosen, statistics, strict=True)
+        for (training, validated), (own_mean, own_deviation) in zip(chosen, found, strict=True)
     ]
-    return standardized(train_x), standardized(test_x), splits
+    return splits, Standardization(dtype, mean, deviation)
 
 
 def _encode(
@@ -256,11 +245,9 @@ def _encode(
     return torch.from_numpy(train), torch.from_numpy(test), splits
 
 
-def _statistics(x: NDArray[Any]) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation along the feature axis, shaped to broadcast over rows."""
-    others = tuple(axis for axis in range(x.ndim) if axis != 1)
-    mean = x.mean(axis=others, dtype=np.float64, keepdims=True)
-    deviation = x.std(axis=others, dtype=np.float64, keepdims=True)
+def _statistics(x: NDArray[Any], training: RowNumbers) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of some rows; 1 for a feature that never varies."""
+    mean, deviation = statistics(x, training)
     return torch.from_numpy(mean), torch.from_numpy(np.where(deviation > 0, deviation, 1.0))
 
 
@@ -282,5 +269,16 @@ def _row_shape(x: NDArray[Any] | Columns) -> tuple[int, ...]:
     return x.shape[1:]
 
 
-def _count(wrong: NDArray[np.bool_]) -> str:
-    return f"{np.count_nonzero(wrong)} of {wrong.size}"
+def _not_finite(values: NDArray[Any]) -> int:
+    """Return how many numbers are infinite or none at all."""
+    if np.issubdtype(values.dtype, np.integer):
+        return 0
+    return sum(int((~np.isfinite(values[some])).sum()) for some in blocks(values.shape))
+
+
+def _as_tensor(x: NDArray[Any]) -> Tensor:
+    """Return an array as a tensor, over the same memory if it lies there row by row."""
+    x = np.ascontiguousarray(x, x.dtype.newbyteorder("="))
+    with warnings.catch_warnings():  # a file may be mapped for reading alone; nobody writes here
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(x)

@@ -13,6 +13,7 @@ from math import log, radians
 import torch
 from torch import Tensor
 
+from worker.training.layout import axes_in_memory, like
 from worker.training.noise import uniform
 
 MOST_SHIFTED = 1 / 8
@@ -30,32 +31,29 @@ _DRAWS = 9
 
 
 def augmented(x: Tensor, kinds: Collection[str], strength: Tensor, key_2: Tensor) -> Tensor:
-    """Return images changed in the ways of these kinds.
+    """Return images changed in the ways of these kinds, in memory as ``x`` lies.
 
     They are flipped, then shifted, then rotated, all in one look-up; then a part is erased.
     """
     rows, _, height, width = x.shape
     draws = uniform(key_2, (_DRAWS, rows), x.dtype)
     # Stacked, so that a compiler works them out once for an image, and not for each of its pixels.
-    numbers = torch.stack(_of_each_image(draws, strength, height, width))[..., None, None]
-    cosine, sine, shift_y, shift_x, flipped, top, bottom, left, right = numbers.unbind()
+    numbers = torch.stack(_of_each_image(draws, kinds, strength, height, width))[..., None, None]
+    cosine, sine, shift_y, shift_x, mirror, top, bottom, left, right = numbers.unbind()
     lines, columns = (torch.arange(n, dtype=x.dtype, device=x.device) for n in (height, width))
-    source_y, source_x = lines[:, None], columns[None, :]
+    middle_y, middle_x = (height - 1) / 2, (width - 1) / 2
+    down, across = (lines - middle_y)[:, None], columns - middle_x
+    # What depends on the line alone, or on the column, is worked out once for each of them.
     if "rotation" in kinds:
-        source_y, source_x = _rotated(source_y, source_x, cosine, sine)
-    if "shift" in kinds:
-        source_y, source_x = source_y + shift_y, source_x + shift_x
-    if "flip" in kinds:
-        source_x = torch.where(flipped > 0, width - 1 - source_x, source_x)
-    if "rotation" in kinds:
+        source_y = (cosine * down + shift_y + middle_y) - sine * across
+        source_x = (mirror * (cosine * across + shift_x) + middle_x) + mirror * sine * down
         x = _interpolated(x, source_y, source_x)
     elif "shift" in kinds or "flip" in kinds:
-        x = _looked_up(x, source_y, source_x)
+        x = _looked_up(x, down + shift_y + middle_y, mirror * (across + shift_x) + middle_x)
     if "erasing" in kinds:
         inside_y = (lines[:, None] >= top) & (lines[:, None] < bottom)
-        inside_x = (columns[None, :] >= left) & (columns[None, :] < right)
-        inside = (inside_y & inside_x)[:, None]
-        x = torch.where(inside, torch.zeros((), dtype=x.dtype, device=x.device), x)
+        inside_x = (columns >= left) & (columns < right)
+        x = x * ~(inside_y & inside_x)[:, None]
     return x
 
 
@@ -76,16 +74,21 @@ def mixed(x: Tensor, share_B: Tensor) -> Tensor:
 
 def before(rows: Tensor) -> Tensor:
     """Return the row before each row of a batch; the last one is before the first."""
-    return rows.roll(1, 0)
+    return like(rows, lambda t: t.roll(1, 0))
 
 
-def _of_each_image(draws: Tensor, strength: Tensor, height: int, width: int) -> list[Tensor]:
+def _of_each_image(
+    draws: Tensor, kinds: Collection[str], strength: Tensor, height: int, width: int
+) -> list[Tensor]:
     """Return what is done to each image, ``(B,)`` each.
 
-    Cosine and sine of its angle, its shift down and right, whether it is flipped, and where the
-    rectangle to erase begins and ends, down and right; it is empty where nothing is erased.
+    Cosine and sine of its angle, its shift down and right, −1 if it is flipped and 1 if not, and
+    where the rectangle to erase begins and ends, down and right; it is empty where nothing is
+    erased.
     """
     shift_y, shift_x, flip, rotation, erased, area, aspect, place_y, place_x = draws.unbind()
+    most_shifted = MOST_SHIFTED * ("shift" in kinds)
+    most_flipped = MOST_FLIPPED * ("flip" in kinds)
     angle = (2 * rotation - 1) * strength * MOST_ROTATED
     smallest, largest = ERASED_AREA
     pixels = (smallest + (largest - smallest) * area) * (height * width)
@@ -98,9 +101,9 @@ def _of_each_image(draws: Tensor, strength: Tensor, height: int, width: int) -> 
     return [
         torch.cos(angle),
         torch.sin(angle),
-        torch.round((2 * shift_y - 1) * strength * (MOST_SHIFTED * height)),
-        torch.round((2 * shift_x - 1) * strength * (MOST_SHIFTED * width)),
-        (flip < strength * MOST_FLIPPED).to(draws.dtype),
+        torch.round((2 * shift_y - 1) * strength * (most_shifted * height)),
+        torch.round((2 * shift_x - 1) * strength * (most_shifted * width)),
+        1 - 2 * (flip < strength * most_flipped).to(draws.dtype),
         top,
         top + tall * (erased < strength * MOST_ERASED),
         left,
@@ -108,28 +111,43 @@ def _of_each_image(draws: Tensor, strength: Tensor, height: int, width: int) -> 
     ]
 
 
-def _rotated(y: Tensor, x: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn coordinates about the middle of the image."""
-    middle_y, middle_x = (len(y) - 1) / 2, (x.shape[-1] - 1) / 2
-    y, x = y - middle_y, x - middle_x
-    return cosine * y - sine * x + middle_y, sine * y + cosine * x + middle_x
-
-
 def _looked_up(x: Tensor, source_y: Tensor, source_x: Tensor) -> Tensor:
-    """Return images made of the pixels at whole coordinates ``(B, height, width)``."""
-    rows, channels, height, width = x.shape
-    at = source_y.clamp(0, height - 1) * width + source_x.clamp(0, width - 1)
-    index = at.expand(rows, height, width).reshape(rows, 1, -1).long()
-    return x.flatten(2).gather(2, index.expand(-1, channels, -1)).view(x.shape)
+    """Return images made of the pixels at whole coordinates.
+
+    They are ``(B, height, 1)`` and ``(B, 1, width)``.
+    """
+    height, width = x.shape[2:]
+    lines = source_y.clamp(0, height - 1).long() * width
+    columns = source_x.clamp(0, width - 1).long()
+    return _pixels(x, (lines + columns).flatten(1))
 
 
 def _interpolated(x: Tensor, source_y: Tensor, source_x: Tensor) -> Tensor:
-    """Return images at any coordinates, bilinear between the four pixels around them."""
-    source_y = source_y.clamp(0, x.shape[2] - 1)
-    source_x = source_x.clamp(0, x.shape[3] - 1)
-    top, left = source_y.floor(), source_x.floor()
+    """Return images at coordinates ``(B, height, width)``, bilinear between four pixels each."""
+    height, width = x.shape[2:]
+    source_y, source_x = source_y.clamp(0, height - 1), source_x.clamp(0, width - 1)
+    # There is nothing beyond the last line and column: they are where the one before leads to.
+    top = source_y.floor().clamp(max=max(height - 2, 0))
+    left = source_x.floor().clamp(max=max(width - 2, 0))
+    beside, below = min(width - 1, 1), min(height - 1, 1) * width
+    index_BP = (top * width + left).long().flatten(1)
     upper, lower = (
-        torch.lerp(_looked_up(x, y, left), _looked_up(x, y, left + 1), (source_x - left)[:, None])
-        for y in (top, top + 1)
+        torch.lerp(
+            _pixels(x, index_BP, line),
+            _pixels(x, index_BP, line + beside),
+            (source_x - left)[:, None],
+        )
+        for line in (0, below)
     )
     return torch.lerp(upper, lower, (source_y - top)[:, None])
+
+
+def _pixels(x: Tensor, index_BP: Tensor, ahead: int = 0) -> Tensor:
+    """Return images made of the pixels so far ahead of these numbers, in memory as ``x`` lies."""
+    rows, channels, height, width = x.shape
+    if axes_in_memory(x, behind=1) == [2, 3, 1]:
+        pixels_BPC = x.permute(0, 2, 3, 1).flatten(1, 2)[:, ahead:]
+        found = pixels_BPC.gather(1, index_BP[:, :, None].expand(-1, -1, channels))
+        return found.view(rows, height, width, channels).permute(0, 3, 1, 2)
+    found = x.flatten(2)[:, :, ahead:].gather(2, index_BP[:, None].expand(-1, channels, -1))
+    return found.view(x.shape)

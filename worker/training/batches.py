@@ -1,8 +1,7 @@
 """Which rows and which noise each lane sees in each step of an epoch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
 import torch
@@ -23,6 +22,29 @@ class Place:
     epoch: int
 
 
+@dataclass(frozen=True)
+class Order:
+    """The rows that K lanes see in an epoch, one after the other, by number.
+
+    ``numbers_GR`` has a row for each of G groups of lanes that see the same; ``group`` says which
+    one each lane belongs to. It is a number instead of K where all lanes see the same, and then
+    their batches have no lane axis.
+    """
+
+    numbers_GR: NDArray[np.int64]
+    group: Sequence[int] | int
+
+    @property
+    def of_lanes(self) -> NDArray[np.int64]:
+        """Each lane's numbers, ``(K, R)``; or those of all, ``(R,)``."""
+        return self.numbers_GR[self.group]
+
+    @property
+    def seen_apart(self) -> int:
+        """How many lanes see rows of their own, though perhaps the same: K, or one for all."""
+        return 1 if isinstance(self.group, int) else len(self.group)
+
+
 class Batches:
     """The batches of a study.
 
@@ -40,20 +62,19 @@ class Batches:
         self._sites = sites
         self._device = device
 
-    def of_epoch(self, places: Sequence[Place]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield, for each step, the numbers of its rows and its noise keys.
+    def of_epoch(self, places: Sequence[Place]) -> tuple[Order, Tensor]:
+        """Return the order of K lanes' rows, and the noise keys of each step: ``(K, S, N, 2)``.
 
-        They are ``(K, B)`` and ``(K, N, 2)``; for a single lane ``(B,)`` and ``(N, 2)``. Lanes at
-        the same place see the same rows and noise, and get them as if they were their own: to share
-        them would save a tenth of a step, and be a second program to record and to compile.
+        Batches are cut from the order by ``sizes``. A single lane has no lane axis: its keys are
+        ``(S, N, 2)``. Lanes at the same place see the same rows and noise, and get them as if they
+        were their own: to share them would save a tenth of a step, and be a second program to
+        record and to compile.
         """
         distinct = sorted(set(places))
-        group_K = [distinct.index(place) for place in places] if len(places) > 1 else 0
-        order = self._on_device(np.stack([self._order(place) for place in distinct])[group_K])
-        keys = self._on_device(np.stack([self._keys(place) for place in distinct])[group_K])
-        ends = accumulate(self.sizes)
-        for step, (size, end) in enumerate(zip(self.sizes, ends, strict=True)):
-            yield order[..., end - size : end], keys[..., step, :, :]
+        group = [distinct.index(place) for place in places] if len(places) > 1 else 0
+        keys = np.stack([self._keys(place) for place in distinct])[group]
+        order = Order(np.stack([self._order(place) for place in distinct]), group)
+        return order, torch.from_numpy(keys).to(self._device, non_blocking=True)
 
     def _order(self, place: Place) -> NDArray[np.int64]:
         training = self._splits[place.member].training
@@ -70,9 +91,6 @@ class Batches:
             ],
             axis=1,
         )
-
-    def _on_device(self, array: NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
 
 
 def batch_sizes(rows: int, batch_size: int) -> list[int]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import inf
 from pathlib import Path
 from time import perf_counter
@@ -33,6 +33,7 @@ MEMORY_MARGIN = 0.8
 
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 _LIMIT_AND_USE = ("memory.max", "memory.current")
+_MEMORY = Path("/proc/meminfo")
 
 PATIENCE_SECONDS = 20.0
 """A measurement that has taken as long is over: the steps are so long that few lanes will do."""
@@ -57,17 +58,24 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Capacity:
-    """How many lanes to train at once, and why not more."""
+    """How many lanes to train at once, and why not more.
+
+    ``data`` says whether rows are ``resident`` on the device or ``streamed`` to it.
+    """
 
     lanes: int
     reason: str
     bytes_per_lane: int | None = None
     trial_epochs_per_second: float | None = None
+    data: str | None = None
 
     def halved(self) -> "Capacity":
         """Return what is left after these lanes have run out of memory."""
-        return Capacity(
-            max(1, self.lanes // 2), f"{self.lanes} lanes ran out of memory", self.bytes_per_lane
+        return replace(
+            self,
+            lanes=max(1, self.lanes // 2),
+            reason=f"{self.lanes} lanes ran out of memory",
+            trial_epochs_per_second=None,
         )
 
 
@@ -176,18 +184,45 @@ def free_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if "SC_AVPHYS_PAGES" not in os.sysconf_names:
-        return inf
-    return min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"), _left_to_container())
+    return min(_left_to_machine(), _left_to_container())
+
+
+def readable(size: float) -> str:
+    """Return a number of bytes as people write it."""
+    unit = "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+
+
+def _left_to_machine() -> float:
+    """Return what programs may still take, what the system only caches of files included."""
+    try:
+        return 1024 * _numbers(_MEMORY)["MemAvailable:"]
+    except (OSError, KeyError):
+        pages = "SC_AVPHYS_PAGES"
+        known = pages in os.sysconf_names
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf(pages) if known else inf
 
 
 def _left_to_container() -> float:
-    """Return what a container's limit leaves, infinity without one (Linux, control groups 2)."""
+    """Return what a container's limit leaves, infinity without one (Linux, control groups 2).
+
+    Files that are cached and not in use count as free: they make way.
+    """
     try:
-        limit, used = ((_CONTROL_GROUP / name).read_text() for name in _LIMIT_AND_USE)
-        return int(limit) - int(used)
-    except (OSError, ValueError):
+        limit, used = (int((_CONTROL_GROUP / name).read_text()) for name in _LIMIT_AND_USE)
+        return limit - used + _numbers(_CONTROL_GROUP / "memory.stat")["inactive_file"]
+    except (OSError, ValueError, KeyError):
         return inf
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """Read a file of the system's that has a name and a number on each line."""
+    lines = (line.split() for line in path.read_text().splitlines())
+    return {words[0]: int(words[1]) for words in lines}
 
 
 def _key(situation: Sequence[object]) -> str:

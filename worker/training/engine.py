@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from regtune.errors import InvalidData
+from regtune.errors import DataTooLarge, InvalidData
 from regtune.spec import STRENGTHS, AnyTask, NamedTask, Training, Validation
 from regtune.task import (
     Data,
@@ -27,11 +27,11 @@ from regtune.task import (
     find_task,
     make_task,
 )
-from worker.tasks.preparation import Prepared, Rows, prepare
+from worker.tasks.preparation import Prepared, prepare
 from worker.training.batches import Place
-from worker.training.capacity import Footprint
+from worker.training.capacity import Footprint, free_bytes, is_out_of_memory, readable
 from worker.training.checkpoint import Checkpoint
-from worker.training.compiling import Program
+from worker.training.compiling import Program, first_line
 from worker.training.cores import synchronize
 from worker.training.epoch import Epochs, Tick
 from worker.training.lanes import (
@@ -42,7 +42,12 @@ from worker.training.lanes import (
     LaneTrial,
     strengths_of,
 )
-from worker.training.layout import channels_last, channels_last_rows, prefers_channels_last, stacked
+from worker.training.layout import (
+    channels_last,
+    memory_format_of_rows,
+    prefers_channels_last,
+    stacked,
+)
 from worker.training.model import LaneModel
 from worker.training.noise import initial_weights, member_seed
 from worker.training.objective import (
@@ -54,6 +59,7 @@ from worker.training.objective import (
     regression,
 )
 from worker.training.optimizers import find_optimizer
+from worker.training.residence import OnDevice, choose
 
 SAMPLE_ROWS = 4
 """Rows on which a model is tried out before it trains."""
@@ -97,23 +103,29 @@ class Engine:
         dtype: torch.dtype = torch.float32,
         threads: int | None = None,
         compiles: bool = True,
+        data_on_device: OnDevice = "auto",
     ) -> None:
         """Load the data, build the model and try it on a few rows; no lane trains yet.
 
         ``own_tasks`` are those that the worker's configuration names: ``package.module:Class``, by
         name. ``knobs`` are the strengths that any trial of the study may use. ``threads`` is how
         many CPU cores to use, by default torch's own number; ``compiles`` says whether a step that
-        is used for long may be compiled. Raises NotFound for an unknown task, data set or model,
-        InvalidSpec for wrong settings of a task, UnsupportedModel for a model whose noise is its
-        own, InvalidData for data that cannot be trained on as the study wants, and whatever loading
-        or building raises.
+        is used for long may be compiled; ``data_on_device`` whether rows are kept on the device, or
+        streamed to it, ``auto`` being if they fit.
+
+        Raises NotFound for an unknown task, data set or model, InvalidSpec for wrong settings of a
+        task, UnsupportedModel for a model whose noise is its own, InvalidData for data that cannot
+        be trained on as the study wants, DataTooLarge where there is no room for them, and whatever
+        loading or building raises.
         """
         own = load_task(task, own_tasks or {})
-        data = own.data(storage)
         own_loss = getattr(own, "loss", None)
-        prepared = prepare(
-            data, validation, training.seed, device, dtype, own_loss=own_loss is not None
-        )
+        with _no_room_for("the data set", torch.device("cpu")):
+            data = own.data(storage)
+            prepared = prepare(
+                data, validation, training.seed, dtype, own_loss=own_loss is not None
+            )
+        self.residence = choose(prepared, device, data_on_device, training.batch_size)
         self.data_hash = data.content_hash()
         self._members = len(prepared.splits)
         self._training = training
@@ -123,16 +135,11 @@ class Engine:
         _set_precision(training, device)
         models = _build_members(own, prepared, training.seed, dtype)
         if prefers_channels_last(models[0], device):
-            prepared = replace(
-                prepared,
-                rows=channels_last_rows(prepared.rows),
-                test=channels_last_rows(prepared.test),
-            )
             for model in models:
                 channels_last(model)
         self.model = LaneModel(
             models[0],
-            _sample(prepared.rows),
+            prepared.rows.first(SAMPLE_ROWS).on(torch.device("cpu")),
             _objective(task, own, data, prepared, knobs),
             penalize=training.penalized,
             knobs=knobs,
@@ -141,17 +148,23 @@ class Engine:
         ).to(device)
         self._initial = _stacked([self.model.parameters_of(m) for m in models], device)
         self._initial_buffers = _stacked([self.model.buffers_of(m) for m in models], device)
+        memory_format = memory_format_of_rows(models[0], prepared.rows.input_shape, device)
+        with _no_room_for("all rows at once", device):
+            placed = prepared.on(device, memory_format) if self.residence.resident else prepared
         self._epochs = Epochs(
-            prepared,
+            placed,
             self.model,
             self._optimizer,
             training,
             knobs=knobs,
             threads=threads or torch.get_num_threads(),
             compiles=compiles,
+            memory_format=memory_format,
         )
         self.max_lanes = max_lanes
-        self._footprint = self._weigh()
+        with _no_room_for(f"a step of batch size {training.batch_size}", device):
+            self._footprint = self._weigh()
+        _check_room(self._footprint.total * self._members, device)
         self._lanes: list[Lane] = []
         self._tensors = self._starting_tensors(0)
         self._epochs_start: dict[str, Tensor] | None = None
@@ -257,10 +270,12 @@ class Engine:
         """Say whether a checkpoint is of this model and this training."""
         return checkpoint.fits(self._starting_tensors(1))
 
-    def train_epoch(self, tick: Tick = lambda: None) -> list[LaneEpoch]:
+    def train_epoch(self, tick: Tick = lambda: None, *, trying: bool = True) -> list[LaneEpoch]:
         """Train every trial for one epoch of its own and validate it; in the order of ``lanes``.
 
         ``tick`` is called after every step and every batch of the validation, from any thread.
+        ``trying`` says whether so many epochs are to come that it pays to find out if more threads
+        for a chunk of lanes are faster, which costs some of them.
         Raises ValueError while a trial that has ended is still in the stack, DeviceLost when not
         even the lanes' former state can be had back from the device.
         """
@@ -276,8 +291,7 @@ class Engine:
                 np.array([trial.learning_rate for trial in self._trial_of_each_lane()]),
                 [Place(m, lane.epoch + 1) for lane in self._lanes for m in range(self._members)],
                 tick,
-                # With free slots, a study is about to end: too late for an experiment to pay.
-                trying=not self.free_slots,
+                trying=trying,
             )
             measured_TM5 = measured_K5.double().cpu().view(len(self._lanes), self._members, 5)
         seconds = perf_counter() - started
@@ -517,8 +531,27 @@ def _augmentations(training: Training, prepared: Prepared) -> Collection[str]:
     return training.augment
 
 
-def _sample(rows: Rows) -> Rows:
-    return Rows(rows.x[:SAMPLE_ROWS].cpu(), rows.y[:SAMPLE_ROWS].cpu())
+@contextmanager
+def _no_room_for(what: str, device: torch.device) -> Iterator[None]:
+    """Raise DataTooLarge where the block runs out of memory."""
+    free = free_bytes(device)
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DataTooLarge(
+            f"{device} has no room for {what}: {readable(free)} were free ({first_line(error)})"
+        ) from error
+
+
+def _check_room(trial_bytes: int, device: torch.device) -> None:
+    free = free_bytes(device)
+    if trial_bytes > free:
+        raise DataTooLarge(
+            f"a trial takes {readable(trial_bytes)} on {device}, which has {readable(free)} free; "
+            "take a smaller training.batch_size, smaller rows or model, or fewer folds and repeats"
+        )
 
 
 def _stacked(parts: Sequence[Mapping[str, Tensor]], device: torch.device) -> dict[str, Tensor]:

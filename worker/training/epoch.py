@@ -1,7 +1,9 @@
 """An epoch of many lanes: all steps, and the validation."""
 
 import queue
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
 from statistics import median
@@ -13,10 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from regtune.spec import Training
-from worker.tasks.preparation import Prepared, Rows
+from worker.tasks.preparation import Prepared
+from worker.tasks.rows import Rows
 from worker.training import regularizers
 from worker.training.averaging import average_, averaged_epochs, replace_statistics_
-from worker.training.batches import Batches, Place
+from worker.training.batches import Batches, Order, Place
 from worker.training.compiling import (
     CALLS_BEFORE_RECORDING,
     HEAD_START_SECONDS,
@@ -29,6 +32,13 @@ from worker.training.memory import peak_bytes
 from worker.training.model import LaneModel
 from worker.training.optimizers import LaneOptimizer, scheduled_rates
 from worker.training.step import LaneStep, Live, Source
+from worker.training.supply import (
+    STEPS_AHEAD,
+    Resident,
+    Streamed,
+    Supply,
+    threads_that_bring,
+)
 
 MOST_EVALUATION_ROWS = 1024
 CHEAP_BYTES = 2**19
@@ -51,22 +61,41 @@ class Held:
     """
 
     rows: Rows
-    index_MR: Tensor
+    supply: Supply
+    numbers_MR: NDArray[np.int64]
     weight_MR: Tensor
     rows_M: Tensor
 
     @classmethod
-    def out(cls, rows: Rows, numbers: Sequence[NDArray[np.int64]]) -> "Held":
-        """Return the rows of these numbers, for each member."""
+    def out(
+        cls, rows: Rows, supply: Supply, numbers: Sequence[NDArray[np.int64]], like: Tensor
+    ) -> "Held":
+        """Return the rows of these numbers, for each member; weights are tensors as ``like``."""
         counts = np.array([len(own) for own in numbers])
-        index_MR = np.stack([np.resize(own, counts.max()) for own in numbers])
         weight_MR = np.arange(counts.max()) < counts[:, None]
         return cls(
             rows,
-            torch.from_numpy(index_MR).to(rows.x.device),
-            torch.from_numpy(weight_MR).to(rows.x),
-            torch.from_numpy(counts).to(rows.x),
+            supply,
+            np.stack([np.resize(own, counts.max()) for own in numbers]),
+            torch.from_numpy(weight_MR).to(like),
+            torch.from_numpy(counts).to(like),
         )
+
+    def of(self, members: Sequence[int]) -> tuple[Order, Tensor]:
+        """Return what lanes of these members are evaluated on, and the weights of that.
+
+        Where there is but one member, lanes see the same.
+        """
+        if len(self.numbers_MR) == 1:
+            return Order(self.numbers_MR, 0), self.weight_MR[0]
+        distinct = sorted(set(members))
+        group = [distinct.index(member) for member in members]
+        return Order(self.numbers_MR[distinct], group), self.weight_MR[members]
+
+    def targets(self, order: Order) -> Tensor:
+        """Return the targets of these rows, on the device."""
+        y = self.rows.y[torch.from_numpy(order.of_lanes)]
+        return y.to(self.weight_MR.device)
 
 
 class Epochs:
@@ -82,11 +111,23 @@ class Epochs:
         knobs: Collection[str],
         threads: int,
         compiles: bool,
+        memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
-        """``knobs`` are the strengths that any lane may use; ``threads`` are CPU cores to use."""
-        self._rows = prepared.rows
+        """``knobs`` are the strengths that any lane may use; ``threads`` are CPU cores to use.
+
+        Rows that are still on the host are streamed, images in this memory format.
+        """
+        self._device = model.device
+        self._pool = ThreadPoolExecutor(threads_that_bring(threads), "rows")
+        self._supply, tested = (
+            Resident(rows)
+            if rows.pending is None
+            else Streamed(rows, self._device, memory_format, self._pool)
+            for rows in (prepared.rows, prepared.test)
+        )
+        self._like = torch.empty(0, dtype=prepared.rows.dtype, device=self._device)
         self._objective = model.objective
-        self._splits = prepared.splits
+        self._splits = [split.to(self._device, prepared.rows.dtype) for split in prepared.splits]
         self._training = training
         self._optimizer = optimizer
         self._penalized = model.penalized
@@ -95,14 +136,19 @@ class Epochs:
             training.batch_size,
             training.seed,
             len(model.sites),
-            prepared.rows.x.device,
+            self._device,
         )
         self._evaluation_rows = max(self.batches.sizes)
-        self._validation = Held.out(prepared.rows, [split.validation for split in prepared.splits])
-        self._test = Held.out(prepared.test, [split.test for split in prepared.splits])
+        self._validation, self._test = (
+            Held.out(rows, supply, numbers, self._like)
+            for rows, supply, numbers in (
+                (prepared.rows, self._supply, [split.validation for split in prepared.splits]),
+                (prepared.test, tested, [split.test for split in prepared.splits]),
+            )
+        )
         self.programs = Programs(
             compiles=compiles and model.vectorized,
-            constants=[*_tensors(prepared.rows), *_tensors(prepared.test)],
+            constants=[*self._supply.fixed, *tested.fixed],
         )
         self._replicas: queue.LifoQueue[LaneStep] = queue.LifoQueue()
         for _ in range(threads):
@@ -114,7 +160,7 @@ class Epochs:
                     l1=training.l1,
                 )
             )
-        self._cores = Cores(threads, prepared.rows.x.device)
+        self._cores = Cores(threads, self._device)
         self._later: Callable[[], None] | None = None
 
     def train(
@@ -136,10 +182,11 @@ class Epochs:
 
         def work(step: LaneStep, chunk: Chunk) -> Tensor:
             own = self._share(chunk, tensors, strengths, rate_K, places)
-            total_K = self._rows.x.new_zeros(len(own.places))
-            for loss_K, rows in self._take_steps(step, chunk, own):
-                total_K += loss_K * rows
-                tick()
+            total_K = self._like.new_zeros(len(own.places))
+            with closing(self._take_steps(step, chunk, own)) as steps:
+                for loss_K, rows in steps:
+                    total_K += loss_K * rows
+                    tick()
             if own.tensors.averages:
                 self._average(step, chunk, own, tick)
             held_K2 = self._measure(
@@ -188,11 +235,12 @@ class Epochs:
             own = self._share(chunk, tensors, strengths, rate_K, places)
             clock = _Rehearsal()
             while not clock.over:
-                for _ in self._take_steps(step, chunk, own):
-                    synchronize(self._rows.x.device)
-                    clock.step()
-                    if clock.over:
-                        break
+                with closing(self._take_steps(step, chunk, own)) as steps:
+                    for _ in steps:
+                        synchronize(self._device)
+                        clock.step()
+                        if clock.over:
+                            break
             return torch.tensor([chunk.lanes.stop - chunk.lanes.start]) * clock.rate
 
         rate_C = self._cores.run(self._with_replica(work), len(tensors))
@@ -212,31 +260,43 @@ class Epochs:
         """
         lanes = len(places)
         own = self._share(Chunk(slice(0, lanes), 1), tensors, strengths, rate_K, places)
-        source = self._source(self._rows, own.members)
+        source = self._source(self._supply, own.members)
         rate_SK, coefficients_SCK = self._scheduled(own.rate_K, own.places)
-        index, keys = next(self.batches.of_epoch(own.places))
-        weight_B = self._rows.x.new_ones(index.shape[-1])
+        order, keys = self.batches.of_epoch(own.places)
+        size = self.batches.sizes[0]
+        with closing(self._supply.batches(order, [size])) as batches:
+            batch = next(batches)
+        weight_B = self._like.new_ones(size)
         step = self._replicas.get()
         with torch.no_grad():
             training = peak_bytes(
                 lambda: step.take(
-                    own.live, own.strengths, source, rate_SK[0], coefficients_SCK[0], keys, index
+                    own.live,
+                    own.strengths,
+                    source,
+                    rate_SK[0],
+                    coefficients_SCK[0],
+                    keys[..., 0, :, :],
+                    *batch,
                 )
             )
+            *brought, index = batch
             evaluation = peak_bytes(
                 lambda: step.measure(
                     own.tensors.parameters,
                     own.tensors.buffers,
                     source,
-                    index.view(lanes, -1)[0],
                     weight_B,
+                    *brought,
+                    index.view(lanes, -1)[0],
                 )
             )
         self._replicas.put(step)
         bytes_per_row = evaluation / len(weight_B)
         rows = int(max(training, lanes * CHEAP_BYTES) / bytes_per_row)
         self._evaluation_rows = max(1, min(rows, MOST_EVALUATION_ROWS))
-        return int(max(training, self._evaluation_rows * bytes_per_row))
+        waiting = (STEPS_AHEAD + 1) * sum(part.nbytes for part in brought)
+        return waiting + int(max(training, self._evaluation_rows * bytes_per_row))
 
     def ended(self, seconds: float, epochs_to_come: int) -> None:
         """Note that an epoch took so long; what has been compiled meanwhile takes over.
@@ -268,7 +328,8 @@ class Epochs:
         def work(step: LaneStep, chunk: Chunk) -> Tensor:
             tensors, strengths, rate_K, places = throwaway(chunk.lanes.stop)
             own = self._share(chunk, tensors, strengths, rate_K, places)
-            loss_K, _ = next(self._take_steps(step, chunk, own))
+            with closing(self._take_steps(step, chunk, own)) as steps:
+                loss_K, _ = next(steps)
             return loss_K
 
         for size in sorted(sizes, reverse=True):
@@ -284,6 +345,7 @@ class Epochs:
         """Give the threads back."""
         self.programs.close()
         self._cores.close()
+        self._pool.shutdown(wait=False)
 
     def _with_replica(self, work: Callable[[LaneStep, Chunk], Tensor]) -> Callable[[Chunk], Tensor]:
         """Return ``work`` with a step that no other thread uses meanwhile."""
@@ -314,9 +376,12 @@ class Epochs:
 
     def _take_steps(
         self, step: LaneStep, chunk: Chunk, own: "_Share"
-    ) -> Iterator[tuple[Tensor, int]]:
-        """Take an epoch's steps; yield each lane's loss before each, ``(K,)``, and its rows."""
-        source = self._source(self._rows, own.members)
+    ) -> Generator[tuple[Tensor, int], None, None]:
+        """Take an epoch's steps; yield each lane's loss before each, ``(K,)``, and its rows.
+
+        To be closed unless it has come to its end.
+        """
+        source = self._source(self._supply, own.members)
         rate_SK, coefficients_SCK = self._scheduled(own.rate_K, own.places)
 
         @cache
@@ -324,21 +389,29 @@ class Epochs:
             program = self.programs.find("step", len(own.places), chunk.threads, shape)
             return program.bind(step.ways_to_take(), own.live, own.strengths, source)
 
-        for number, (index, keys) in enumerate(self.batches.of_epoch(own.places)):
-            loss_K = take(index.shape)(rate_SK[number], coefficients_SCK[number], keys, index)
-            yield loss_K, index.shape[-1]
+        order, keys = self.batches.of_epoch(own.places)
+        with closing(self._supply.batches(order, self.batches.sizes)) as batches:
+            for number, (*brought, index) in enumerate(batches):
+                loss_K = take(index.shape)(
+                    rate_SK[number],
+                    coefficients_SCK[number],
+                    keys[..., number, :, :],
+                    *brought,
+                    index,
+                )
+                yield loss_K, index.shape[-1]
 
     def _average(self, step: LaneStep, chunk: Chunk, own: "_Share", tick: Tick) -> None:
         """Take the weights into their averages, and find what batch norms see of those."""
         tensors = own.tensors
         counts = averaged_epochs(self._training, [place.epoch for place in own.places])
-        count_K = torch.tensor(counts).to(self._rows.x)
+        count_K = torch.tensor(counts).to(self._like)
         average_(tensors.averages, tensors.parameters, count_K)
         found: dict[str, Tensor] = {}
         if max(counts) > 1:
             names = step.statistics
             found = {name: torch.zeros_like(tensors.buffers[name]) for name in names}
-        source = self._source(self._rows, own.members)
+        source = self._source(self._supply, own.members)
 
         @cache
         def find(shape: torch.Size) -> Callable[..., Tensor]:
@@ -347,9 +420,11 @@ class Epochs:
             return program.bind(ways, tensors.averages, tensors.buffers, found, source)
 
         if found:
-            for index, _ in self.batches.of_epoch(own.places):
-                find(index.shape)(index)
-                tick()
+            order, _ = self.batches.of_epoch(own.places)
+            with closing(self._supply.batches(order, self.batches.sizes)) as batches:
+                for *brought, index in batches:
+                    find(index.shape)(*brought, index)
+                    tick()
             for total_K in found.values():
                 total_K.div_(len(self.batches.sizes))
         replace_statistics_(tensors.average_buffers, tensors.buffers, found, count_K)
@@ -365,15 +440,12 @@ class Epochs:
         tick: Tick,
     ) -> Tensor:
         """Return each lane's mean loss and score on rows held out: ``(K, 2)``."""
-        alike = len(self._splits) == 1
-        index, weight = (
-            part[0] if alike else part[members] for part in (held.index_MR, held.weight_MR)
-        )
-        source = self._source(held.rows, members)
+        order, weight = held.of(members)
+        source = self._source(held.supply, members)
         terms = self._objective.terms
-        total_TK = self._rows.x.new_zeros(terms, len(members))
+        total_TK = self._like.new_zeros(terms, len(members))
         ranked = []
-        batches = (torch.split(part, self._evaluation_rows, dim=-1) for part in (index, weight))
+        weights = torch.split(weight, self._evaluation_rows, dim=-1)
 
         @cache
         def measure(shape: torch.Size) -> Callable[..., Tensor]:
@@ -381,23 +453,29 @@ class Epochs:
             program = self.programs.find("measure", len(members), chunk.threads, *shapes)
             return program.bind(step.ways_to_measure(), parameters, buffers, source)
 
-        for some, counts in zip(*batches, strict=True):
-            measured = measure(some.shape)(some, counts)
-            total_TK += measured[:terms]
-            ranked.append(measured[terms:].clone())  # a recorded program writes there again
-            tick()
+        sizes = [some.shape[-1] for some in weights]
+        with closing(held.supply.batches(order, sizes)) as batches:
+            for batch, counts in zip(batches, weights, strict=True):
+                measured = measure(counts.shape)(counts, *batch)
+                total_TK += measured[:terms]
+                ranked.append(measured[terms:].clone())  # a recorded program writes there again
+                tick()
         return self._objective.figures(
-            total_TK, held.rows_M[members], torch.cat(ranked).T, held.rows.y[index], weight
+            total_TK,
+            held.rows_M[members],
+            torch.cat(ranked).T,
+            lambda: held.targets(order),
+            weight,
         )
 
-    def _source(self, rows: Rows, members: Sequence[int]) -> Source:
+    def _source(self, supply: Supply, members: Sequence[int]) -> Source:
         if len(self._splits) == 1:
-            return rows.x, rows.y
+            return supply.fixed
         scale_K, shift_K = (
             torch.stack([getattr(self._splits[member], part) for member in members])
             for part in ("scale", "shift")
         )
-        return rows.x, rows.y, scale_K, shift_K
+        return *supply.fixed, scale_K, shift_K
 
     def _scheduled(
         self, rate_K: NDArray[np.float64], places: Sequence[Place]
@@ -409,7 +487,7 @@ class Epochs:
         rate_SK = scheduled_rates(self._training, rate_K, step_SK, steps)
         coefficients_SCK = self._optimizer.coefficients(rate_SK, step_SK).swapaxes(0, 1)
         rates, coefficients = (
-            torch.from_numpy(np.ascontiguousarray(numbers)).to(self._rows.x)
+            torch.from_numpy(np.ascontiguousarray(numbers)).to(self._like)
             for numbers in (rate_SK, coefficients_SCK)
         )
         return rates, coefficients
@@ -465,7 +543,3 @@ class _Rehearsal:
         if self._steps > CALLS_BEFORE_RECORDING + 1 or slow:
             self._seconds.append(seconds)
             self.over = sum(self._seconds) > REHEARSAL_SECONDS
-
-
-def _tensors(rows: Rows) -> tuple[Tensor, Tensor]:
-    return rows.x, rows.y

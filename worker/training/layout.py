@@ -2,16 +2,14 @@
 
 On a CPU, convolutions, pooling and batch norm are faster where an image's channels lie side by side
 (*channels last*). A layer gives its output in the order of its input and weights, so it is enough
-that rows and the weights of convolutions are kept like that; to turn them in each step would cost
-what is gained. Images that are augmented come out channels first, and are turned.
+that rows and the weights of convolutions are kept like that, and that what is done to rows before
+the model leaves them so; to turn them in each step would cost what is gained.
 """
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-
-from worker.tasks.preparation import Rows
 
 
 def prefers_channels_last(model: nn.Module, device: torch.device) -> bool:
@@ -26,17 +24,19 @@ def channels_last(model: nn.Module) -> None:
             module.to(memory_format=torch.channels_last)
 
 
-def channels_last_rows(rows: Rows) -> Rows:
-    """Return rows of images ``(N, channels, height, width)`` channels last, others as they are."""
-    if rows.x.ndim != 4:
-        return rows
-    return Rows(rows.x.contiguous(memory_format=torch.channels_last), rows.y)
+def memory_format_of_rows(
+    model: nn.Module, input_shape: Sequence[int], device: torch.device
+) -> torch.memory_format:
+    """Return how rows are to be kept for this model: images, perhaps, channels last."""
+    images = len(input_shape) == 3
+    last = images and prefers_channels_last(model, device)
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def like(original: Tensor, function: Callable[..., Tensor], *others: Tensor) -> Tensor:
     """Return ``function(original, *others)``, with axes in memory in the order of ``original``.
 
-    The function must take and return tensors of as many axes, the first one being the lane.
+    The function must take and return tensors of as many axes; the first one, lanes or rows, stays.
     """
     order = [0, *axes_in_memory(original, behind=1)]
     if order == list(range(original.ndim)):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.utils import _pytree as pytree
 
-from worker.tasks.preparation import Rows
+from worker.tasks.rows import Rows
 from worker.training.augmentation import augmented, before, mixed, own_shares
 from worker.training.layout import stacked
 from worker.training.noise import random_bits
@@ -234,7 +234,7 @@ class LaneModel:
         y_B: Tensor,
     ) -> Tensor:
         *site_keys, input_key, weight_key, dropout_key, image_key, mixup_key = keys_N2.unbind()
-        if "weight_noise" in self._knobs:
+        if "weight_noise" in self._knobs and self.penalized:
             parameters = self._with_noise(parameters, strengths["weight_noise"], weight_key)
         if self._augment:
             x = augmented(x, self._augment, strengths["augment_strength"], image_key)
@@ -243,7 +243,7 @@ class LaneModel:
             share_B = own_shares(strengths["mixup"], mixup_key, len(x))
             x = mixed(x, share_B)
         if "input_noise" in self._knobs:
-            x = perturbed(x, strengths["input_noise"], input_key)
+            (x,) = perturbed([x], strengths["input_noise"], input_key)
         if "input_dropout" in self._knobs:
             keep = random_bits(dropout_key, x.shape) >= strengths["input_dropout_threshold"]
             x = dropped(x, keep, strengths["input_dropout_scale"])
@@ -286,12 +286,12 @@ class LaneModel:
         return torch.autocast(device.type, self._autocast, cache_enabled=False)
 
     def _with_noise(self, parameters: Tensors, deviation: Tensor, key_2: Tensor) -> Tensors:
-        """Return the parameters, the penalized ones with noise; one draw goes through them all."""
-        noisy, drawn = dict(parameters), 0
-        for name in self.penalized:
-            noisy[name] = perturbed(parameters[name], deviation, key_2, drawn)
-            drawn += parameters[name].numel()
-        return noisy
+        """Return the parameters, the penalized ones with noise."""
+        weights = [parameters[name] for name in self.penalized]
+        return {
+            **parameters,
+            **dict(zip(self.penalized, perturbed(weights, deviation, key_2), strict=True)),
+        }
 
     def _choose_map(self, sample: Rows) -> LaneMap:
         """Try a step in a loop, which any model must pass, then under vmap."""

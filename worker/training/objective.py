@@ -133,17 +133,22 @@ class Objective:
         return torch.cat([sums_T, self.score.of_rows(output, y_B)])
 
     def figures(
-        self, total_TK: Tensor, rows_K: Tensor, ranked_KR: Tensor, y: Tensor, weight: Tensor
+        self,
+        total_TK: Tensor,
+        rows_K: Tensor,
+        ranked_KR: Tensor,
+        targets: Callable[[], Tensor],
+        weight: Tensor,
     ) -> Tensor:
         """Return each lane's mean loss and score, ``(K, 2)``, from the sums over its rows.
 
-        ``ranked_KR`` is what they are ranked by, R = 0 of them where nothing is. Their targets and
-        weights are ``(R,)`` for all lanes or ``(K, R)``.
+        ``ranked_KR`` is what they are ranked by, R = 0 of them where nothing is. ``targets``
+        returns theirs, which are ``(R,)`` for all lanes or ``(K, R)``, as their weights are.
         """
         if isinstance(self.score, Score):
             score_K = self.score.total(total_TK[1:], rows_K)
         else:
-            score_K = self.score.total(ranked_KR, y, weight)
+            score_K = self.score.total(ranked_KR, targets(), weight)
         return torch.stack([total_TK[0] / rows_K, score_K], dim=1)
 
 

@@ -155,9 +155,14 @@ def smoothed_cross_entropy(logits_BC: Tensor, y_B: Tensor, smoothing: Tensor) ->
     return -((1 - smoothing) * hit_B + smoothing * log_BC.mean(1))
 
 
-def perturbed(x: Tensor, deviation: Tensor, key_2: Tensor, start: int = 0) -> Tensor:
-    """Return ``x`` with Gaussian noise of this standard deviation; numbers drawn from ``start``."""
-    return x + deviation * standard_normal(key_2, x.shape, x.dtype, start)
+def perturbed(parts: Sequence[Tensor], deviation: Tensor, key_2: Tensor) -> list[Tensor]:
+    """Return tensors with Gaussian noise of this standard deviation; one draw is for them all."""
+    counts = [part.numel() for part in parts]
+    noise = deviation * standard_normal(key_2, (sum(counts),), parts[0].dtype)
+    return [
+        part + own.view(part.shape)
+        for part, own in zip(parts, torch.split(noise, counts), strict=True)
+    ]
 
 
 def add_coupled_decay_(gradient_K: Tensor, weights_K: Tensor, decay_K: Tensor) -> None:

@@ -18,7 +18,8 @@ Tensors = Mapping[str, Tensor]
 Live = tuple[Tensors, tuple[Tensors, ...], Tensors]
 """What a step changes: parameters, the optimizer's moments of each, the model's buffers."""
 Source = tuple[Tensor, ...]
-"""All rows ``x`` and ``y``; where lanes standardize differently, also scale and shift of each."""
+"""What rows are taken from in every step: all of them, ``x`` and ``y``, unless each step brings its
+own; where lanes standardize differently, also scale and shift of each."""
 
 
 class LaneStep:
@@ -72,15 +73,15 @@ class LaneStep:
         rate_K: Tensor,
         coefficients_CK: Tensor,
         keys: Tensor,
-        index: Tensor,
+        *batch: Tensor,
     ) -> Tensor:
         """Move K lanes by one batch, in place; return their losses before it: ``(K,)``.
 
-        ``rate_K`` are the scheduled learning rates. ``index`` are the numbers of the rows, ``(B,)``
-        for all lanes or ``(K, B)``; ``keys`` are the noise keys, ``(N, 2)`` or ``(K, N, 2)``.
+        ``rate_K`` are the scheduled learning rates. ``keys`` are the noise keys, ``(N, 2)`` or
+        ``(K, N, 2)``. ``batch`` as in ``gather``.
         """
         parameters, moments, buffers = live
-        x, y, per_lane = gather(source, index)
+        x, y, per_lane = gather(source, batch)
         gradients, loss_K = self._model.gradients(
             parameters, buffers, strengths, Batch(x, y, keys, per_lane)
         )
@@ -115,29 +116,34 @@ class LaneStep:
         parameters: Tensors,
         buffers: Tensors,
         source: Source,
-        index: Tensor,
         weight: Tensor,
+        *batch: Tensor,
     ) -> Tensor:
         """Return what the objective measures of K lanes: ``(T, K)``, or ``(T + B, K)``.
 
-        ``weight``, of the shape of ``index``, is 0 where a row only fills up the batch.
+        ``weight``, ``(B,)`` for all lanes or ``(K, B)``, is 0 where a row only fills up the batch.
         """
-        x, y, per_lane = gather(source, index)
+        x, y, per_lane = gather(source, batch)
         return self._model.measure(parameters, buffers, x, y, weight, per_lane)
 
     def add_statistics_(
-        self, parameters: Tensors, buffers: Tensors, total: Tensors, source: Source, index: Tensor
+        self, parameters: Tensors, buffers: Tensors, total: Tensors, source: Source, *batch: Tensor
     ) -> Tensor:
         """Add the statistics that K lanes' batch norms find in a batch; return its rows."""
-        x, _, per_lane = gather(source, index)
+        x, _, per_lane = gather(source, batch)
         for name, found_K in self._model.statistics(parameters, buffers, x, per_lane).items():
             total[name].add_(found_K)
-        return torch.full((), index.shape[-1])
+        return torch.full((), x.shape[int(per_lane)])
 
 
-def gather(source: Source, index: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Return the rows of these numbers, and whether they have a leading lane axis."""
-    x, y, *standardizing = source
+def gather(source: Source, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor, bool]:
+    """Return the rows of a batch, and whether they have a leading lane axis.
+
+    A batch is the numbers of its rows, ``(B,)`` for all lanes or ``(K, B)``; in front of them stand
+    the rows ``x`` and ``y`` that they number, unless those are part of the source.
+    """
+    *brought, index = batch
+    x, y, *standardizing = *brought, *source
     per_lane = index.ndim == 2
     if not standardizing:
         return x[index], y[index], per_lane

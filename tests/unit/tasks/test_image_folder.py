@@ -1,13 +1,19 @@
+import errno
+import multiprocessing
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from regtune.errors import InvalidData
+from regtune.errors import DataTooLarge, InvalidData
 from regtune.task import Data, Storage
+from worker.tasks import decoding
 from worker.tasks.image_folder import image_folder
 
 COLOURS = {"blue": (0, 0, 250), "green": (0, 200, 0), "red": (250, 0, 0)}
@@ -91,4 +97,125 @@ def test_what_is_wrong_is_said(storage, tmp_path):
         load(storage, test_path="tests")
     (tmp_path / "data" / "all" / "red" / "broken.png").write_bytes(b"not an image")
     with pytest.raises(InvalidData, match=r"broken\.png' cannot be read: cannot identify image"):
+        load(storage)
+
+
+@pytest.fixture
+def mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let all images lie in files."""
+    monkeypatch.setattr(decoding, "MAPPED_BYTES", 0)
+    monkeypatch.setattr(decoding, "BLOCK", 5)
+
+
+def files(storage: Storage) -> list[Path]:
+    return sorted((storage.data_dir / "images").glob("*.u8"))
+
+
+def test_images_that_take_much_memory_are_mapped_from_a_file_and_are_the_same(storage, monkeypatch):
+    in_memory = load(storage)
+    assert not isinstance(in_memory.train_x, np.memmap)
+    assert files(storage) == []
+    monkeypatch.setattr(decoding, "MAPPED_BYTES", 24 * 3 * 16 * 16 - 1)
+    data = load(storage)
+    assert isinstance(data.train_x, np.memmap)
+    assert not isinstance(data.test_x, np.memmap)
+    assert data.content_hash() == in_memory.content_hash()
+    assert [path.stat().st_size for path in files(storage)] == [24 * 3 * 16 * 16]
+
+
+def test_the_file_is_found_again_for_the_same_images_and_for_no_others(
+    storage, mapped, monkeypatch
+):
+    first = load(storage)
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding.Image, "open", lambda *_: 1 / 0)
+        assert load(storage).content_hash() == first.content_hash()
+        with pytest.raises(ZeroDivisionError):
+            load(storage, size=8)
+    assert len(files(storage)) == 2
+    paint(storage.data_dir / "all" / "red" / "0.png", (0, 0, 0))
+    assert load(storage).content_hash() != first.content_hash()
+    assert len(files(storage)) > 2
+
+
+def test_a_file_that_is_not_whole_is_written_anew(storage, mapped):
+    whole = load(storage).content_hash()
+    for path in files(storage):
+        path.write_bytes(b"cut off")
+    assert load(storage).content_hash() == whole
+
+
+def test_of_a_file_that_could_not_be_finished_nothing_stays(storage, mapped):
+    (storage.data_dir / "all" / "red" / "broken.png").write_bytes(b"not an image")
+    with pytest.raises(InvalidData, match=r"broken\.png' cannot be read"):
+        load(storage)
+    assert not list((storage.data_dir / "images").glob("*.part"))
+
+
+def _load_mapped(data_dir: Path, start: Any, told: Any) -> None:
+    decoding.MAPPED_BYTES, decoding.BLOCK = 0, 2
+    written, write = [], decoding.ImageFiles._write
+
+    def count(*arguments: Any) -> None:
+        written.append(1)
+        write(*arguments)
+
+    decoding.ImageFiles._write = count
+    start.wait(60)
+    told.put((load(Storage(data_dir)).content_hash(), len(written)))
+
+
+def test_workers_that_want_the_same_images_at_once_decode_them_once(storage, mapped):
+    context = multiprocessing.get_context("spawn")
+    start, told = context.Barrier(3), context.Queue()
+    workers = [
+        context.Process(target=_load_mapped, args=(storage.data_dir, start, told)) for _ in range(3)
+    ]
+    for worker in workers:
+        worker.start()
+    hashes, written = zip(*(told.get(timeout=120) for _ in workers), strict=True)
+    for worker in workers:
+        worker.join()
+    assert set(hashes) == {load(storage).content_hash()}
+    assert sum(written) == 2  # the training rows, and the test rows
+
+
+def full_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = SimpleNamespace(total=10, used=3, free=7)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+
+
+def full_in_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a file system says it when there was room at first."""
+    replace = Path.replace
+
+    def fail(self: Path, target: Path) -> Path:
+        if self.suffix == ".part":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", fail)
+
+
+@pytest.mark.parametrize("fill", [full_at_once, full_in_the_middle])
+def test_a_full_disk_is_said_with_sizes_and_what_to_do(
+    storage, mapped, monkeypatch, fill: Callable[[pytest.MonkeyPatch], None]
+):
+    fill(monkeypatch)
+    with pytest.raises(DataTooLarge, match=r"24 images of 16 × 16 take .* GB decoded, but .* free"):
+        load(storage)
+    assert {path.suffix for path in (storage.data_dir / "images").iterdir()} == {".lock"}
+
+
+def test_images_that_change_while_they_are_read_are_noticed(storage, mapped, monkeypatch):
+    digests = decoding.ImageFiles._digests
+
+    def paint_over(self: decoding.ImageFiles, some: slice) -> list[bytes]:
+        found = digests(self, some)
+        for path in self.paths[some]:
+            paint(path, (9, 9, 9))
+        return found
+
+    monkeypatch.setattr(decoding.ImageFiles, "_digests", paint_over)
+    with pytest.raises(InvalidData, match="was changed while it was read"):
         load(storage)

@@ -22,7 +22,7 @@ def table(rows: int = 100) -> Data:
 
 
 def prepared(data: Data, seed: int = 0, **validation: Any) -> Prepared:
-    return prepare(data, Validation(**validation), seed, CPU, torch.float64)
+    return prepare(data, Validation(**validation), seed, torch.float64).on(CPU)
 
 
 def only(prepared: Prepared) -> Split:
@@ -119,7 +119,7 @@ def test_images_of_bytes_get_one_mean_and_deviation_for_each_channel():
     x[:, 1] //= 8
     y = np.arange(60) % 3
     data = Data(x[:50], y[:50], x[50:], y[50:], classes=3)
-    ready = prepare(data, Validation(folds=2), 0, CPU, torch.float32)
+    ready = prepare(data, Validation(folds=2), 0, torch.float32).on(CPU)
     assert ready.rows.x.dtype == torch.float32
     assert ready.rows.input_shape == (2, 4, 4)
     for split in ready.splits:
@@ -134,7 +134,7 @@ def test_images_of_bytes_get_one_mean_and_deviation_for_each_channel():
 def test_the_data_set_itself_stays_as_it_is():
     data = table()
     before = data.train_x.copy(), data.test_x.copy()
-    prepare(data, Validation(), 0, CPU, torch.float32)
+    prepare(data, Validation(), 0, torch.float32).on(CPU)
     np.testing.assert_array_equal(data.train_x, before[0])
     np.testing.assert_array_equal(data.test_x, before[1])
 

@@ -13,6 +13,7 @@ from worker.tasks.models import mlp
 from worker.training import engine as engine_module
 from worker.training.engine import Engine
 from worker.training.lanes import LaneEpoch, LaneTrial
+from worker.training.residence import OnDevice
 
 CLASSES, FEATURES = 3, 6
 
@@ -54,6 +55,8 @@ def make_engine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
         threads: int = 1,
         validation: Validation | None = None,
         knobs: frozenset[str] = engine_module.KNOBS,
+        data_on_device: OnDevice = "auto",
+        device: str = "cpu",
         **training: Any,
     ) -> Engine:
         monkeypatch.setattr(engine_module, "find_dataset", lambda name: blobs)
@@ -68,12 +71,13 @@ def make_engine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
             training=Training(**(defaults | {"seed": seed} | training)),
             validation=validation or Validation(),
             storage=Storage(Path("unused")),
-            device=torch.device("cpu"),
+            device=torch.device(device),
             max_lanes=max_lanes,
             dtype=dtype,
             threads=threads,
             knobs=knobs,
             compiles=False,
+            data_on_device=data_on_device,
         )
 
     return make

@@ -16,8 +16,10 @@ from worker.training import compiling
 from worker.training.augmentation import augmented, mixed, own_shares
 from worker.training.batches import Place
 from worker.training.engine import Engine
+from worker.training.layout import axes_in_memory
 from worker.training.model import loop
 from worker.training.noise import uniform
+from worker.training.regularizers import perturbed
 
 KINDS = ["shift", "flip", "rotation", "erasing"]
 KEY = torch.tensor([123, -456], dtype=torch.int32)
@@ -139,6 +141,29 @@ def test_lanes_change_the_same_images_in_the_same_ways_each_by_its_own_strength(
     assert torch.equal(lanes[0][0], x)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kinds", [["shift"], ["flip"], ["rotation"], ["erasing"], KINDS])
+def test_images_stay_channels_last_and_become_the_same(channels, kinds):
+    """Also under vmap, and behind mixup and noise on the inputs."""
+    first = torch.randn(2, 20, channels, HEIGHT, WIDTH, dtype=torch.float64)
+    last = torch.empty(2, 20, HEIGHT, WIDTH, channels, dtype=torch.float64).permute(0, 1, 4, 2, 3)
+    last.copy_(first)
+    s_K = torch.tensor([0.4, 1.0], dtype=torch.float64)
+    orders = []
+
+    def change(x: Tensor, s: Tensor) -> Tensor:
+        out = mixed(augmented(x, kinds, s, KEY), own_shares(s, KEY, 20))
+        (out,) = perturbed([out], s, KEY)
+        orders.append(axes_in_memory(out, behind=1))
+        return out
+
+    outs = [over(change, (0, 0))(x, s_K) for over in (vmap, loop) for x in (first, last)]
+    if channels > 1:  # of a single one, there is no telling
+        assert orders == [[1, 2, 3], [2, 3, 1]] + [[1, 2, 3]] * 2 + [[2, 3, 1]] * 2
+    for out in outs[1:]:
+        torch.testing.assert_close(out, outs[0], rtol=0, atol=1e-12)
+
+
 def test_rows_are_mixed_with_their_neighbours_as_mixup_does():
     x, share_B = images(), own_shares(strength(0.6), KEY, ROWS)
     assert share_B.min() > 1 - 0.6 / 2
@@ -229,9 +254,9 @@ def test_the_loss_of_mixed_rows_is_that_of_mixup(build):
     engine = build(augment=[], batch_size=1000, settings={"hidden": [], "norm": "none"})
     engine.join([trial(0, mixup=0.8, learning_rate=1e-12)])
     weights = {name: part[0].clone() for name, part in engine._tensors.parameters.items()}
-    ((index, keys),) = engine._epochs.batches.of_epoch([Place(0, 1)])
-    rows = engine._epochs._rows
-    x, y = rows.x[index], rows.y[index]
+    order, (keys,) = engine._epochs.batches.of_epoch([Place(0, 1)])
+    rows = engine._epochs._validation.rows
+    x, y = rows.x[order.of_lanes], rows.y[order.of_lanes]
     share_B = own_shares(strength(0.8), keys[-1], len(y))
     targets = nn.functional.one_hot(y, 3).double()
     targets = share_B[:, None] * targets + (1 - share_B[:, None]) * targets.roll(1, 0)

@@ -371,6 +371,55 @@ def test_a_compiled_form_that_is_slower_is_not_used(lines):
     assert told(lines)[-1]["event"] == "compiled_in_vain"
 
 
+def test_a_compiled_form_that_was_slow_by_accident_is_tried_again(lines):
+    programs = Programs(compiles=True)
+    program = programs.find("busy", 1, 1)
+    bound = program.bind([busy])
+    x = torch.ones(100_000)
+    known = busy(x)
+    for _ in range(4):
+        bound(x)
+    calls = []
+
+    def held_up_at_first(x: torch.Tensor) -> tuple[torch.Tensor]:
+        calls.append(1)
+        if len(calls) <= 1 + compiling.TRIES:
+            time.sleep(0.1)
+        return (known,)
+
+    program.challenger = held_up_at_first
+    bound(x)
+    assert programs.epoch_ended(0.1)
+    bound(x)
+
+    assert [line["event"] for line in told(lines)] == ["compiled_in_vain", "compiled"]
+    before = len(calls)
+    torch.testing.assert_close(bound(x), known)
+    assert len(calls) == before + 1
+    assert not programs.epoch_ended(0.1)
+    programs.close()
+
+
+def test_a_compiled_form_that_stays_slower_is_not_tried_for_ever(lines):
+    programs = Programs(compiles=True)
+    program = programs.find("busy", 1, 1)
+    bound = program.bind([busy])
+    for _ in range(4):
+        bound(torch.ones(10))
+
+    def slow(x: torch.Tensor) -> tuple[torch.Tensor]:
+        time.sleep(0.01)
+        return (busy(x),)
+
+    program.challenger = slow
+    for _ in range(compiling.REMATCHES + 3):
+        bound(torch.ones(10))
+        programs.epoch_ended(0.1)
+    times = 1 + compiling.REMATCHES
+    assert [line["event"] for line in told(lines)] == ["compiled_in_vain"] * times
+    programs.close()
+
+
 def test_a_compiled_form_that_raises_is_not_used(lines):
     def broken(x: torch.Tensor) -> tuple[torch.Tensor]:
         raise RuntimeError("not for these strides")

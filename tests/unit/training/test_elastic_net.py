@@ -51,7 +51,7 @@ def test_a_linear_model_ends_where_scikit_learn_s_elastic_net_does(build, decay)
     )
     for _ in range(400):
         engine.train_epoch()
-    rows = engine._epochs._rows
+    rows = engine._epochs._validation.rows
     training = engine._epochs._splits[0].training
     for lane, (l2, l1) in enumerate(STRENGTHS):
         alpha, ratio = (l1 + l2) / 2, l1 / (l1 + l2) if l1 + l2 else 0.0

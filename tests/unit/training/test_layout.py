@@ -6,14 +6,13 @@ from torch import nn
 
 from tests.unit.training.conftest import trial
 from tests.unit.training.test_architectures import convolutional, small_images
-from worker.tasks.preparation import Rows
 from worker.training.engine import Engine
 from worker.training.lanes import LaneTensors
 from worker.training.layout import (
     axes_in_memory,
     channels_last,
-    channels_last_rows,
     like,
+    memory_format_of_rows,
     prefers_channels_last,
     stacked,
 )
@@ -50,8 +49,9 @@ def test_only_convolutions_on_a_cpu_are_turned():
     assert not prefers_channels_last(convolutions, torch.device("cuda"))
     channels_last(convolutions)
     assert convolutions[0].weight.is_contiguous(memory_format=LAST)
-    table = Rows(torch.zeros(5, 3), torch.zeros(5))
-    assert channels_last_rows(table) is table
+    assert memory_format_of_rows(convolutions, (3, 8, 8), CPU) is LAST
+    assert memory_format_of_rows(convolutions, (192,), CPU) is torch.contiguous_format
+    assert memory_format_of_rows(dense, (3, 8, 8), CPU) is torch.contiguous_format
 
 
 @pytest.fixture

@@ -67,7 +67,8 @@ def trained(engine: Engine, strengths: list[dict[str, float]], epochs: int = 400
 
 def seen(engine: Engine) -> tuple[np.ndarray, np.ndarray]:
     """The rows that are trained on, as the engine standardizes them."""
-    rows, training = engine._epochs._rows, engine._epochs._splits[0].training
+    rows = engine._epochs._validation.rows
+    training = engine._epochs._splits[0].training
     return rows.x[training].numpy(), rows.y[training].numpy()
 
 

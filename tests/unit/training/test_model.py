@@ -7,7 +7,7 @@ from torch import nn
 from torch.func import vmap
 
 from worker.tasks.models import mlp
-from worker.tasks.preparation import Rows
+from worker.tasks.rows import Rows
 from worker.training.model import (
     Batch,
     LaneModel,

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -115,23 +117,83 @@ def test_initial_weights_depend_on_the_seed_and_leave_other_randomness_alone():
     assert not torch.equal(draw(2), first)
 
 
+def normal(key: torch.Tensor, n: int = N) -> torch.Tensor:
+    return noise.standard_normal(key, (n,), torch.float64)
+
+
 def test_normal_noise_is_standard_normal_and_the_same_in_any_precision():
     for key in keys().flatten(0, 1):
-        z = noise.standard_normal(key, (N,), torch.float64)
-        assert abs(z.mean()) < SIGMAS / N**0.5
-        assert abs(z.var() - 1) < SIGMAS * (2 / N) ** 0.5
+        z = normal(key)
+        for power in (1, 2, 3, 4):  # mean, variance, skewness, kurtosis
+            moment, squared = (stats.norm.moment(p) for p in (power, 2 * power))
+            deviation = (squared - moment**2) ** 0.5
+            assert abs((z**power).mean() - moment) < SIGMAS * deviation / N**0.5, power
         assert stats.kstest(z.numpy(), "norm").pvalue > 1e-5
         single = noise.standard_normal(key, (N,), torch.float32)
-        torch.testing.assert_close(single.double(), z, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(single.double(), z, rtol=1e-4, atol=3e-6)
 
 
-def test_normal_noise_is_finite_at_both_ends(monkeypatch):
-    ends = torch.tensor([noise.LOWEST, noise.HIGHEST], dtype=torch.int32)
-    monkeypatch.setattr(noise, "random_bits", lambda key, shape, start: ends)
+def test_the_tails_of_normal_noise_are_as_heavy_as_they_should_be():
+    z = torch.cat([normal(key, 10 * N) for key in keys().flatten(0, 1)])
+    for beyond in (2.0, 3.0, 4.0, 4.5):
+        for side in (z, -z):
+            expected = len(z) * stats.norm.sf(beyond)
+            assert abs(int((side > beyond).sum()) - expected) < SIGMAS * expected**0.5, beyond
+
+
+def test_both_numbers_of_a_hash_are_independent_and_so_are_neighbours():
+    z = normal(keys()[0, 0])
+    for lag in (1, 2, 64, 1024, N // 2):
+        near, far = z[:-lag], z[lag:]
+        for f in (lambda t: t, torch.abs, torch.sign, torch.square):
+            assert abs(correlation(f(near), f(far))) < SIGMAS / (N - lag) ** 0.5, lag
+    first, second = z[: N // 2], z[N // 2 :]
+    total = (first + second) / 2**0.5
+    assert stats.kstest(total.numpy(), "norm").pvalue > 1e-5
+    assert stats.kstest((first / second).numpy(), "cauchy").pvalue > 1e-5
+
+
+def test_normal_noise_of_other_steps_sites_and_epochs_is_independent():
+    streams = [normal(key) for e in (1, 2) for key in keys(e).flatten(0, 1)]
+    for i, a in enumerate(streams):
+        for b in streams[:i]:
+            assert abs(correlation(a, b)) < SIGMAS / N**0.5
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5)])
+def test_normal_noise_of_any_shape_is_the_same_again_and_under_vmap(shape):
+    key_D2 = keys()[:, 0]
+    mapped = vmap(lambda key: noise.standard_normal(key, shape, torch.float64))(key_D2)
+    assert mapped.shape == (len(key_D2), *shape)
+    for key, numbers in zip(key_D2, mapped, strict=True):
+        again = noise.standard_normal(key, shape, torch.float64)
+        torch.testing.assert_close(again, numbers, rtol=1e-12, atol=0)
+    assert mapped.unique().numel() == mapped.numel()
+
+
+def test_normal_noise_is_finite_at_both_ends_and_never_zero(monkeypatch):
+    ends = torch.tensor([noise.LOWEST, noise.HIGHEST, 0, -1, 2**13], dtype=torch.int32)
+    monkeypatch.setattr(noise, "random_bits", lambda key, shape: ends)
     for dtype in (torch.float32, torch.float64):
-        low, high = noise.standard_normal(keys()[0, 0], (2,), dtype).tolist()
-        assert -5.5 < low < -5
-        assert low == pytest.approx(-high, rel=1e-3)
+        z = noise.standard_normal(keys()[0, 0], (10,), dtype)
+        assert torch.isfinite(z).all()
+        assert (z != 0).all()
+        radius = torch.hypot(z[:5], z[5:])
+        assert 5.1 < radius[0] < 5.2
+        assert 0 < radius[1] < 0.01
+
+
+def test_the_normal_noise_never_changes_between_versions():
+    key = torch.tensor([1, 2], dtype=torch.int32)
+    expected = []
+    for i in range(3):
+        bits = lowbias32(i + 1, 2)
+        radius = math.sqrt(-2 * math.log(((bits >> 14) + 2**17 + 0.5) / 2**18))
+        angle = 2 * math.pi * (((bits & (2**14 - 1)) + 0.5) / 2**14 - 0.5)
+        expected.append((radius * math.cos(angle), radius * math.sin(angle)))
+    first, second = zip(*expected, strict=True)
+    numbers = noise.standard_normal(key, (5,), torch.float64)
+    assert numbers.tolist() == pytest.approx([*first, *second[:2]], rel=1e-12)
 
 
 def test_every_member_has_a_seed_of_its_own_and_the_first_the_studys():

@@ -33,7 +33,8 @@ def measured(objective: Objective, output_KBC: Tensor, y_B: Tensor, batch: int =
         total_TK += figures[:, : objective.terms].T
         ranked.append(figures[:, objective.terms :])
     rows_K = torch.full((len(output_KBC),), float(len(y_B)))
-    return objective.figures(total_TK, rows_K, torch.cat(ranked, dim=1), y_B[index], weight_R)
+    ranked_KR = torch.cat(ranked, dim=1)
+    return objective.figures(total_TK, rows_K, ranked_KR, lambda: y_B[index], weight_R)
 
 
 @pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
@@ -92,7 +93,8 @@ def test_lanes_may_be_ranked_on_rows_of_their_own():
     y_KR = torch.randint(2, (LANES, ROWS), generator=generator)
     weight_KR = (torch.arange(ROWS) < torch.tensor([[ROWS], [30], [20]])).double()
     rows_K = weight_KR.sum(1)
-    figures_K2 = objective.figures(torch.zeros(1, LANES), rows_K, ranked_KR, y_KR, weight_KR)
+    total_1K = torch.zeros(1, LANES)
+    figures_K2 = objective.figures(total_1K, rows_K, ranked_KR, lambda: y_KR, weight_KR)
     for lane, rows in enumerate(rows_K.int().tolist()):
         expected = metrics.roc_auc_score(y_KR[lane, :rows], ranked_KR[lane, :rows])
         assert figures_K2[lane, 1].item() == pytest.approx(expected, abs=1e-12)

@@ -47,7 +47,7 @@ def test_it_is_that_of_all_rows_whatever_batches_they_come_in(build, validation:
     weights, biases = (
         engine._tensors.parameters[f"1.{name}"].numpy() for name in ("weight", "bias")
     )
-    rows, splits = engine._epochs._rows, engine._epochs._splits
+    rows, splits = engine._epochs._validation.rows, engine._epochs._splits
     for key, epoch in enumerate(epochs):
         found = []
         for member, split in enumerate(splits):

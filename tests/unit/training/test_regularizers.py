@@ -149,7 +149,8 @@ def test_label_smoothing_is_that_of_torch(smoothing):
 
 def test_a_perturbation_has_its_deviation_and_none_at_zero():
     x = torch.full((300, 300), 2.0, dtype=torch.float64)
-    noisy = regularizers.perturbed(x, torch.tensor(0.3).double(), KEY)
+    (noisy,) = regularizers.perturbed([x], torch.tensor(0.3).double(), KEY)
     assert abs(noisy.mean() - 2) < 4.5 * 0.3 / 300
     assert abs(noisy.std() - 0.3) < 4.5 * 0.3 / (2**0.5 * 300)
-    assert torch.equal(regularizers.perturbed(x, torch.tensor(0.0).double(), KEY), x)
+    (still,) = regularizers.perturbed([x], torch.tensor(0.0).double(), KEY)
+    assert torch.equal(still, x)

@@ -1,0 +1,179 @@
+"""Images from their files to one array of bytes: in memory, or in a file that is mapped into it.
+
+The file lies in the folder ``images`` of the data folder, under a hash of what is in the images'
+own files and of how they are decoded. Whoever wants the same images again, another worker on the
+machine too, finds it there.
+"""
+
+import errno
+import fcntl
+import hashlib
+import io
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from time import perf_counter
+from typing import TypeVar
+
+import numpy as np
+import PIL
+import structlog
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from regtune.errors import DataTooLarge, InvalidData
+from regtune.task import Storage
+from worker.tasks.files import opened
+
+log = structlog.get_logger()
+
+MAPPED_BYTES = 2**30
+"""Decoded images that take more than this lie in a file."""
+
+BLOCK = 64
+"""Images that a thread takes at a time."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+Bytes = NDArray[np.uint8]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Files of images, and what is to become of each: ``(channels, size, size)``.
+
+    The shorter side is resized to ``size``, and the middle is cut out.
+    """
+
+    paths: Sequence[Path]
+    channels: int
+    size: int
+    storage: Storage
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """The shape of all decoded images."""
+        return len(self.paths), self.channels, self.size, self.size
+
+    def decoded(self) -> Bytes:
+        """Return all images, ``(rows, channels, size, size)``; raise InvalidData.
+
+        What does not fit in ``MAPPED_BYTES`` can only be read, and lies in a file.
+        """
+        if prod(self.shape) > MAPPED_BYTES:
+            return self._mapped()
+        whole = np.empty(self.shape, np.uint8)
+
+        def decode(some: slice) -> None:
+            for place, path in enumerate(self.paths[some], some.start):
+                whole[place] = self._decoded(self._content(path), path)
+
+        self._in_threads(decode)
+        return whole
+
+    def _mapped(self) -> Bytes:
+        digests = [digest for some in self._in_threads(self._digests) for digest in some]
+        how = f"{PIL.__version__} {self.channels} {self.size} {len(digests)}"
+        key = hashlib.sha256(how.encode() + b"".join(digests)).hexdigest()
+        folder = self.storage.data_dir / "images"
+        target = folder / f"{key}.u8"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with _alone(folder / f"{key}.lock"):
+                if not target.is_file() or target.stat().st_size != prod(self.shape):
+                    self._write(target, digests)
+        except OSError as error:
+            raise InvalidData(f"{str(target)!r} cannot be written: {error}") from error
+        return np.memmap(target, np.uint8, "r", shape=self.shape)
+
+    def _write(self, target: Path, digests: Sequence[bytes]) -> None:
+        """Decode into a file that bears its name only once it is whole."""
+        started = perf_counter()
+        draft = target.with_suffix(".part")
+        self._check_room(target.parent)
+
+        def decode(some: slice) -> None:
+            block = np.empty((some.stop - some.start, *self.shape[1:]), np.uint8)
+            for place, path in enumerate(self.paths[some]):
+                content = self._content(path)
+                if hashlib.sha256(content).digest() != digests[some.start + place]:
+                    raise InvalidData(f"{str(path)!r} was changed while it was read")
+                block[place] = self._decoded(content, path)
+            # Written, not mapped: on a disk that is full, a mapped page would kill the process.
+            with draft.open("r+b") as file:
+                file.seek(some.start * prod(self.shape[1:]))
+                file.write(block.data)
+
+        try:
+            draft.write_bytes(b"")
+            self._in_threads(decode)
+            draft.replace(target)
+        except OSError as error:
+            if error.errno in _FULL:
+                raise self._no_room(target.parent) from error
+            raise
+        finally:
+            draft.unlink(missing_ok=True)
+        seconds = round(perf_counter() - started, 1)
+        log.info("images_decoded", images=len(self.paths), seconds=seconds, file=str(target))
+
+    def _check_room(self, folder: Path) -> None:
+        if shutil.disk_usage(folder).free < prod(self.shape):
+            raise self._no_room(folder)
+
+    def _no_room(self, folder: Path) -> DataTooLarge:
+        free = shutil.disk_usage(folder).free / 1e9
+        return DataTooLarge(
+            f"{len(self.paths)} images of {self.size} × {self.size} take "
+            f"{prod(self.shape) / 1e9:.3g} GB decoded, but {str(folder)!r} has {free:.3g} GB free; "
+            "make room there, let REGTUNE_DATA_DIR name a larger disk, or take a smaller "
+            "task.data.size"
+        )
+
+    def _digests(self, some: slice) -> list[bytes]:
+        return [hashlib.sha256(self._content(path)).digest() for path in self.paths[some]]
+
+    def _content(self, path: Path) -> bytes:
+        with opened(str(path), self.storage) as file:
+            return file.read()
+
+    def _decoded(self, content: bytes, path: Path) -> Bytes:
+        try:
+            image = Image.open(io.BytesIO(content)).convert("RGB" if self.channels == 3 else "L")
+        except (OSError, Image.DecompressionBombError) as error:
+            raise InvalidData(f"{str(path)!r} cannot be read: {error}") from None
+        fitted = ImageOps.fit(image, (self.size, self.size), Image.Resampling.BILINEAR)
+        return np.asarray(fitted).reshape(self.size, self.size, self.channels).transpose(2, 0, 1)
+
+    def _in_threads(self, work: Callable[[slice], T]) -> list[T]:
+        """Return what ``work`` returns for each block of images, in their order.
+
+        Threads do, since a codec holds no interpreter lock while it computes.
+        """
+        begins = range(0, len(self.paths), BLOCK)
+        pool = ThreadPoolExecutor(os.cpu_count(), "images")
+        try:
+            futures = [
+                pool.submit(work, slice(begin, min(begin + BLOCK, len(self.paths))))
+                for begin in begins
+            ]
+            return [future.result() for future in futures]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Wait until no other process of this machine is in here; the system ends the wait if it dies.
+
+    The file stays: whoever removed it would let in two at once.
+    """
+    with path.open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
