@@ -1,6 +1,6 @@
 """Images from their files to one array of bytes: in memory, or in a file that is mapped into it.
 
-The file lies in the folder ``images`` of the data folder, under a hash of what is in the images'
+The file lies in the folder ``decoded`` of the data folder, under a hash of what is in the images'
 own files and of how they are decoded. Whoever wants the same images again, another worker on the
 machine too, finds it there.
 """
@@ -26,7 +26,7 @@ import structlog
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from regtune.errors import DataTooLarge, InvalidData
+from regtune.errors import InvalidData, NoRoom
 from regtune.task import Storage
 from worker.tasks.files import opened
 
@@ -37,6 +37,9 @@ MAPPED_BYTES = 2**30
 
 BLOCK = 64
 """Images that a thread takes at a time."""
+
+FOLDER = "decoded"
+"""Where those files lie in the data folder; ``images`` would be a likely name of somebody's own."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -64,7 +67,8 @@ class ImageFiles:
     def decoded(self) -> Bytes:
         """Return all images, ``(rows, channels, size, size)``; raise InvalidData.
 
-        What does not fit in ``MAPPED_BYTES`` can only be read, and lies in a file.
+        What does not fit in ``MAPPED_BYTES`` can only be read, and lies in a file. Raises NoRoom if
+        that file cannot be had on this machine.
         """
         if prod(self.shape) > MAPPED_BYTES:
             return self._mapped()
@@ -81,16 +85,16 @@ class ImageFiles:
         digests = [digest for some in self._in_threads(self._digests) for digest in some]
         how = f"{PIL.__version__} {self.channels} {self.size} {len(digests)}"
         key = hashlib.sha256(how.encode() + b"".join(digests)).hexdigest()
-        folder = self.storage.data_dir / "images"
+        folder = self.storage.data_dir / FOLDER
         target = folder / f"{key}.u8"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with _alone(folder / f"{key}.lock"):
                 if not target.is_file() or target.stat().st_size != prod(self.shape):
                     self._write(target, digests)
-        except OSError as error:
-            raise InvalidData(f"{str(target)!r} cannot be written: {error}") from error
-        return np.memmap(target, np.uint8, "r", shape=self.shape)
+            return np.memmap(target, np.uint8, "r", shape=self.shape)
+        except OSError as error:  # of this folder: what is wrong with an image is InvalidData
+            raise NoRoom(f"decoded images cannot be kept in {str(folder)!r}: {error}") from error
 
     def _write(self, target: Path, digests: Sequence[bytes]) -> None:
         """Decode into a file that bears its name only once it is whole."""
@@ -127,9 +131,9 @@ class ImageFiles:
         if shutil.disk_usage(folder).free < prod(self.shape):
             raise self._no_room(folder)
 
-    def _no_room(self, folder: Path) -> DataTooLarge:
+    def _no_room(self, folder: Path) -> NoRoom:
         free = shutil.disk_usage(folder).free / 1e9
-        return DataTooLarge(
+        return NoRoom(
             f"{len(self.paths)} images of {self.size} × {self.size} take "
             f"{prod(self.shape) / 1e9:.3g} GB decoded, but {str(folder)!r} has {free:.3g} GB free; "
             "make room there, let REGTUNE_DATA_DIR name a larger disk, or take a smaller "

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from regtune.errors import DataTooLarge, InvalidData
+from regtune.errors import InvalidData, NoRoom
 from regtune.task import Data, Storage
 from worker.tasks import decoding
 from worker.tasks.image_folder import image_folder
@@ -108,7 +108,7 @@ def mapped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def files(storage: Storage) -> list[Path]:
-    return sorted((storage.data_dir / "images").glob("*.u8"))
+    return sorted((storage.data_dir / decoding.FOLDER).glob("*.u8"))
 
 
 def test_images_that_take_much_memory_are_mapped_from_a_file_and_are_the_same(storage, monkeypatch):
@@ -149,7 +149,7 @@ def test_of_a_file_that_could_not_be_finished_nothing_stays(storage, mapped):
     (storage.data_dir / "all" / "red" / "broken.png").write_bytes(b"not an image")
     with pytest.raises(InvalidData, match=r"broken\.png' cannot be read"):
         load(storage)
-    assert not list((storage.data_dir / "images").glob("*.part"))
+    assert not list((storage.data_dir / decoding.FOLDER).glob("*.part"))
 
 
 def _load_mapped(data_dir: Path, start: Any, told: Any) -> None:
@@ -202,9 +202,9 @@ def test_a_full_disk_is_said_with_sizes_and_what_to_do(
     storage, mapped, monkeypatch, fill: Callable[[pytest.MonkeyPatch], None]
 ):
     fill(monkeypatch)
-    with pytest.raises(DataTooLarge, match=r"24 images of 16 × 16 take .* GB decoded, but .* free"):
+    with pytest.raises(NoRoom, match=r"24 images of 16 × 16 take .* GB decoded, but .* free"):
         load(storage)
-    assert {path.suffix for path in (storage.data_dir / "images").iterdir()} == {".lock"}
+    assert {path.suffix for path in (storage.data_dir / decoding.FOLDER).iterdir()} == {".lock"}
 
 
 def test_images_that_change_while_they_are_read_are_noticed(storage, mapped, monkeypatch):
