@@ -5,7 +5,8 @@ PYTHON ?= python3
 STUDY ?= examples/digits.yaml
 BIN := .venv/bin
 READY := .venv/ready
-TEST_JOBS ?= 2
+# More than there are cores, because tests wait for leases and processes as often as they compute.
+TEST_JOBS ?= 4
 
 .DEFAULT_GOAL := help
 .PHONY: help demo up test test-long check format lock clean
@@ -20,7 +21,7 @@ up: $(READY)  ## Run database, service and workers on this machine until Ctrl-C
 	@$(BIN)/regtune up
 
 test: $(READY)  ## Run the tests, real PostgreSQL included
-	$(BIN)/pytest -m "not long" -n $(TEST_JOBS)
+	$(BIN)/pytest -m "not long" -n $(TEST_JOBS) --dist worksteal
 
 test-long: $(READY)  ## Run the tests that take minutes each
 	$(BIN)/pytest -m long

@@ -256,10 +256,11 @@ class Contest:
         EVENTS.clear()
         engine = build_engine(self.setting, lanes, compiles=compiles, precision=precision)
         contender = Contender(name, engine.train_epoch, lanes)
-        self.footprint = engine.footprint
-        contender.predicted_bytes = bytes_per_lane(self.footprint, lanes, self.setting)
+        footprint = engine.footprint
+        self.footprint = self.footprint or footprint  # that of the plain lanes, which come first
+        contender.predicted_bytes = bytes_per_lane(footprint, lanes, self.setting)
         try:
-            check_memory(lanes * self.footprint.state, self.setting.device)
+            check_memory(lanes * footprint.state, self.setting.device)
             before = allocated(self.setting.device)
             engine.join(some_trials(lanes))
             trying_threads = 2 * EPOCHS_TRIED if lanes < self.setting.threads else 0

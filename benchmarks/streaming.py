@@ -6,17 +6,20 @@
 ``epochs`` trains eight lanes of each problem of ``benchmarks/engine.py`` with MNIST's rows on the
 device and with the same rows streamed, in turns in one process, an epoch each, after all that they
 use has been compiled. ``images`` writes JPEG files of 500 × 375 pixels in ten folders, and loads
-them at 64 × 64: into memory, into a file, and from that file again, each in a process of its own.
+them at 64 × 64: into memory by one thread and by all, into a file, and from that file again, each
+in a process of its own.
 """
 
 import argparse
 import multiprocessing
+import os
 import resource
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -36,7 +39,7 @@ from worker.training.residence import OnDevice
 LANES = 8
 WISHES: tuple[OnDevice, ...] = ("always", "never")
 TEST_ROWS = 1000
-WIDTH, HEIGHT, SIDE = 500, 375, 64
+WIDTH, HEIGHT = 500, 375
 CLASSES = 10
 
 
@@ -46,7 +49,7 @@ def epochs(asked: argparse.Namespace) -> None:
     torch.set_flush_denormal(True)
     data = shortened(mnist(Storage(asked.data_dir)), asked.rows, TEST_ROWS)
     print(f"{LANES} lanes, {asked.rows} rows, {asked.device}")
-    for problem in PROBLEMS.values():
+    for problem in (PROBLEMS[name] for name in asked.problems):
         seconds = take_turns(as_setting(problem, data, asked))
         resident, streamed = (median(seconds[wish]) for wish in WISHES)
         print(
@@ -100,10 +103,16 @@ def images(asked: argparse.Namespace) -> None:
     """Print how long images take to load, and how much memory."""
     with tempfile.TemporaryDirectory() as name:
         apart(write, Path(name), asked.count)
-        gigabytes = asked.count * 3 * SIDE**2 / 1e9
-        print(f"{asked.count} JPEG files, {gigabytes:.2f} GB decoded")
-        for what, limit in (("in memory", 2**62), ("into a file", 0), ("file found again", 0)):
-            apart(load, Path(name), what, limit)
+        gigabytes = asked.count * 3 * asked.size**2 / 1e9
+        print(f"{asked.count} JPEG files, {gigabytes:.2f} GB decoded", flush=True)
+        cores = os.cpu_count()
+        for what, limit, threads in (
+            ("in memory, one thread", 2**62, 1),
+            ("in memory", 2**62, cores),
+            ("into a file", 0, cores),
+            ("file found again", 0, cores),
+        ):
+            apart(load, Path(name), asked.size, what, limit, threads)
 
 
 def write(folder: Path, count: int) -> None:
@@ -116,18 +125,18 @@ def write(folder: Path, count: int) -> None:
         Image.fromarray(coarse).resize((WIDTH, HEIGHT)).save(path, quality=85)
 
 
-def load(folder: Path, what: str, limit: int) -> None:
-    """Load the images and touch each of them, and print what that took."""
+def load(folder: Path, size: int, what: str, limit: int, threads: int) -> None:
+    """Load the images, and print what that took."""
     decoding.MAPPED_BYTES = limit
-    before = peak()
+    before, own = peak(), resident("RssAnon:")
     started = perf_counter()
-    data = image_folder(Storage(folder), path="all", size=SIDE, test_fraction=0.1)
+    with patch.object(os, "cpu_count", lambda: threads):
+        data = image_folder(Storage(folder), path="all", size=size, test_fraction=0.1)
     seconds = perf_counter() - started
-    private = resident("RssAnon:")
-    data.content_hash()
     print(
-        f"{what:17} {seconds:6.1f} s, peak resident set {peak() - before:5.2f} GB above the "
-        f"program's own {before:.2f} GB, {private:.2f} GB of it not of files",
+        f"{what:21} {seconds:6.1f} s; above the program's own: peak resident set "
+        f"{peak() - before:5.2f} GB, held in memory {resident('RssAnon:') - own:5.2f} GB "
+        f"for {len(data.train_y) + len(data.test_y)} rows",
         flush=True,
     )
 
@@ -159,10 +168,12 @@ def main() -> None:
     of_epochs.add_argument("--data-dir", type=Path, default=Path(".regtune/data"))
     of_epochs.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     of_epochs.add_argument("--rows", type=int, default=60_000)
+    of_epochs.add_argument("--problems", nargs="+", choices=[*PROBLEMS], default=[*PROBLEMS])
     of_epochs.add_argument("--rounds", type=int, default=5)
     of_images = measured.add_parser("images")
     of_images.set_defaults(measure=images)
     of_images.add_argument("--count", type=int, default=20_000)
+    of_images.add_argument("--size", type=int, default=64)
     asked = parser.parse_args()
     asked.measure(asked)
 

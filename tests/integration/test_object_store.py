@@ -12,7 +12,9 @@ import pytest
 import torch
 from sqlalchemy import Engine, text
 
+from regtune.errors import InvalidData
 from regtune.settings import Settings
+from regtune.task import Storage
 from tests import builders
 from tests.audit import audit
 from tests.object_store import ObjectStore
@@ -21,6 +23,7 @@ from tests.waiting import wait_until
 from worker.checkpoints import CheckpointStore
 from worker.loop import Worker
 from worker.shutdown import Shutdown
+from worker.tasks.files import opened
 
 LEASE_SECONDS = 2.0
 
@@ -34,6 +37,7 @@ def test_what_another_process_has_written_meanwhile_is_seen_and_removed(folder_i
     (folder,) = elsewhere.ls(folder_in_s3, detail=False)
     for trial in ("4", "31"):
         elsewhere.copy(f"{folder}/3/", f"{folder}/{trial}/", recursive=True)
+    assert store.trials(STUDY) == {3, 4, 31}
     store.remove(STUDY, [4])
     assert store.trials(STUDY) == {3, 31}
     store.remove(STUDY, [3])
@@ -42,13 +46,22 @@ def test_what_another_process_has_written_meanwhile_is_seen_and_removed(folder_i
     assert store.studies() == set()
 
 
-def test_a_bucket_that_is_not_there_is_told_by_its_first_write(
-    s3: ObjectStore, folder_in_s3
-) -> None:
+def test_a_bucket_that_is_not_there_is_told_by_its_first_write(folder_in_s3: str) -> None:
     store = CheckpointStore("s3://no-such-bucket/checkpoints")
     assert store.studies() == set()
     with pytest.raises(OSError, match="bucket does not exist"):
         store.write(STUDY, LEASE, saved(1))
+
+
+def test_a_table_is_read_from_a_bucket_under_a_root_of_the_worker(
+    folder_in_s3: str, tmp_path: Path
+) -> None:
+    fsspec.filesystem("s3").pipe_file(f"{folder_in_s3}/t.csv", b"a,y")
+    storage = Storage(tmp_path, (folder_in_s3,))
+    with opened(f"{folder_in_s3}/t.csv", storage) as file:
+        assert file.read() == b"a,y"
+    with pytest.raises(InvalidData, match="there is no file"):
+        opened(f"{folder_in_s3}/u.csv", storage).__enter__()
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from tests.plugins.faulty import FATAL_DECAY
 from tests.waiting import wait_until
 
 SECONDS = 240
-LEASE_SECONDS = 4.0
+LEASE_SECONDS = 6.0
 MAX_ATTEMPTS = 2
 RUN = """
 import sys
@@ -52,7 +52,7 @@ def supervised_worker(url: str, data: Path) -> Iterator[subprocess.Popen[bytes]]
             "REGTUNE_DATA_DIR": str(data),
             "REGTUNE_LEASE_SECONDS": str(LEASE_SECONDS),
             "REGTUNE_MAX_ATTEMPTS": str(MAX_ATTEMPTS),
-            "REGTUNE_HUNG_SECONDS": str(3 * LEASE_SECONDS),
+            "REGTUNE_HUNG_SECONDS": str(2 * LEASE_SECONDS),
             "OMP_NUM_THREADS": "1",
         },
         start_new_session=True,
@@ -95,24 +95,29 @@ def outcomes(engine: Engine, study: builders.Study) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("fault", "state", "reason"),
+    "ends",
     [
-        ("raises", "failed", "ZeroDivisionError: no weights are left"),
-        ("nan", "pruned", "diverged"),
-        ("memory", "failed", "OutOfMemoryError: CUDA out of memory"),
-        ("kills", "failed", "lost 2 leases; the last one: its lease ran out"),
-        ("hangs", "failed", "lost 2 leases; the last one: its lease ran out"),
+        {
+            "raises": ("failed", "ZeroDivisionError: no weights are left"),
+            "nan": ("pruned", "diverged"),
+            "memory": ("failed", "OutOfMemoryError: CUDA out of memory"),
+        },
+        {"kills": ("failed", "lost 2 leases; the last one: its lease ran out")},
+        {"hangs": ("failed", "lost 2 leases; the last one: its lease ran out")},
     ],
+    ids="-".join,
 )
 def test_a_fault_ends_its_own_trial_with_the_reason_and_no_other(
-    engine: Engine, database_url: str, tmp_path: Path, fault: str, state: str, reason: str
+    engine: Engine, database_url: str, tmp_path: Path, ends: dict[str, tuple[str, str]]
 ) -> None:
-    study = faulty(engine, fault)
+    studies = {fault: faulty(engine, fault) for fault in ends}
     with supervised_worker(database_url, tmp_path):
-        wait_until(lambda: builders.study_state(engine, study) != "active", SECONDS)
-    rows = outcomes(engine, study)
-    assert {row.fatal for row in rows} == {True, False}
-    for row in rows:
-        expected = (state, reason) if row.fatal else ("complete", "finished")
-        assert (row.state, row.reason) == expected
+        for study in studies.values():
+            wait_until(lambda one=study: builders.study_state(engine, one) != "active", SECONDS)
+    for fault, study in studies.items():
+        rows = outcomes(engine, study)
+        assert {row.fatal for row in rows} == {True, False}
+        for row in rows:
+            expected = ends[fault] if row.fatal else ("complete", "finished")
+            assert (row.state, row.reason) == expected, fault
     assert audit(engine) == {}

@@ -10,12 +10,15 @@ import warnings
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from sklearn.impute import SimpleImputer
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
+from regtune.errors import DataTooLarge
 from regtune.task import Columns
+from worker.training.capacity import free_bytes, readable
 
 MOST_CATEGORIES = 100
 """Columns that a categorical one becomes at most; the last one is for all rarer categories."""
@@ -29,13 +32,15 @@ def encode(
     """Return training and test rows as each of S splits encodes them: ``(S, rows, features)``.
 
     ``trained_on`` are the numbers of the rows that each trains on. Splits that know other
-    categories still have the same features: one that a split does not know is zero there.
+    categories still have the same features: one that a split does not know is zero there. Raises
+    DataTooLarge if the machine's memory has no room for that.
     """
     encodings = [_Encoding(train, rows) for rows in trained_on]
     places = {
         name: place
         for place, name in enumerate(dict.fromkeys(n for own in encodings for n in own.names))
     }
+    _check_room(len(encodings), len(train) + len(test), len(places))
     # One large copy of a table is made at a time, and written to where it stays.
     encoded = []
     for rows in (train, test):
@@ -44,6 +49,16 @@ def encode(
             encoding.write(rows, part, [places[name] for name in encoding.names])
         encoded.append(whole)
     return encoded[0], encoded[1]
+
+
+def _check_room(splits: int, rows: int, features: int) -> None:
+    needed, free = 4 * splits * rows * features, free_bytes(torch.device("cpu"))
+    if needed > free:
+        raise DataTooLarge(
+            f"{rows} rows of {features} features take {readable(needed)} once they are encoded for "
+            f"{splits} folds and repeats, but {readable(free)} of memory are free; take fewer of "
+            "them, or leave out columns (task.data.ignore)"
+        )
 
 
 class _Encoding:

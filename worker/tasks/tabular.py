@@ -1,19 +1,22 @@
 """The data set ``table``: a CSV or Parquet file with one column to predict."""
 
+import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 from numpy.typing import NDArray
 from pyarrow import csv, parquet
 
-from regtune.errors import InvalidData
+from regtune.errors import DataTooLarge, InvalidData
 from regtune.spec import TableSettings
 from regtune.task import Columns, Data, Storage
 from worker.tasks.files import opened
 from worker.tasks.holdout import hold_out
+from worker.training.capacity import free_bytes, readable
 
 MOST_CLASSES = 20
 """A target of whole numbers is a class if it has no more values than this."""
@@ -53,6 +56,7 @@ def _read(address: str, storage: Storage, asked: TableSettings) -> pa.Table:
     """Return a file's columns; raise InvalidData if there are none, or no target among them."""
     with opened(address, storage) as file:
         try:
+            _check_room(address, file)
             if address.lower().endswith(_PARQUET):
                 rows = parquet.read_table(file)
             else:
@@ -75,6 +79,23 @@ def _read(address: str, storage: Storage, asked: TableSettings) -> pa.Table:
     if len(set(rows.column_names)) < len(rows.column_names):
         raise InvalidData(f"{address!r} has two columns of one name")
     return rows
+
+
+def _check_room(address: str, file: IO[bytes]) -> None:
+    """Raise DataTooLarge if the machine's memory cannot hold a file's columns."""
+    if address.lower().endswith(_PARQUET):
+        metadata = parquet.read_metadata(file)
+        groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+        needed = sum(group.total_byte_size for group in groups)
+    else:
+        needed = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    free = free_bytes(torch.device("cpu"))
+    if needed > free:
+        raise DataTooLarge(
+            f"{address!r} takes {readable(needed)} of memory at least, but {readable(free)} are "
+            "free; take a file of fewer rows or columns, or a machine of more memory"
+        )
 
 
 def _check_columns(train: pa.Table, test: pa.Table, asked: TableSettings) -> None:

@@ -187,6 +187,16 @@ def free_bytes(device: torch.device) -> float:
     return min(_left_to_machine(), _left_to_container())
 
 
+def readable(size: float) -> str:
+    """Return a number of bytes as people write it."""
+    unit = "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+
+
 def _left_to_machine() -> float:
     """Return what programs may still take, what the system only caches of files included."""
     try:

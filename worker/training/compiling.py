@@ -327,7 +327,7 @@ class Programs:
         """Share an epoch's time out among the programs that were called, and compile for the next.
 
         ``epochs_to_come`` are those that will be trained for certain. Takes no time itself. Return
-        whether the next calls try a compiled form for the first time.
+        whether the next calls try a compiled form, for the first time or again.
         """
         changed = self._take_compiled()
         programs = list(self)

@@ -29,7 +29,7 @@ from regtune.task import (
 )
 from worker.tasks.preparation import Prepared, prepare
 from worker.training.batches import Place
-from worker.training.capacity import Footprint, free_bytes, is_out_of_memory
+from worker.training.capacity import Footprint, free_bytes, is_out_of_memory, readable
 from worker.training.checkpoint import Checkpoint
 from worker.training.compiling import Program, first_line
 from worker.training.cores import synchronize
@@ -59,7 +59,7 @@ from worker.training.objective import (
     regression,
 )
 from worker.training.optimizers import find_optimizer
-from worker.training.residence import OnDevice, choose, readable
+from worker.training.residence import OnDevice, choose
 
 SAMPLE_ROWS = 4
 """Rows on which a model is tried out before it trains."""

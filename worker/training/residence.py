@@ -7,7 +7,7 @@ import torch
 
 from regtune.errors import NoRoom
 from worker.tasks.preparation import Prepared
-from worker.training.capacity import free_bytes
+from worker.training.capacity import free_bytes, readable
 from worker.training.supply import STEPS_AHEAD
 
 OnDevice = Literal["auto", "always", "never"]
@@ -51,13 +51,3 @@ def choose(prepared: Prepared, device: torch.device, wish: OnDevice, batch_rows:
             "training.batch_size, or smaller rows"
         )
     return Residence(False, needed)
-
-
-def readable(size: float) -> str:
-    """Return a number of bytes as people write it."""
-    unit = "bytes"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if size < 1000:
-            break
-        size, unit = size / 1000, larger
-    return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"

@@ -6,12 +6,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from pyarrow import parquet
+from pyarrow import csv, parquet
 from sklearn.preprocessing import OneHotEncoder
 
-from regtune.errors import InvalidData
+from regtune.errors import DataTooLarge, InvalidData
 from regtune.spec import Validation
 from regtune.task import Data, Storage
+from worker.tasks import encoding, tabular
 from worker.tasks.preparation import Prepared, prepare
 from worker.tasks.tabular import table
 
@@ -206,6 +207,26 @@ def test_features_are_the_same_for_splits_that_know_other_categories(tmp_path):
         trained = whole.rows.x[split.training]
         assert trained.sum(1).tolist() == [1] * len(trained)
         assert whole.rows.x[split.validation].sum() == 0  # all towns there are unknown
+
+
+@pytest.mark.parametrize(
+    ("free", "path", "says"),
+    [
+        (100, "t.csv", r"'t\.csv' takes \d\.\d kB of memory at least, but 100 bytes are free"),
+        (100, "t.parquet", r"'t\.parquet' takes .* kB of memory at least, but 100 bytes are free"),
+        (10_000, "t.csv", r"600 rows of 1 features take .* for 5 folds and repeats, but 10\.0 kB"),
+    ],
+)
+def test_a_table_that_the_memory_cannot_hold_is_refused_with_its_sizes(
+    tmp_path, monkeypatch, free, path, says
+):
+    rows = pa.table({"x": np.linspace(1, 2, 600).round(9), "y": np.arange(600) % 2})
+    parquet.write_table(rows, tmp_path / "t.parquet")
+    csv.write_csv(rows, tmp_path / "t.csv")
+    for module in (tabular, encoding):
+        monkeypatch.setattr(module, "free_bytes", lambda device: free)
+    with pytest.raises(DataTooLarge, match=says):
+        prepared(table(Storage(tmp_path), path=path, target="y"), folds=5)
 
 
 def test_many_categories_become_a_hundred_columns_at_most(tmp_path):
