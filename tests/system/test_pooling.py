@@ -58,6 +58,7 @@ def sessions(engine: Engine) -> Counter[str]:
         "SELECT CASE WHEN application_name LIKE '% - 127.0.0.1:%' OR application_name = ''"
         " THEN 'through the proxy' ELSE application_name END, count(*)"
         " FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        " AND backend_type = 'client backend'"
         " GROUP BY 1"
     )
     with engine.connect() as connection:
