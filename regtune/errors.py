@@ -72,8 +72,12 @@ class InvalidData(RegtuneError):
     """The study's data set cannot be trained on as it is."""
 
 
-class DataTooLarge(InvalidData):
-    """The study's data set is too large for this machine."""
+class NoRoom(RegtuneError):
+    """There is no room on this machine for what the study trains on; another one may have it."""
+
+
+class NoRoomForModel(NoRoom):
+    """There is no room on this machine for training the study's model."""
 
 
 class DataDiffer(RegtuneError):

@@ -140,7 +140,11 @@ def offered(session: Session, alive_seconds: float) -> Offer:
 
 
 def refusals(session: Session, study_id: int) -> Mapping[str, str]:
-    """Return why workers train no trial of a study, by their names, until they are restarted."""
+    """Return why workers train no trial of a study now, by their names.
+
+    They have other data than the study began with, until they are restarted; or they had no room
+    for it, and have not tried again since.
+    """
     rows = session.execute(_REFUSALS, {"study_id": study_id})
     return {row.name: row.reason for row in rows}
 
@@ -203,6 +207,8 @@ _REFUSALS = text("""
 SELECT w.name, e.detail ->> 'reason' AS reason
 FROM regtune.events e JOIN regtune.workers w ON w.name = e.actor AND e.at >= w.started_at
 WHERE e.study_id = :study_id AND e.kind = 'study_refused'
+  AND (e.detail ->> 'tries_again_in_seconds' IS NULL OR now() <
+       e.at + make_interval(secs => cast(e.detail ->> 'tries_again_in_seconds' AS float)))
 ORDER BY e.event_id
 """)
 

@@ -51,7 +51,8 @@ def warning(session: Session, study: Study, alive_seconds: float) -> str | None:
     if all(worker.name in refusals for worker in suited):
         return (
             f"all of the {len(suited)} living workers that could train it have refused it; the "
-            f"study waits for another, or for one to be restarted. {suited[-1].name}: "
+            "study waits for another, or for one to try again: once it is restarted, or after some "
+            f"minutes where it lacked room. {suited[-1].name}: "
             f"{refusals[suited[-1].name]}"
         )
     return None

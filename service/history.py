@@ -26,9 +26,10 @@ class HistoryEntry(Document):
     )
     kind: str = Field(
         description="What: study_created, study_pause, study_resume, study_stop, study_cancel, "
-        "study_changed, study_refused (by a worker whose data differ), study_ended or "
-        "study_deleted; of a trial, trial_appended, trial_started, trial_resumed, "
-        "trial_given_back, trial_complete, trial_pruned, trial_failed or trial_cancelled.",
+        "study_changed, study_refused (by a worker whose data differ, or that has no room for "
+        "them), study_ended or study_deleted; of a trial, trial_appended, trial_started, "
+        "trial_resumed, trial_given_back, trial_complete, trial_pruned, trial_failed or "
+        "trial_cancelled.",
         examples=["study_changed"],
     )
     number: int | None = Field(description="The trial, if it is about one.", examples=[None])

@@ -18,10 +18,12 @@ from regtune.database import transaction
 from regtune.errors import (
     DatabaseUnavailable,
     DataDiffer,
-    DataTooLarge,
     InvalidData,
     InvalidSpec,
+    NoRoom,
+    NoRoomForModel,
     NotFound,
+    RegtuneError,
 )
 from regtune.reporting import Failed
 from regtune.settings import Settings
@@ -31,9 +33,11 @@ from worker.checkpoints import CheckpointStore
 from worker.devices import describe
 from worker.heartbeat import BEATS_A_LEASE, Heartbeat
 from worker.meeting import Turn, suspect_from
+from worker.refusals import Refusals
 from worker.shutdown import Interrupted, Shutdown
 from worker.stack import Stack
 from worker.training import capacity
+from worker.training.compiling import first_line
 from worker.training.engine import Engine
 
 log = structlog.get_logger()
@@ -81,7 +85,7 @@ class Worker:
         # Not all workers of a fleet at once.
         self._sweep_due = time.monotonic() + random.uniform(0, settings.sweep_seconds)
         self._sweeping: threading.Thread | None = None
-        self._refused: set[int] = set()
+        self._refused = Refusals()
 
     def run(self) -> None:
         """Train until told to stop; then give back what is not finished.
@@ -225,32 +229,46 @@ class Worker:
                 self._refused,
             )
         except DataDiffer as difference:
-            self._refuse(study, difference)
-            return None
-        except DataTooLarge as error:
-            if study.model is not None and shape == NO_SHAPE:  # some worker had room
-                self._refuse(study, error)
-            else:
-                self._fail_one(study, shape, error)
-            return None
+            self._refused.add(study.study_id)
+            self._record_refusal(study, difference)
+        except NoRoom as lack:
+            self._leave_to_others(study, shape, lack)
         except (DBAPIError, NotFound):  # the database
             raise
         except Exception as error:  # noqa: BLE001 - a user's crash is data
-            log.error("task_failed", study=study.name, error=str(error))
-            self._fail_one(study, shape, error)
-            return None
+            if capacity.is_out_of_memory(error):
+                self._leave_to_others(study, shape, NoRoomForModel(first_line(error)))
+            else:
+                log.error("task_failed", study=study.name, error=str(error))
+                self._fail_one(study, shape, error)
+        return None
 
-    def _refuse(self, study: Study, reason: DataDiffer | DataTooLarge) -> None:
-        """Leave a study to workers that have its data, or room, and say so in its history."""
-        log.error("study_refused", study=study.name, reason=str(reason))
-        self._refused.add(study.study_id)
+    def _leave_to_others(self, study: Study, shape: str, lack: NoRoom) -> None:
+        """Refuse a study that this machine has no room for, until that may have changed.
+
+        One shape of many that has still no room then, and that nobody has built, fails a trial:
+        else nobody would train the smaller ones.
+        """
+        one_shape = shape != NO_SHAPE and isinstance(lack, NoRoomForModel)
+        if one_shape and self._refused.postponed(study.study_id):
+            with transaction(self._database) as session:
+                built = shape in shapes.known(session, study.study_id)
+            if not built:
+                self._fail_one(study, shape, lack)
+                return
+        seconds = self._refused.postpone(study.study_id)
+        self._record_refusal(study, lack, tries_again_in_seconds=seconds)
+
+    def _record_refusal(self, study: Study, reason: RegtuneError, **detail: float) -> None:
+        """Say in a study's history why this worker leaves it to others."""
+        log.error("study_refused", study=study.name, reason=str(reason), **detail)
         with transaction(self._database) as session:
             events.record(
                 session,
                 study.study_id,
                 "study_refused",
                 self.name,
-                detail={"reason": str(reason)},
+                detail={"reason": str(reason), **detail},
             )
             events.notify(session, database.NEWS, study.study_id)
 

@@ -181,7 +181,8 @@ def test_the_warning_tells_when_all_workers_have_refused(
     assert refuse("a", "its rows are others") is None
     assert refuse("b", "so are these") == (
         "all of the 2 living workers that could train it have refused it; the study waits for "
-        "another, or for one to be restarted. b: so are these"
+        "another, or for one to try again: once it is restarted, or after some minutes where it "
+        "lacked room. b: so are these"
     )
     register(engine, "a")  # it was restarted, and tries again
     assert warning() is None

@@ -141,11 +141,19 @@ def test_a_time_scale_is_that_of_the_decay_of_the_trial_s_own_optimizer(engine: 
         assert told == pytest.approx(1 / (0.001 * 0.5 * 16))
 
 
-@pytest.mark.parametrize("fault", ["model", "rows", "unheard of"])
+@pytest.mark.parametrize("fault", ["model", "rows", "memory", "unheard of"])
 def test_a_setting_of_a_task_of_one_s_own_is_searched(
-    engine: Engine, database_url: str, tmp_path: Path, fault: str
+    engine: Engine,
+    database_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: str,
 ) -> None:
-    """Trials fail alone if their setting lets own code raise, spoils the data or is refused."""
+    """Trials fail alone if their setting lets own code raise, spoils the data or is refused.
+
+    Or if no worker has memory for it, a moment later neither.
+    """
+    monkeypatch.setattr("worker.refusals.FIRST_SECONDS", 0.2)
     study = builders.create(
         engine,
         task="broken",

@@ -1,12 +1,14 @@
 """A real worker and a real scheduler, in threads, on a real database."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
+from PIL import Image
 from sqlalchemy import Engine, text
 
 from regtune import studies, workers
@@ -19,7 +21,9 @@ from tests.audit import audit
 from tests.threads import run_until_over
 from tests.waiting import wait_until
 from worker.loop import Worker
+from worker.refusals import FIRST_SECONDS
 from worker.shutdown import Shutdown
+from worker.tasks import decoding
 from worker.training import residence
 from worker.training.epoch import Epochs
 
@@ -120,39 +124,87 @@ def test_a_study_may_be_streamed_and_says_so(engine, run):
     assert audit(engine) == {}
 
 
-def test_data_with_no_room_for_them_end_the_study_with_their_sizes(engine, run, monkeypatch):
-    monkeypatch.setattr(residence, "free_bytes", lambda device: 30_000)
-    study = builders.create(engine, **SHORT)
-    run(study, lanes=2)
-    assert builders.study_state(engine, study) == "failed"
-    says = "batches of 256 rows 337.9 kB, but 30.0 kB are free; take a smaller training.batch_size"
-    assert says in describe(engine, study)["reason"]
-    assert [row.state for row in trials(engine, study)].count("failed") == 1
-    assert audit(engine) == {}
-
-
-def test_a_worker_without_room_leaves_a_study_to_those_that_had_it(
-    engine, database_url, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(residence, "free_bytes", lambda device: 30_000)
-    study = builders.create(engine, **SHORT)
-    with transaction(engine) as session:
-        facts = ModelFacts(1, [], [], [], True, 1, 1, data_hash=None)
-        studies.describe_model(session, study.study_id, facts)
-    builders.append(engine, study, 3)
-    settings = Settings(data_dir=tmp_path, poll_seconds=0.1, lanes=2)
+@contextmanager
+def working(database_url: str, data_dir: Path) -> Iterator[None]:
+    """A worker, without a scheduler."""
+    settings = Settings(data_dir=data_dir, poll_seconds=0.1, lanes=2)
     shutdown = Shutdown()
     worker = Worker(database_url, settings, torch.device("cpu"), "w", shutdown)
     thread = threading.Thread(target=worker.run)
     thread.start()
     try:
-        wait_until(lambda: refusals(engine, study), 60)
+        yield
     finally:
         shutdown.request()
         thread.join()
-    (refusal,) = refusals(engine, study)
-    assert "30.0 kB are free" in refusal.detail["reason"]
+
+
+def test_a_worker_without_room_leaves_a_study_to_others_and_says_why(
+    engine, client, database_url, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(residence, "free_bytes", lambda device: 30_000)
+    study = builders.create(engine, **SHORT)
+    builders.append(engine, study, 3)
+    says = "batches of 256 rows 337.9 kB, but 30.0 kB are free; take a smaller training.batch_size"
+    with working(database_url, tmp_path):
+        wait_until(lambda: refusals(engine, study), 60)
+        warning = client.get("/v1/studies/study").json()["warning"]
+        assert "or after some minutes where it lacked room. w: " in warning
+        assert says in warning
+        other = builders.create(
+            engine, "other", **{**SHORT, "training": {"max_epochs": 2, "batch_size": 8}}
+        )
+        builders.append(engine, other, 1)
+        wait_until(lambda: builders.states(engine, other) == ["complete"], 60)
+    (entry,) = (
+        entry
+        for entry in client.get("/v1/studies/study/history").json()["items"]
+        if entry["kind"] == "study_refused"
+    )
+    assert entry["actor"] == "w"
+    assert says in entry["detail"]["reason"]
+    assert entry["detail"]["tries_again_in_seconds"] == FIRST_SECONDS
+    assert builders.study_state(engine, study) == "active"
     assert builders.states(engine, study) == ["waiting"] * 3
+    assert audit(engine) == {}
+
+
+def test_a_worker_that_lacked_room_for_a_while_tries_again(
+    engine, client, database_url, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("worker.refusals.FIRST_SECONDS", 0.5)
+    study = builders.create(engine, **SHORT)
+    builders.append(engine, study, 3)
+    with monkeypatch.context() as patch, working(database_url, tmp_path):
+        patch.setattr(residence, "free_bytes", lambda device: 30_000)
+        wait_until(lambda: len(refusals(engine, study)) == 2, 60)
+        patch.undo()
+        wait_until(lambda: builders.states(engine, study) == ["complete"] * 3, 60)
+        assert client.get("/v1/studies/study").json()["warning"] is None
+    seconds = [each.detail["tries_again_in_seconds"] for each in refusals(engine, study)]
+    assert seconds == [0.5, 1.0]
+    assert audit(engine) == {}
+
+
+def test_a_worker_that_cannot_keep_decoded_images_leaves_the_study_to_others(
+    engine, database_url, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(decoding, "MAPPED_BYTES", 0)
+    for number in range(20):
+        path = tmp_path / "all" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(path)
+    (tmp_path / decoding.FOLDER).write_text("no folder")
+    data = {"path": "all", "size": 8}
+    study = builders.create(
+        engine, task={"dataset": "image_folder", "data": data, "model": "mlp"}, **SHORT
+    )
+    builders.append(engine, study, 2)
+    with working(database_url, tmp_path):
+        wait_until(lambda: refusals(engine, study), 60)
+    assert "decoded images cannot be kept in" in refusals(engine, study)[0].detail["reason"]
+    assert builders.study_state(engine, study) == "active"
+    assert builders.states(engine, study) == ["waiting"] * 2
     assert audit(engine) == {}
 
 
@@ -359,19 +411,11 @@ def test_a_worker_whose_data_differ_refuses_the_study_and_says_so(engine, databa
         facts = ModelFacts(1, [], [], [], True, 1, 1, data_hash="sha256:of-other-rows")
         studies.describe_model(session, study.study_id, facts)
     builders.append(engine, study, 3)
-    settings = Settings(data_dir=tmp_path, poll_seconds=0.1, lanes=2)
-    shutdown = Shutdown()
-    worker = Worker(database_url, settings, torch.device("cpu"), "w", shutdown)
-    thread = threading.Thread(target=worker.run)
-    thread.start()
-    try:
+    with working(database_url, tmp_path):
         wait_until(lambda: refusals(engine, study), 60)
         other = builders.create(engine, "other", **SHORT)
         builders.append(engine, other, 2)
         wait_until(lambda: builders.states(engine, other) == ["complete"] * 2, 60)
-    finally:
-        shutdown.request()
-        thread.join()
     (refusal,) = refusals(engine, study)
     assert refusal.actor == "w"
     assert "sha256:of-other-rows" in refusal.detail["reason"]

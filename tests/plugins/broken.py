@@ -11,7 +11,7 @@ from regtune.task import Data, Storage
 
 @dataclass
 class Broken:
-    fault: Literal["data", "model", "loss", "rows", "none"]
+    fault: Literal["data", "model", "loss", "rows", "memory", "none"]
 
     def data(self, storage: Storage) -> Data:
         if self.fault == "data":
@@ -24,6 +24,8 @@ class Broken:
     def model(self, input_shape: tuple[int, ...], outputs: int) -> nn.Module:
         if self.fault == "model":
             raise ValueError("no such width")
+        if self.fault == "memory":
+            raise MemoryError("no memory for this width")
         return nn.Linear(*input_shape, outputs)
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:

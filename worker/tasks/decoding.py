@@ -1,6 +1,6 @@
 """Images from their files to one array of bytes: in memory, or in a file that is mapped into it.
 
-The file lies in the folder ``images`` of the data folder, under a hash of what is in the images'
+The file lies in the folder ``decoded`` of the data folder, under a hash of what is in the images'
 own files and of how they are decoded. Whoever wants the same images again, another worker on the
 machine too, finds it there.
 """
@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -26,7 +26,7 @@ import structlog
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from regtune.errors import DataTooLarge, InvalidData
+from regtune.errors import InvalidData, NoRoom
 from regtune.task import Storage
 from worker.tasks.files import opened
 
@@ -35,8 +35,13 @@ log = structlog.get_logger()
 MAPPED_BYTES = 2**30
 """Decoded images that take more than this lie in a file."""
 
-BLOCK = 64
-"""Images that a thread takes at a time."""
+BLOCK, BLOCK_BYTES = 64, 2**24
+"""Images that a thread takes at a time, and what they take decoded; one may be larger than that."""
+
+FOLDER = "decoded"
+"""Where those files lie in the data folder; ``images`` would be a likely name of somebody's own."""
+
+_DRAFT, _LOCK = ".part", ".lock"
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -64,7 +69,8 @@ class ImageFiles:
     def decoded(self) -> Bytes:
         """Return all images, ``(rows, channels, size, size)``; raise InvalidData.
 
-        What does not fit in ``MAPPED_BYTES`` can only be read, and lies in a file.
+        What does not fit in ``MAPPED_BYTES`` can only be read, and lies in a file. Raises NoRoom if
+        that file cannot be had on this machine.
         """
         if prod(self.shape) > MAPPED_BYTES:
             return self._mapped()
@@ -81,21 +87,22 @@ class ImageFiles:
         digests = [digest for some in self._in_threads(self._digests) for digest in some]
         how = f"{PIL.__version__} {self.channels} {self.size} {len(digests)}"
         key = hashlib.sha256(how.encode() + b"".join(digests)).hexdigest()
-        folder = self.storage.data_dir / "images"
+        folder = self.storage.data_dir / FOLDER
         target = folder / f"{key}.u8"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with _alone(folder / f"{key}.lock"):
+            with _alone(target.with_suffix(_LOCK)):
                 if not target.is_file() or target.stat().st_size != prod(self.shape):
                     self._write(target, digests)
-        except OSError as error:
-            raise InvalidData(f"{str(target)!r} cannot be written: {error}") from error
-        return np.memmap(target, np.uint8, "r", shape=self.shape)
+            return np.memmap(target, np.uint8, "r", shape=self.shape)
+        except OSError as error:  # of this folder: what is wrong with an image is InvalidData
+            raise NoRoom(f"decoded images cannot be kept in {str(folder)!r}: {error}") from error
 
     def _write(self, target: Path, digests: Sequence[bytes]) -> None:
         """Decode into a file that bears its name only once it is whole."""
         started = perf_counter()
-        draft = target.with_suffix(".part")
+        draft = target.with_suffix(_DRAFT)
+        _remove_left_behind(target.parent)
         self._check_room(target.parent)
 
         def decode(some: slice) -> None:
@@ -113,7 +120,9 @@ class ImageFiles:
         try:
             draft.write_bytes(b"")
             self._in_threads(decode)
+            _reach_disk(draft)  # else the name might outlive a loss of power, and the bytes not
             draft.replace(target)
+            _reach_disk(target.parent)
         except OSError as error:
             if error.errno in _FULL:
                 raise self._no_room(target.parent) from error
@@ -127,9 +136,9 @@ class ImageFiles:
         if shutil.disk_usage(folder).free < prod(self.shape):
             raise self._no_room(folder)
 
-    def _no_room(self, folder: Path) -> DataTooLarge:
+    def _no_room(self, folder: Path) -> NoRoom:
         free = shutil.disk_usage(folder).free / 1e9
-        return DataTooLarge(
+        return NoRoom(
             f"{len(self.paths)} images of {self.size} × {self.size} take "
             f"{prod(self.shape) / 1e9:.3g} GB decoded, but {str(folder)!r} has {free:.3g} GB free; "
             "make room there, let REGTUNE_DATA_DIR name a larger disk, or take a smaller "
@@ -156,11 +165,12 @@ class ImageFiles:
 
         Threads do, since a codec holds no interpreter lock while it computes.
         """
-        begins = range(0, len(self.paths), BLOCK)
-        pool = ThreadPoolExecutor(os.cpu_count(), "images")
+        block = max(1, min(BLOCK, BLOCK_BYTES // prod(self.shape[1:])))
+        begins = range(0, len(self.paths), block)
+        pool = ThreadPoolExecutor(_cores(), "images")
         try:
             futures = [
-                pool.submit(work, slice(begin, min(begin + BLOCK, len(self.paths))))
+                pool.submit(work, slice(begin, min(begin + block, len(self.paths))))
                 for begin in begins
             ]
             return [future.result() for future in futures]
@@ -168,12 +178,36 @@ class ImageFiles:
             pool.shutdown(cancel_futures=True)
 
 
+def _cores() -> int:
+    """Return how many cores this process may use; of the machine where the system does not say."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _reach_disk(path: Path) -> None:
+    """Wait until what was written to a file, or renamed in a folder, would outlive a power loss."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_left_behind(folder: Path) -> None:
+    """Remove drafts that nobody writes any more: of workers that were killed."""
+    for draft in folder.glob(f"*{_DRAFT}"):
+        with suppress(BlockingIOError), _alone(draft.with_suffix(_LOCK), fcntl.LOCK_NB):
+            draft.unlink(missing_ok=True)
+
+
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def _alone(path: Path, or_else: int = 0) -> Iterator[None]:
     """Wait until no other process of this machine is in here; the system ends the wait if it dies.
 
-    The file stays: whoever removed it would let in two at once.
+    The file stays: whoever removed it would let in two at once. With ``LOCK_NB``, raise
+    BlockingIOError instead of waiting.
     """
     with path.open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_EX | or_else)
         yield

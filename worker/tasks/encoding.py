@@ -16,7 +16,7 @@ from sklearn.impute import SimpleImputer
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
-from regtune.errors import DataTooLarge
+from regtune.errors import NoRoom
 from regtune.task import Columns
 from worker.training.capacity import free_bytes, readable
 
@@ -33,7 +33,7 @@ def encode(
 
     ``trained_on`` are the numbers of the rows that each trains on. Splits that know other
     categories still have the same features: one that a split does not know is zero there. Raises
-    DataTooLarge if the machine's memory has no room for that.
+    NoRoom if the machine's memory has no room for that.
     """
     encodings = [_Encoding(train, rows) for rows in trained_on]
     places = {
@@ -54,7 +54,7 @@ def encode(
 def _check_room(splits: int, rows: int, features: int) -> None:
     needed, free = 4 * splits * rows * features, free_bytes(torch.device("cpu"))
     if needed > free:
-        raise DataTooLarge(
+        raise NoRoom(
             f"{rows} rows of {features} features take {readable(needed)} once they are encoded for "
             f"{splits} folds and repeats, but {readable(free)} of memory are free; take fewer of "
             "them, or leave out columns (task.data.ignore)"

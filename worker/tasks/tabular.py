@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from pyarrow import csv, parquet
 
-from regtune.errors import DataTooLarge, InvalidData
+from regtune.errors import InvalidData, NoRoom
 from regtune.spec import TableSettings
 from regtune.task import Columns, Data, Storage
 from worker.tasks.files import opened
@@ -82,7 +82,7 @@ def _read(address: str, storage: Storage, asked: TableSettings) -> pa.Table:
 
 
 def _check_room(address: str, file: IO[bytes]) -> None:
-    """Raise DataTooLarge if the machine's memory cannot hold a file's columns."""
+    """Raise NoRoom if the machine's memory cannot hold a file's columns."""
     if address.lower().endswith(_PARQUET):
         metadata = parquet.read_metadata(file)
         groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
@@ -92,7 +92,7 @@ def _check_room(address: str, file: IO[bytes]) -> None:
     file.seek(0)
     free = free_bytes(torch.device("cpu"))
     if needed > free:
-        raise DataTooLarge(
+        raise NoRoom(
             f"{address!r} takes {readable(needed)} of memory at least, but {readable(free)} are "
             "free; take a file of fewer rows or columns, or a machine of more memory"
         )

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from regtune.errors import DataTooLarge, InvalidData
+from regtune.errors import InvalidData, NoRoom, NoRoomForModel
 from regtune.spec import STRENGTHS, AnyTask, NamedTask, Training, Validation
 from regtune.task import (
     Data,
@@ -115,7 +115,7 @@ class Engine:
 
         Raises NotFound for an unknown task, data set or model, InvalidSpec for wrong settings of a
         task, UnsupportedModel for a model whose noise is its own, InvalidData for data that cannot
-        be trained on as the study wants, DataTooLarge where there is no room for them, and whatever
+        be trained on as the study wants, NoRoom where there is no room for them, and whatever
         loading or building raises.
         """
         own = load_task(task, own_tasks or {})
@@ -162,7 +162,7 @@ class Engine:
             memory_format=memory_format,
         )
         self.max_lanes = max_lanes
-        with _no_room_for(f"a step of batch size {training.batch_size}", device):
+        with _no_room_for(f"a step of batch size {training.batch_size}", device, NoRoomForModel):
             self._footprint = self._weigh()
         _check_room(self._footprint.total * self._members, device)
         self._lanes: list[Lane] = []
@@ -532,15 +532,15 @@ def _augmentations(training: Training, prepared: Prepared) -> Collection[str]:
 
 
 @contextmanager
-def _no_room_for(what: str, device: torch.device) -> Iterator[None]:
-    """Raise DataTooLarge where the block runs out of memory."""
+def _no_room_for(what: str, device: torch.device, kind: type[NoRoom] = NoRoom) -> Iterator[None]:
+    """Raise NoRoom, of this kind, where the block runs out of memory."""
     free = free_bytes(device)
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise DataTooLarge(
+        raise kind(
             f"{device} has no room for {what}: {readable(free)} were free ({first_line(error)})"
         ) from error
 
@@ -548,7 +548,7 @@ def _no_room_for(what: str, device: torch.device) -> Iterator[None]:
 def _check_room(trial_bytes: int, device: torch.device) -> None:
     free = free_bytes(device)
     if trial_bytes > free:
-        raise DataTooLarge(
+        raise NoRoomForModel(
             f"a trial takes {readable(trial_bytes)} on {device}, which has {readable(free)} free; "
             "take a smaller training.batch_size, smaller rows or model, or fewer folds and repeats"
         )

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from regtune.errors import DataTooLarge
+from regtune.errors import NoRoom
 from worker.tasks.preparation import Prepared
 from worker.training.capacity import free_bytes, readable
 from worker.training.supply import STEPS_AHEAD
@@ -30,14 +30,14 @@ class Residence:
 def choose(prepared: Prepared, device: torch.device, wish: OnDevice, batch_rows: int) -> Residence:
     """Return where rows are to be, for batches of so many rows.
 
-    Raises DataTooLarge if they are to be on a device that has no room for them, or if not even the
+    Raises NoRoom if they are to be on a device that has no room for them, or if not even the
     batches of a few steps have room there.
     """
     needed = sum(len(rows) * rows.bytes_each for rows in (prepared.rows, prepared.test))
     free = free_bytes(device)
     there = device.type == "cpu" and prepared.rows.finished
     if wish == "always" and needed > free and not there:
-        raise DataTooLarge(
+        raise NoRoom(
             f"the rows take {readable(needed)} on {device}, which has {readable(free)} free; "
             "REGTUNE_DATA_ON_DEVICE=auto streams them"
         )
@@ -45,7 +45,7 @@ def choose(prepared: Prepared, device: torch.device, wish: OnDevice, batch_rows:
         return Residence(True, needed)
     batches = (STEPS_AHEAD + 2) * batch_rows * prepared.rows.bytes_each
     if batches > free:
-        raise DataTooLarge(
+        raise NoRoom(
             f"a row takes {readable(prepared.rows.bytes_each)} on {device} and a few batches of "
             f"{batch_rows} rows {readable(batches)}, but {readable(free)} are free; take a smaller "
             "training.batch_size, or smaller rows"

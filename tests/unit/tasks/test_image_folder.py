@@ -1,5 +1,7 @@
 import errno
+import fcntl
 import multiprocessing
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -11,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from regtune.errors import DataTooLarge, InvalidData
+from regtune.errors import InvalidData, NoRoom
 from regtune.task import Data, Storage
 from worker.tasks import decoding
+from worker.tasks.decoding import ImageFiles
 from worker.tasks.image_folder import image_folder
 
 COLOURS = {"blue": (0, 0, 250), "green": (0, 200, 0), "red": (250, 0, 0)}
@@ -108,7 +111,7 @@ def mapped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def files(storage: Storage) -> list[Path]:
-    return sorted((storage.data_dir / "images").glob("*.u8"))
+    return sorted((storage.data_dir / decoding.FOLDER).glob("*.u8"))
 
 
 def test_images_that_take_much_memory_are_mapped_from_a_file_and_are_the_same(storage, monkeypatch):
@@ -149,7 +152,47 @@ def test_of_a_file_that_could_not_be_finished_nothing_stays(storage, mapped):
     (storage.data_dir / "all" / "red" / "broken.png").write_bytes(b"not an image")
     with pytest.raises(InvalidData, match=r"broken\.png' cannot be read"):
         load(storage)
-    assert not list((storage.data_dir / "images").glob("*.part"))
+    assert not list((storage.data_dir / decoding.FOLDER).glob("*.part"))
+
+
+def test_a_file_bears_its_name_only_once_it_would_outlive_a_loss_of_power(
+    storage, mapped, monkeypatch
+):
+    folder = storage.data_dir / decoding.FOLDER
+    steps: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def note_fsync(descriptor: int) -> None:
+        steps.append("folder" if os.path.samestat(os.fstat(descriptor), folder.stat()) else "file")
+        fsync(descriptor)
+
+    def note_replace(self: Path, target: Path) -> Path:
+        steps.append("rename")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(Path, "replace", note_replace)
+    load(storage)
+    assert steps == ["file", "rename", "folder"] * 2  # the training rows, and the test rows
+
+
+def test_what_a_killed_worker_had_begun_is_removed_and_what_another_writes_is_not(storage, mapped):
+    folder = storage.data_dir / decoding.FOLDER
+    folder.mkdir()
+    for name in ("killed", "writing"):
+        (folder / f"{name}.part").write_bytes(b"half")
+    with (folder / "writing.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        load(storage)
+    assert [path.name for path in folder.glob("*.part")] == ["writing.part"]
+
+
+def test_a_thread_holds_no_more_than_some_bytes_of_images_at_a_time(tmp_path, monkeypatch):
+    paths = [Path(str(number)) for number in range(130)]
+    for size, count in ((16, decoding.BLOCK), (1024, 5), (8192, 1)):
+        images = ImageFiles(paths, 3, size, Storage(tmp_path))
+        blocks = images._in_threads(lambda some: some.stop - some.start)
+        assert (sum(blocks), max(blocks)) == (130, count)
 
 
 def _load_mapped(data_dir: Path, start: Any, told: Any) -> None:
@@ -202,9 +245,9 @@ def test_a_full_disk_is_said_with_sizes_and_what_to_do(
     storage, mapped, monkeypatch, fill: Callable[[pytest.MonkeyPatch], None]
 ):
     fill(monkeypatch)
-    with pytest.raises(DataTooLarge, match=r"24 images of 16 × 16 take .* GB decoded, but .* free"):
+    with pytest.raises(NoRoom, match=r"24 images of 16 × 16 take .* GB decoded, but .* free"):
         load(storage)
-    assert {path.suffix for path in (storage.data_dir / "images").iterdir()} == {".lock"}
+    assert {path.suffix for path in (storage.data_dir / decoding.FOLDER).iterdir()} == {".lock"}
 
 
 def test_images_that_change_while_they_are_read_are_noticed(storage, mapped, monkeypatch):

@@ -9,7 +9,7 @@ import torch
 from pyarrow import csv, parquet
 from sklearn.preprocessing import OneHotEncoder
 
-from regtune.errors import DataTooLarge, InvalidData
+from regtune.errors import InvalidData, NoRoom
 from regtune.spec import Validation
 from regtune.task import Data, Storage
 from worker.tasks import encoding, tabular
@@ -225,7 +225,7 @@ def test_a_table_that_the_memory_cannot_hold_is_refused_with_its_sizes(
     csv.write_csv(rows, tmp_path / "t.csv")
     for module in (tabular, encoding):
         monkeypatch.setattr(module, "free_bytes", lambda device: free)
-    with pytest.raises(DataTooLarge, match=says):
+    with pytest.raises(NoRoom, match=says):
         prepared(table(Storage(tmp_path), path=path, target="y"), folds=5)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from regtune.errors import DataTooLarge
+from regtune.errors import NoRoom
 from regtune.spec import Validation
 from regtune.task import Columns, Data, Storage
 from tests.unit.training.conftest import losses, overlapping_blobs, train, trial
@@ -269,23 +269,23 @@ def test_an_encoded_table_is_where_a_cpu_needs_it_anyway(monkeypatch):
 
 def test_what_fits_neither_way_is_refused_with_its_sizes(monkeypatch):
     with_free(monkeypatch, 50_000)
-    with pytest.raises(DataTooLarge, match=r"86\.2 kB on cpu, which has 50\.0 kB free; .*=auto"):
+    with pytest.raises(NoRoom, match=r"86\.2 kB on cpu, which has 50\.0 kB free; .*=auto"):
         choose(prepared(), CPU, "always", 8)
-    with pytest.raises(DataTooLarge, match=r"batches of 8 rows 123\.2 kB, but 50\.0 kB are free"):
+    with pytest.raises(NoRoom, match=r"batches of 8 rows 123\.2 kB, but 50\.0 kB are free"):
         choose(prepared(), CPU, "auto", 8)
 
 
 def test_a_step_or_a_trial_that_does_not_fit_is_refused_with_its_sizes(build, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("worker.training.engine.free_bytes", lambda device: 20_000)
-        with pytest.raises(DataTooLarge, match=r"a trial takes .* 20\.0 kB free; take a smaller"):
+        with pytest.raises(NoRoom, match=r"a trial takes .* 20\.0 kB free; take a smaller"):
             build("never")
 
     def too_much(*_: object) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     monkeypatch.setattr("worker.training.engine.Engine._weigh", too_much)
-    with pytest.raises(DataTooLarge, match=r"no room for a step of batch size 16: .*allocate 2"):
+    with pytest.raises(NoRoom, match=r"no room for a step of batch size 16: .*allocate 2"):
         build("auto")
 
 
@@ -293,7 +293,7 @@ def test_rows_that_do_not_fit_the_machine_are_refused(build):
     def endless(storage: Storage) -> Data:
         raise MemoryError("Unable to allocate 9 TiB")
 
-    with pytest.raises(DataTooLarge, match=r"no room for the data set: .* allocate 9 TiB"):
+    with pytest.raises(NoRoom, match=r"no room for the data set: .* allocate 9 TiB"):
         build("auto", data=endless)
 
 
