@@ -175,6 +175,11 @@ class Listener:
             time.sleep(min(seconds, 1.0))
             return set()
 
+    def drain(self) -> None:
+        """Forget what has come by now; a connection that is lost stays so until the next wait."""
+        if self._connection is not None:
+            self.wait(0)
+
     def _meant(self, payload: str) -> list[int]:
         """Return the study that a notification is about; none if it is for others, or is none."""
         study_id, *tags = payload.split() or [""]

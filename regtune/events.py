@@ -63,10 +63,7 @@ def was_deleted(session: Session, name: str) -> bool:
 
 def notify(session: Session, channel: str, study_id: int) -> None:
     """Wake those who listen on a channel, once this transaction commits."""
-    session.execute(
-        text("SELECT pg_notify(:channel, cast(:study_id AS text))"),
-        {"channel": channel, "study_id": study_id},
-    )
+    session.execute(_NOTIFY, {"channel": channel, "study_id": study_id})
 
 
 def history(
@@ -123,6 +120,8 @@ def read(session: Session, study_id: int, after: str, limit: int = 1000) -> Sequ
     )
     return [Event(**row._mapping) for row in rows]
 
+
+_NOTIFY = text("SELECT pg_notify(:channel, cast(:study_id AS text))")
 
 _DELETED = "study_deleted"
 

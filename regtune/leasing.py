@@ -8,17 +8,17 @@ statements can wait for each other in a ring.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
 from optuna.distributions import BaseDistribution, distribution_to_json
-from sqlalchemy import text
+from sqlalchemy import Row, text
 from sqlalchemy.orm import Session
 
-from regtune import events, studies
+from regtune import events, shares, studies
 from regtune.database import NEWS, WORK
 from regtune.errors import StaleView
 from regtune.spec import NO_SHAPE
@@ -54,16 +54,32 @@ class Lease:
     lost_leases: int = 0
 
 
+@dataclass(frozen=True)
+class Taken:
+    """What a worker gets that asks for trials.
+
+    ``turn`` is the study that its free lanes should go to, None if none has a trial for it.
+    ``more_to_come`` says whether its own study has trials that no worker has begun, or may still
+    get some.
+    """
+
+    turn: int | None
+    leases: Sequence[Lease]
+    more_to_come: bool
+
+
 def append(
     session: Session,
     study_id: int,
     suggestions: Sequence[Suggestion],
     *,
     expected: int,
+    alive_seconds: float | None = None,
     actor: str = "scheduler",
 ) -> Sequence[int]:
     """Append waiting trials to an active study within its budget; return their trial ids.
 
+    Workers that can train them are woken, those that have been silent for ``alive_seconds`` aside.
     ``expected`` is the number that the first one will get. Raise StaleView if it is taken, that
     is, if another scheduler has appended in the meantime. Return nothing if the study is not
     active any more. Numbers are contiguous: the study's row is locked while they are given out.
@@ -76,8 +92,14 @@ def append(
         return []
     rows = [_row(expected + i, suggestion) for i, suggestion in enumerate(suggestions[:room])]
     trial_ids = session.execute(
-        text(_APPEND),
-        {"study_id": study_id, "rows": json.dumps(rows), "actor": actor, "work": WORK},
+        _APPEND,
+        {
+            "study_id": study_id,
+            "rows": json.dumps(rows),
+            "actor": actor,
+            "alive_seconds": alive_seconds,
+            "work": WORK,
+        },
     ).scalars()
     return sorted(trial_ids)
 
@@ -124,7 +146,7 @@ def lease(
     shape: str = NO_SHAPE,
     slots: int = 1,
     suspect_from: int | None = None,
-    suspects: bool = False,
+    alone: bool = False,
     now: datetime | None = None,
 ) -> Sequence[Lease]:
     """Lease up to ``count`` waiting trials of a shape for a worker, lowest number first.
@@ -133,10 +155,10 @@ def lease(
 
     ``slots`` is how many trials of this study the worker could train at once.
     Trials that have lost ``suspect_from`` leases are suspected of killing their workers; they are
-    passed over, or with ``suspects`` the only ones to be leased.
+    passed over, but for one where no other waits and the worker is ``alone`` with it.
     """
     rows = session.execute(
-        text(_LEASE),
+        _LEASE,
         {
             "study_id": study_id,
             "worker": worker,
@@ -145,11 +167,56 @@ def lease(
             "seconds": seconds,
             "share": 1 / slots,
             "suspect_from": suspect_from,
-            "suspects": suspects,
+            "alone": alone,
             "now": now,
         },
     )
-    return sorted((Lease(**row._mapping) for row in rows), key=lambda lease: lease.number)
+    return _leases(rows)
+
+
+def take(
+    session: Session,
+    study_id: int,
+    worker: str,
+    count: int,
+    seconds: float,
+    *,
+    shape: str,
+    slots: int,
+    suspect_from: int,
+    alone: bool,
+    stay_seconds: float,
+    refused: Collection[int] = (),
+    now: datetime | None = None,
+) -> Taken:
+    """Ask whose turn it is, as ``shares.choose`` does, and if it is this study's, lease trials.
+
+    Otherwise as ``lease``, and in one statement as that.
+    """
+    rows = session.execute(
+        _TAKE,
+        {
+            "study_id": study_id,
+            "worker": worker,
+            "shape": shape,
+            "count": count,
+            "seconds": seconds,
+            "share": 1 / slots,
+            "suspect_from": suspect_from,
+            "alone": alone,
+            "current": study_id,
+            "stay": stay_seconds,
+            "refused": list(refused),
+            "now": now,
+        },
+    ).all()
+    leases = _leases(row for row in rows if row.trial_id is not None)
+    return Taken(rows[0].turn, leases, bool(rows[0].more_to_come))
+
+
+def _leases(rows: Iterable[Row[Any]]) -> Sequence[Lease]:
+    leases = (Lease(*(getattr(row, name) for name in Lease.__dataclass_fields__)) for row in rows)
+    return sorted(leases, key=lambda lease: lease.number)
 
 
 def release(
@@ -177,7 +244,7 @@ def expire(
     The trials wait again under the same numbers; one that has lost ``max_attempts`` leases fails.
     """
     _share_study(session, study_id)
-    rows = session.execute(text(_EXPIRED), {"study_id": study_id, "now": now}).all()
+    rows = session.execute(_EXPIRED, {"study_id": study_id, "now": now}).all()
     if not rows:
         return []
     tokens = json.dumps([{"trial_id": row.trial_id, "token": str(row.token)} for row in rows])
@@ -204,7 +271,7 @@ def _give_up(
     now: datetime | None,
 ) -> Sequence[int]:
     rows = session.execute(
-        text(_GIVE_UP),
+        _GIVE_UP,
         {
             "tokens": tokens,
             "reason": reason,
@@ -223,7 +290,7 @@ def _tokens(leases: Iterable[Lease]) -> str:
     return json.dumps([{"trial_id": lease.trial_id, "token": str(lease.token)} for lease in leases])
 
 
-_APPEND = """
+_APPEND = text(f"""
 WITH row AS (
     SELECT * FROM json_to_recordset(cast(:rows AS json)) AS r(
         number int, kind text, params jsonb, shape text, suggested json, user_attrs json,
@@ -261,35 +328,47 @@ WITH row AS (
     FROM regtune.studies s JOIN regtune.trials t USING (study_id)
     WHERE s.state IN ('active', 'paused', 'stopping') AND t.state = 'running' GROUP BY t.worker
 ), called AS (
-    -- As many as it takes, not a whole fleet for a few trials: of those with room, and of those
+    -- As many as it takes, not a whole fleet for a few trials: those with room first, then those
     -- that may get some before this commits, who would find nothing and then hear of it too late.
+    -- A killed worker still wants lanes, and once its leases have run out it has room.
     SELECT coalesce(string_agg(' ' || left(md5(name), 8), ''), '') AS tags
-    FROM (SELECT name, sum(lanes) OVER (PARTITION BY free ORDER BY heartbeat_at DESC, name)
+    FROM (SELECT name, sum(lanes) OVER (ORDER BY free DESC, heartbeat_at DESC, name)
                        - lanes AS before
-          FROM (SELECT name, heartbeat_at, coalesce(trials, 0) < lanes AS free,
-                       CASE WHEN coalesce(trials, 0) < lanes THEN lanes - coalesce(trials, 0)
-                       ELSE least(lanes, wanted_lanes) END AS lanes
-                FROM regtune.workers LEFT JOIN held USING (name)
-                WHERE wanted_lanes > 0 AND stopped_at IS NULL) wanting) counted
+          FROM (SELECT w.name, w.heartbeat_at, coalesce(trials, 0) < w.lanes AS free,
+                       CASE WHEN coalesce(trials, 0) < w.lanes THEN w.lanes - coalesce(trials, 0)
+                       ELSE least(w.lanes, w.wanted_lanes) END AS lanes
+                FROM regtune.workers w JOIN regtune.studies s ON s.study_id = :study_id
+                LEFT JOIN held ON held.name = w.name
+                WHERE w.wanted_lanes > 0 AND w.stopped_at IS NULL AND {shares.SUITS}
+                  AND coalesce(w.heartbeat_at > now() - make_interval(
+                      secs => cast(:alive_seconds AS float)), true)) wanting) counted
     WHERE before < 2 + (SELECT count(*) FROM row)
 )
 SELECT trial_id, pg_notify(:work, cast(:study_id AS text)
                                   || CASE WHEN length(tags) < 7000 THEN tags ELSE '' END)
 FROM trial, called
-"""
+""")
 
 # The study's row is locked first and shared, so that whoever pauses or cancels it waits for this
 # statement, or this one for them and then finds nothing. A trial whose state has changed since the
 # snapshot is looked at again when its lock is had, and left alone.
-_LEASE = """
-WITH study AS MATERIALIZED (
+_LEASING = """
+study AS MATERIALIZED (
     SELECT study_id FROM regtune.studies
-    WHERE study_id = :study_id AND state = 'active' FOR SHARE
-), picked AS (
+    WHERE study_id = :study_id AND state = 'active' {and_more} FOR SHARE
+), harmless AS (
     SELECT t.trial_id FROM regtune.trials t
     WHERE t.study_id = (SELECT study_id FROM study) AND t.shape = :shape AND t.state = 'waiting'
-      AND coalesce(t.lost_leases >= cast(:suspect_from AS int), false) = :suspects
+      AND coalesce(t.lost_leases < cast(:suspect_from AS int), true)
     ORDER BY t.number LIMIT :count FOR UPDATE OF t SKIP LOCKED
+), suspect AS (
+    SELECT t.trial_id FROM regtune.trials t
+    WHERE :alone AND NOT EXISTS (SELECT FROM harmless)
+      AND t.study_id = (SELECT study_id FROM study) AND t.shape = :shape AND t.state = 'waiting'
+      AND t.lost_leases >= cast(:suspect_from AS int)
+    ORDER BY t.number LIMIT least(1, cast(:count AS int)) FOR UPDATE OF t SKIP LOCKED
+), picked AS (
+    SELECT trial_id FROM harmless UNION ALL SELECT trial_id FROM suspect
 ), leased AS (
     UPDATE regtune.trials t
     SET state = 'running', attempt = t.attempt + 1, token = gen_random_uuid(), worker = :worker,
@@ -310,18 +389,34 @@ WITH study AS MATERIALIZED (
     SELECT study_id, number, 'trial_started', :worker, json_build_object('attempt', attempt)
     FROM leased ORDER BY number
 )
-SELECT trial_id, study_id, number, attempt, token, params, lost_leases FROM leased
 """
 
+_LEASE = text(f"""
+WITH {_LEASING.format(and_more="")}
+SELECT trial_id, study_id, number, attempt, token, params, lost_leases FROM leased
+""")
+
+_TAKE = text(f"""
+{shares.TURN}, {_LEASING.format(and_more="AND study_id = (SELECT study_id FROM turn)")}, more AS (
+    SELECT s.state = 'active' AND (s.appended < s.budget_trials OR EXISTS (
+        SELECT FROM regtune.trials t WHERE t.study_id = s.study_id AND t.state = 'waiting'
+           AND t.trial_id NOT IN (SELECT trial_id FROM picked))) AS more_to_come
+    FROM regtune.studies s WHERE s.study_id = :study_id
+)
+SELECT turn.study_id AS turn, more.more_to_come,
+       leased.trial_id, leased.study_id, number, attempt, token, params, lost_leases
+FROM (VALUES (1)) one LEFT JOIN turn ON true LEFT JOIN more ON true LEFT JOIN leased ON true
+""")
+
 # A worker that is renewing right now holds the lock, and its lease is alive after all.
-_EXPIRED = """
+_EXPIRED = text("""
 SELECT trial_id, token FROM regtune.trials
 WHERE study_id = :study_id AND state = 'running'
   AND lease_expires_at < coalesce(cast(:now AS timestamptz), now())
 ORDER BY trial_id FOR UPDATE SKIP LOCKED
-"""
+""")
 
-_GIVE_UP = """
+_GIVE_UP = text("""
 WITH token AS (
     SELECT * FROM json_to_recordset(cast(:tokens AS json)) AS r(trial_id int, token uuid)
 ), held AS (
@@ -348,11 +443,16 @@ WITH token AS (
         ELSE 'waiting' END AS state) outcome
     WHERE t.trial_id = held.trial_id
     RETURNING t.trial_id, t.study_id, t.number, t.state, t.reason, t.finished_at, t.share,
-              t.leased_at
+              t.leased_at, t.epochs, t.started_at
 ), charged AS (
-    INSERT INTO regtune.charges (study_id, seconds)
+    INSERT INTO regtune.charges (study_id, seconds, complete, pruned, failed, cancelled, epochs,
+                                 started_at)
     SELECT study_id, coalesce(sum(share * greatest(0, extract(
-        epoch FROM coalesce(cast(:now AS timestamptz), now()) - leased_at)::float)), 0)
+               epoch FROM coalesce(cast(:now AS timestamptz), now()) - leased_at)::float)), 0),
+           0, 0, count(*) FILTER (WHERE state = 'failed'),
+           count(*) FILTER (WHERE state = 'cancelled'),
+           coalesce(sum(epochs) FILTER (WHERE state <> 'waiting'), 0),
+           min(started_at) FILTER (WHERE state <> 'waiting')
     FROM given_up GROUP BY study_id
 ), public_trials AS (
     UPDATE public.trials o
@@ -370,4 +470,4 @@ WITH token AS (
     FROM given_up ORDER BY number
 )
 SELECT trial_id, study_id FROM given_up
-"""
+""")

@@ -14,8 +14,7 @@ from typing import Any, Self
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from regtune import events
-from regtune.database import EPOCHS, NEWS, WORK
+from regtune.database import EPOCHS, NEWS
 from regtune.leasing import Lease
 
 
@@ -107,7 +106,7 @@ def flush(
     if not leases:
         return Verdicts(frozenset(), {})
     rows = session.execute(
-        text(_FLUSH),
+        _FLUSH,
         {
             "leases": _as_json(_token(lease) for lease in leases),
             "epochs": _as_json(
@@ -137,7 +136,7 @@ def finish(
     if not outcomes:
         return frozenset()
     ended = session.execute(
-        text(_FINISH),
+        _FINISH,
         {
             "outcomes": _as_json(_ending(lease, outcome) for lease, outcome in outcomes),
             "worker": worker,
@@ -159,7 +158,7 @@ def resume(session: Session, resumed: Sequence[tuple[Lease, Sequence[Epoch]]]) -
     if not resumed:
         return frozenset()
     rows = session.execute(
-        text(_RESUME),
+        _RESUME,
         {
             "leases": _as_json(_token(lease) for lease, _ in resumed),
             "epochs": _as_json(
@@ -172,13 +171,14 @@ def resume(session: Session, resumed: Sequence[tuple[Lease, Sequence[Epoch]]]) -
     return frozenset(rows.scalars())
 
 
-def request_stop(session: Session, study_id: int, verdicts: Mapping[int, tuple[int, str]]) -> None:
+def request_stop(session: Session, verdicts: Mapping[int, tuple[int, str]]) -> None:
     """Ask the workers to stop trials: ``verdicts`` maps a trial's id to its attempt and why.
 
-    The attempt is the one that was judged; if the trial has changed hands since, it goes on.
+    The attempt is the one that was judged; if the trial has changed hands since, it goes on. The
+    workers find it at their next flush; nobody is woken for it.
     """
     session.execute(
-        text(_REQUEST_STOP),
+        _REQUEST_STOP,
         {
             "verdicts": _as_json(
                 {"trial_id": trial_id, "attempt": attempt, "reason": reason}
@@ -186,7 +186,6 @@ def request_stop(session: Session, study_id: int, verdicts: Mapping[int, tuple[i
             )
         },
     )
-    events.notify(session, WORK, study_id)
 
 
 def _token(lease: Lease) -> dict[str, Any]:
@@ -246,7 +245,7 @@ _SHOW = """
 """
 
 # Rows are locked in the order of their ids, as everywhere.
-_FLUSH = f"""
+_FLUSH = text(f"""
 WITH lease AS (
     SELECT * FROM json_to_recordset(cast(:leases AS json)) AS r(trial_id int, token uuid)
 ), reported AS ({_REPORTED}), locked AS (
@@ -275,10 +274,10 @@ SELECT trial_id, stop_request, CASE
            WHEN cast(:channel AS text) IS NOT NULL AND EXISTS (SELECT FROM recorded)
            THEN pg_notify(:channel, cast(study_id AS text))::text END AS told
 FROM held
-"""
+""")
 
 # An epoch is the same one if it took as long to the last digit.
-_RESUME = f"""
+_RESUME = text(f"""
 WITH lease AS (
     SELECT * FROM json_to_recordset(cast(:leases AS json)) AS r(trial_id int, token uuid)
 ), held AS (
@@ -318,10 +317,10 @@ WITH lease AS (
     ORDER BY number
 )
 SELECT trial_id FROM held
-"""
+""")
 
 # Optuna gives a pruned trial its last intermediate value, unless that is not a number.
-_FINISH = """
+_FINISH = text("""
 WITH outcome AS (
     SELECT * FROM json_to_recordset(cast(:outcomes AS json)) AS r(
         trial_id int, token uuid, state text, optuna_state text, reason text, error text,
@@ -346,9 +345,12 @@ WITH outcome AS (
     WHERE t.trial_id = held.trial_id
     RETURNING t.*, o.optuna_state
 ), charged AS (
-    INSERT INTO regtune.charges (study_id, seconds)
+    INSERT INTO regtune.charges (study_id, seconds, complete, pruned, failed, cancelled, epochs,
+                                 started_at)
     SELECT study_id, coalesce(sum(share * greatest(0, extract(
-        epoch FROM finished_at - leased_at)::float)), 0)
+               epoch FROM finished_at - leased_at)::float)), 0),
+           count(*) FILTER (WHERE state = 'complete'), count(*) FILTER (WHERE state = 'pruned'),
+           count(*) FILTER (WHERE state = 'failed'), 0, sum(epochs), min(started_at)
     FROM ended GROUP BY study_id
 ), public_trials AS (
     UPDATE public.trials p
@@ -382,10 +384,10 @@ WITH outcome AS (
     FROM ended ORDER BY number
 )
 SELECT trial_id, pg_notify(:news, cast(study_id AS text)) FROM ended
-"""
+""")
 
-_REQUEST_STOP = """
+_REQUEST_STOP = text("""
 UPDATE regtune.trials t SET stop_request = v.reason
 FROM json_to_recordset(cast(:verdicts AS json)) AS v(trial_id int, attempt int, reason text)
 WHERE t.trial_id = v.trial_id AND t.attempt = v.attempt AND t.state = 'running'
-"""
+""")

@@ -25,7 +25,7 @@ def choose(
     leases come last.
     """
     return session.execute(
-        text(_CHOOSE),
+        _CHOOSE,
         {
             "study_id": study_id,
             "worker": worker,
@@ -55,7 +55,7 @@ def known(session: Session, study_id: int) -> Mapping[str, ModelFacts]:
     return {row.shape: ModelFacts(**row.model) for row in rows}
 
 
-_CHOOSE = """
+_CHOOSE = text("""
 WITH waiting AS (
     SELECT shape, bool_and(lost_leases >= :suspect_from) AS suspect, min(number) AS number
     FROM regtune.trials WHERE study_id = :study_id AND state = 'waiting' GROUP BY shape
@@ -66,4 +66,4 @@ WITH waiting AS (
 SELECT shape FROM waiting LEFT JOIN elsewhere USING (shape)
 ORDER BY suspect, shape IS DISTINCT FROM :current, coalesce(running, 0), number
 LIMIT 1
-"""
+""")

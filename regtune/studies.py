@@ -13,7 +13,7 @@ from typing import Any, Literal
 from sqlalchemy import Row, insert, select, text, update
 from sqlalchemy.orm import Session
 
-from regtune import events, shares, tables
+from regtune import events, shares, standing, tables
 from regtune.database import NEWS, WORK
 from regtune.errors import BudgetSpent, NotFound, StudyActive, StudyDiffers, StudyOver
 from regtune.spec import StudyChange, StudySpec, changed
@@ -178,18 +178,13 @@ def by_id(session: Session, study_id: int) -> Study:
 
 def over(session: Session, candidates: Collection[Born]) -> set[Born]:
     """Return those that are this database's own, and are over or have been deleted."""
-    return {one for one in candidates if session.execute(text(_IS_OVER), asdict(one)).scalar()}
+    return {one for one in candidates if session.execute(_IS_OVER, asdict(one)).scalar()}
 
 
 def trials_over(session: Session, study: Born, trial_ids: Collection[int]) -> set[int]:
     """Return those of a study's trials that have ended; none if it is another database's."""
-    found = session.execute(text(_TRIALS_OVER), {**asdict(study), "trial_ids": list(trial_ids)})
+    found = session.execute(_TRIALS_OVER, {**asdict(study), "trial_ids": list(trial_ids)})
     return set(found.scalars())
-
-
-def has_more(session: Session, study_id: int) -> bool:
-    """Say whether a study has trials that no worker has begun, or may still get some."""
-    return bool(session.execute(text(_HAS_MORE), {"study_id": study_id}).scalar())
 
 
 def room(session: Session, study: Study) -> int:
@@ -200,8 +195,9 @@ def room(session: Session, study: Study) -> int:
     by_trials = study.budget_trials - study.appended
     if study.budget_trial_epochs is None:
         return by_trials
-    left = study.budget_trial_epochs - _promised_epochs(session, study)
-    return min(by_trials, left // study.spec.training.max_epochs)
+    max_epochs = study.spec.training.max_epochs
+    promised = standing.of(session, study.study_id).promised_epochs(max_epochs)
+    return min(by_trials, (study.budget_trial_epochs - promised) // max_epochs)
 
 
 def describe_model(session: Session, study_id: int, facts: ModelFacts) -> None:
@@ -346,38 +342,20 @@ def _check_not_spent(
             "to start no more, stop the study"
         )
     if new["seconds"] not in (None, old["seconds"]):
-        spent = seconds_spent(session, study.study_id)
+        spent = standing.of(session, study.study_id).seconds_spent or 0.0
         if new["seconds"] <= spent:
             raise BudgetSpent(
                 f"budget.seconds cannot be {new['seconds']:g}: {spent:.1f} seconds have passed "
                 "since the first lease; to start no more trials, stop the study"
             )
     if new["trial_epochs"] not in (None, old["trial_epochs"]):
-        promised = _promised_epochs(session, study)
+        stands = standing.of(session, study.study_id)
+        promised = stands.promised_epochs(study.spec.training.max_epochs)
         if new["trial_epochs"] < promised:
             raise BudgetSpent(
                 f"budget.trial_epochs cannot be {new['trial_epochs']}: with what open trials may "
                 f"still train, {promised} are used up; to start no more trials, stop the study"
             )
-
-
-def seconds_spent(session: Session, study_id: int) -> float:
-    """Return the seconds since a study's first lease; 0 before it."""
-    query = text(
-        "SELECT coalesce(extract(epoch FROM now() - min(started_at)), 0)::float"
-        " FROM regtune.trials WHERE study_id = :study_id"
-    )
-    return float(session.execute(query, {"study_id": study_id}).scalar_one())
-
-
-def _promised_epochs(session: Session, study: Study) -> int:
-    """Return the epochs that ended trials have trained, and open ones may come to."""
-    return int(
-        session.execute(
-            text(_PROMISED_EPOCHS),
-            {"study_id": study.study_id, "max_epochs": study.spec.training.max_epochs},
-        ).scalar_one()
-    )
 
 
 def end(session: Session, study_id: int, state: str, reason: str, actor: str) -> None:
@@ -476,43 +454,32 @@ def _cancel_trials(
     """
     return len(
         session.execute(
-            text(_CANCEL),
+            _CANCEL,
             {"study_id": study_id, "states": list(states), "reason": reason, "actor": actor},
         ).all()
     )
 
 
 # What was done to a study stays on record when it is deleted, its making at its very moment too.
-_IS_OVER = f"""
+_IS_OVER = text(f"""
 SELECT EXISTS (SELECT FROM regtune.studies
                WHERE study_id = :study_id AND created_at = :created_at
                  AND NOT {tables.IS_LIVE})
     OR (EXISTS (SELECT FROM regtune.events WHERE study_id = :study_id AND kind = 'study_deleted')
         AND EXISTS (SELECT FROM regtune.events WHERE study_id = :study_id
                     AND kind = 'study_created' AND at = :created_at))
-"""
+""")
 
-_TRIALS_OVER = """
+_TRIALS_OVER = text("""
 SELECT trial_id FROM regtune.trials JOIN regtune.studies s USING (study_id)
 WHERE study_id = :study_id AND s.created_at = :created_at AND trial_id = ANY(:trial_ids)
   AND trials.state NOT IN ('waiting', 'running')
-"""
+""")
 
-_HAS_MORE = """
-SELECT s.state = 'active' AND (s.appended < s.budget_trials OR EXISTS (
-    SELECT FROM regtune.trials t WHERE t.study_id = s.study_id AND t.state = 'waiting'))
-FROM regtune.studies s WHERE s.study_id = :study_id
-"""
-
-_PROMISED_EPOCHS = """
-SELECT coalesce(sum(CASE WHEN state IN ('waiting', 'running') THEN :max_epochs ELSE epochs END), 0)
-FROM regtune.trials WHERE study_id = :study_id
-"""
-
-_CANCEL = """
+_CANCEL = text("""
 WITH picked AS (
-    SELECT trial_id, CASE state WHEN 'running' THEN share * greatest(0, extract(
-        epoch FROM now() - leased_at)::float) ELSE 0 END AS seconds
+    SELECT trial_id, epochs, started_at, CASE state WHEN 'running' THEN share * greatest(
+        0, extract(epoch FROM now() - leased_at)::float) ELSE 0 END AS seconds
     FROM regtune.trials
     WHERE study_id = :study_id AND state = ANY(:states)
     ORDER BY trial_id FOR UPDATE
@@ -525,8 +492,10 @@ WITH picked AS (
     FROM picked WHERE t.trial_id = picked.trial_id
     RETURNING t.trial_id, t.number
 ), charged AS (
-    INSERT INTO regtune.charges (study_id, seconds)
-    SELECT :study_id, sum(seconds) FROM picked HAVING sum(seconds) > 0
+    INSERT INTO regtune.charges (study_id, seconds, complete, pruned, failed, cancelled, epochs,
+                                 started_at)
+    SELECT :study_id, sum(coalesce(seconds, 0)), 0, 0, 0, count(*), sum(epochs), min(started_at)
+    FROM picked HAVING count(*) > 0
 ), public_trials AS (
     UPDATE public.trials o
     SET state = 'FAIL', datetime_complete = now() AT TIME ZONE 'utc',
@@ -543,7 +512,7 @@ WITH picked AS (
     FROM cancelled ORDER BY number
 )
 SELECT trial_id FROM cancelled
-"""
+""")
 
 _OF_TRIALS = "(SELECT trial_id FROM public.trials WHERE study_id = :study_id)"
 

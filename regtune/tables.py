@@ -28,7 +28,8 @@ SCHEMA = "regtune"
 
 STUDY_STATES = ("active", "paused", "stopping", "completed", "stopped", "cancelled", "failed")
 LIVE_STUDY_STATES = ("active", "paused", "stopping")
-TRIAL_STATES = ("waiting", "running", "complete", "pruned", "failed", "cancelled")
+ENDED_TRIAL_STATES = ("complete", "pruned", "failed", "cancelled")
+TRIAL_STATES = ("waiting", "running", *ENDED_TRIAL_STATES)
 TRIAL_KINDS = ("baseline", "default", "suggested")
 
 metadata = MetaData()
@@ -192,6 +193,14 @@ shares = Table(
         server_default="0",
         comment="of those, by leases that have ended",
     ),
+    *(
+        Column(state, Integer, nullable=False, server_default="0", comment="trials, settled")
+        for state in ENDED_TRIAL_STATES
+    ),
+    Column(
+        "ended_epochs", BigInteger, nullable=False, server_default="0", comment="that those trained"
+    ),
+    Column("started_at", DateTime(timezone=True), comment="first lease of any of those"),
     Column("settled_at", DateTime(timezone=True), nullable=False, server_default=_now),
     schema=SCHEMA,
 )
@@ -202,6 +211,13 @@ charges = Table(
     Column("charge_id", BigInteger, Identity(always=True), primary_key=True),
     Column("study_id", Integer, nullable=False),
     Column("seconds", Double, nullable=False, comment="of workers' time, not yet settled"),
+    # Without defaults: a program that does not count them yet must not end trials uncounted.
+    *(
+        Column(state, Integer, nullable=False, comment="trials that ended so")
+        for state in ENDED_TRIAL_STATES
+    ),
+    Column("epochs", BigInteger, nullable=False, comment="that those trained"),
+    Column("started_at", DateTime(timezone=True), comment="first lease of any of those"),
     Index("charges_of_study", "study_id"),
     schema=SCHEMA,
 )

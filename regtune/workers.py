@@ -63,7 +63,7 @@ def register(
     machine where it is a CPU.
     """
     session.execute(
-        text(_REGISTER),
+        _REGISTER,
         {
             "name": name,
             "host": host,
@@ -99,7 +99,7 @@ def beat(
     ``trial_epochs_per_second`` and ``data``.
     """
     session.execute(
-        text(_BEAT),
+        _BEAT,
         {
             "name": name,
             "wanted_lanes": wanted_lanes,
@@ -125,7 +125,7 @@ def leave(session: Session, name: str) -> None:
 
 def everyone(session: Session, alive_seconds: float) -> Sequence[Worker]:
     """Return all workers, living ones first."""
-    rows = session.execute(text(_EVERYONE), {"alive_seconds": alive_seconds})
+    rows = session.execute(_EVERYONE, {"alive_seconds": alive_seconds})
     return [Worker(**row._mapping) for row in rows]
 
 
@@ -145,19 +145,19 @@ def refusals(session: Session, study_id: int) -> Mapping[str, str]:
     They have other data than the study began with, until they are restarted; or they had no room
     for it, and have not tried again since.
     """
-    rows = session.execute(text(_REFUSALS), {"study_id": study_id})
+    rows = session.execute(_REFUSALS, {"study_id": study_id})
     return {row.name: row.reason for row in rows}
 
 
 def wanted_lanes(session: Session, study_id: int, alive_seconds: float) -> int:
     """Return how many lanes the living workers that can train a study want filled now."""
     wanted: int = session.execute(
-        text(_WANTED_LANES), {"study_id": study_id, "alive_seconds": alive_seconds}
+        _WANTED_LANES, {"study_id": study_id, "alive_seconds": alive_seconds}
     ).scalar_one()
     return wanted
 
 
-_REGISTER = """
+_REGISTER = text("""
 INSERT INTO regtune.workers (name, host, pid, device, device_kind, memory_bytes, lanes,
                              wanted_lanes, datasets, models, tasks, started_at,
                              heartbeat_at)
@@ -172,10 +172,10 @@ SET host = excluded.host, pid = excluded.pid, device = excluded.device,
     models = excluded.models, tasks = excluded.tasks, started_at = excluded.started_at,
     heartbeat_at = excluded.heartbeat_at, study_id = NULL, stopped_at = NULL,
     occupancy = NULL, capacity = NULL
-"""
+""")
 
 # The row's lock sees to it that what was said before is what this beat replaces.
-_BEAT = """
+_BEAT = text("""
 WITH before AS (
     SELECT name, wanted_lanes, study_id FROM regtune.workers WHERE name = :name FOR UPDATE
 ), beaten AS (
@@ -192,29 +192,29 @@ FROM beaten, before
 WHERE beaten.wanted_lanes > 0
   AND (beaten.wanted_lanes, beaten.study_id) IS DISTINCT FROM
       (before.wanted_lanes, before.study_id)
-"""
+""")
 
-_EVERYONE = """
+_EVERYONE = text("""
 SELECT w.name, w.host, w.pid, w.device, w.device_kind, w.memory_bytes, w.lanes,
        w.wanted_lanes, w.occupancy, w.capacity, w.datasets, w.models, w.tasks,
        s.name AS study, w.started_at, w.heartbeat_at, w.stopped_at IS NULL
        AND w.heartbeat_at > now() - make_interval(secs => :alive_seconds) AS alive
 FROM regtune.workers w LEFT JOIN regtune.studies s USING (study_id)
 ORDER BY alive DESC, w.name
-"""
+""")
 
-_REFUSALS = """
+_REFUSALS = text("""
 SELECT w.name, e.detail ->> 'reason' AS reason
 FROM regtune.events e JOIN regtune.workers w ON w.name = e.actor AND e.at >= w.started_at
 WHERE e.study_id = :study_id AND e.kind = 'study_refused'
   AND (e.detail ->> 'tries_again_in_seconds' IS NULL OR now() <
        e.at + make_interval(secs => cast(e.detail ->> 'tries_again_in_seconds' AS float)))
 ORDER BY e.event_id
-"""
+""")
 
-_WANTED_LANES = f"""
+_WANTED_LANES = text(f"""
 SELECT coalesce(sum(w.wanted_lanes), 0)::int
 FROM regtune.workers w JOIN regtune.studies s ON s.study_id = :study_id
 WHERE w.stopped_at IS NULL AND w.heartbeat_at > now() - make_interval(secs => :alive_seconds)
   AND {SUITS}
-"""
+""")

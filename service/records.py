@@ -1,6 +1,6 @@
 """What the API reads: how studies stand, their trials, their best ones. Nothing here writes."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -13,41 +13,11 @@ from regtune import tables
 from regtune.errors import NoBestYet, NotFound
 from regtune.reporting import Epoch
 from regtune.space import plain_name
+from regtune.spec import REFERENCE_TRIALS
+from regtune.standing import Standing
 from regtune.studies import Study
 
 Params = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Standing:
-    """How far a study is; all figures are of one moment."""
-
-    waiting: int
-    running: int
-    complete: int
-    pruned: int
-    failed: int
-    cancelled: int
-    trial_epochs: int
-    best_value: float | None
-    seconds_spent: float | None
-    """Since the first lease; None before it."""
-
-    @property
-    def ended(self) -> int:
-        """How many trials will not change any more."""
-        return self.complete + self.pruned + self.failed + self.cancelled
-
-    def progress(self, study: Study) -> float:
-        """Return the share of the budget that is used up, by the limit that is nearest."""
-        if study.state == "completed":
-            return 1.0
-        shares = [self.ended / study.budget_trials]
-        if study.budget_trial_epochs:
-            shares.append(self.trial_epochs / study.budget_trial_epochs)
-        if study.live and study.budget_seconds and self.seconds_spent:
-            shares.append(self.seconds_spent / study.budget_seconds)
-        return min(1.0, max(shares))
 
 
 @dataclass(frozen=True)
@@ -107,21 +77,16 @@ class After:
     value: float | None
 
 
-def standings(session: Session, study_ids: Iterable[int]) -> Mapping[int, Standing]:
-    """Return how studies stand, by id."""
-    rows = session.execute(text(_STANDINGS), {"study_ids": list(study_ids)}).mappings()
-    return {
-        row["study_id"]: Standing(**{key: row[key] for key in row if key != "study_id"})
-        for row in rows
-    }
-
-
-def standing(session: Session, study: Study) -> Standing:
-    """Return how a study stands; raise NotFound if it was deleted a moment ago."""
-    try:
-        return standings(session, [study.study_id])[study.study_id]
-    except KeyError:
-        raise NotFound(f"study {study.name!r} has been deleted") from None
+def progress(study: Study, stands: Standing) -> float:
+    """Return the share of a study's budget that is used up, by the limit that is nearest."""
+    if study.state == "completed":
+        return 1.0
+    shares = [stands.ended / study.budget_trials]
+    if study.budget_trial_epochs:
+        shares.append(stands.trial_epochs / study.budget_trial_epochs)
+    if study.live and study.budget_seconds and stands.seconds_spent:
+        shares.append(stands.seconds_spent / study.budget_seconds)
+    return min(1.0, max(shares))
 
 
 def eta_seconds(session: Session, study: Study, stands: Standing) -> float | None:
@@ -132,7 +97,9 @@ def eta_seconds(session: Session, study: Study, stands: Standing) -> float | Non
     if study.state != "active":
         return None
     left = []
-    pace = session.execute(text(_PACE), {"study_id": study.study_id}).scalar()
+    pace = session.execute(
+        _PACE, {"study_id": study.study_id, "seconds_spent": stands.seconds_spent}
+    ).scalar()
     if pace:
         left.append((study.budget_trials - stands.ended) / pace)
     if study.budget_seconds and stands.seconds_spent is not None:
@@ -158,8 +125,8 @@ def best(session: Session, study: Study, stands: Standing) -> Result:
 def baseline(session: Session, study: Study) -> Result | None:
     """Return the trial with everything off; None until it is complete."""
     row = session.execute(
-        text(f"{_RESULTS} AND kind = 'baseline' ORDER BY number LIMIT 1"),
-        {"study_id": study.study_id},
+        text(f"{_RESULTS} {_BASELINE}"),
+        {"study_id": study.study_id, "reference_trials": REFERENCE_TRIALS},
     ).one_or_none()
     return _result(study, row) if row else None
 
@@ -283,25 +250,9 @@ def _suggested(session: Session, trial_id: int) -> Params:
     }
 
 
-_STANDINGS = """
-SELECT s.study_id,
-       count(*) FILTER (WHERE t.state = 'waiting') AS waiting,
-       count(*) FILTER (WHERE t.state = 'running') AS running,
-       count(*) FILTER (WHERE t.state = 'complete') AS complete,
-       count(*) FILTER (WHERE t.state = 'pruned') AS pruned,
-       count(*) FILTER (WHERE t.state = 'failed') AS failed,
-       count(*) FILTER (WHERE t.state = 'cancelled') AS cancelled,
-       coalesce(sum(t.epochs), 0) AS trial_epochs,
-       min(t.value) FILTER (WHERE t.state = 'complete' AND t.value < 'Infinity') AS best_value,
-       extract(epoch FROM now() - min(t.started_at))::float AS seconds_spent
-FROM regtune.studies s LEFT JOIN regtune.trials t USING (study_id)
-WHERE s.study_id = ANY(:study_ids)
-GROUP BY s.study_id
-"""
-
 # Over the latest 20, so that a study that was paused, or has got more workers, is soon told right.
 # Measured up to now: when nothing ends any more, the pace falls.
-_PACE = """
+_PACE = text("""
 WITH latest AS (
     SELECT finished_at FROM regtune.trials
     WHERE study_id = :study_id AND finished_at IS NOT NULL
@@ -310,10 +261,10 @@ WITH latest AS (
     SELECT coalesce(
         (SELECT max(finished_at) FROM regtune.trials
          WHERE study_id = :study_id AND finished_at < (SELECT min(finished_at) FROM latest)),
-        (SELECT min(started_at) FROM regtune.trials WHERE study_id = :study_id)) AS at
+        now() - make_interval(secs => :seconds_spent)) AS at
 )
 SELECT (SELECT count(*) FROM latest) / nullif(extract(epoch FROM now() - at), 0)::float FROM since
-"""
+""")
 
 _RESULTS = """
 SELECT number, kind, params, value AS validation_loss, value_spread AS validation_loss_spread,
@@ -321,5 +272,7 @@ SELECT number, kind, params, value AS validation_loss, value_spread AS validatio
 FROM regtune.trials
 WHERE study_id = :study_id AND state = 'complete'
 """
+
+_BASELINE = "AND number < :reference_trials AND kind = 'baseline'"
 
 _BEST = "AND value < 'Infinity' ORDER BY value, number LIMIT 1"

@@ -7,9 +7,10 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
-from regtune import shapes, studies
+from regtune import shapes, standing, studies
 from regtune.errors import NoBestYet
 from regtune.spec import StudyChange, StudySpec, read_shape
+from regtune.standing import Standing
 from regtune.studies import Study, Verb
 from service import admission, cursors, records
 from service.bodies import (
@@ -21,7 +22,6 @@ from service.bodies import (
 )
 from service.documents import Document, Measure, Params, StudyState, TrialResult
 from service.edge import Actor, Body, Context, InContext, InTransaction, StudyName
-from service.records import Standing
 
 router = APIRouter(prefix="/v1/studies", tags=["studies"])
 
@@ -248,7 +248,7 @@ def list_studies(query: Annotated[StudiesQuery, Query()], session: InTransaction
     before = _read_cursor(query.cursor) if query.cursor is not None else None
     found = studies.page(session, state=query.state, before=before, limit=query.limit + 1)
     page = found[: query.limit]
-    standings = records.standings(session, [study.study_id for study in page])
+    standings = standing.of_each(session, [study.study_id for study in page])
     return StudyPage(
         items=[
             StudySummary(**_summary(study, standings[study.study_id]))
@@ -322,29 +322,29 @@ def _act(name: str, verb: Verb, session: Session, context: Context, actor: str) 
 
 
 def _detail(session: Session, study: Study, context: Context) -> StudyDetail:
-    standing = records.standing(session, study)
+    stands = standing.of(session, study.study_id)
     try:
-        best = TrialResult.of(records.best(session, study, standing))
+        best = TrialResult.of(records.best(session, study, stands))
     except NoBestYet:
         best = None
     baseline = records.baseline(session, study)
     alive_seconds = context.settings.lease_seconds
     return StudyDetail(
-        **_summary(study, standing),
+        **_summary(study, stands),
         spec=study.spec,
         model=ModelDetail.model_validate(study.model) if study.model else None,
         shapes=[
             ShapeDetail(params=read_shape(shape), model=ModelDetail.model_validate(facts))
             for shape, facts in shapes.known(session, study.study_id).items()
         ],
-        eta_seconds=records.eta_seconds(session, study, standing),
+        eta_seconds=records.eta_seconds(session, study, stands),
         best=best,
         baseline=TrialResult.of(baseline) if baseline else None,
         warning=admission.warning(session, study, alive_seconds) if study.live else None,
     )
 
 
-def _summary(study: Study, standing: Standing) -> dict[str, Any]:
+def _summary(study: Study, stands: Standing) -> dict[str, Any]:
     return {
         "name": study.name,
         "state": study.state,
@@ -355,10 +355,10 @@ def _summary(study: Study, standing: Standing) -> dict[str, Any]:
         "budget_trials": study.budget_trials,
         "budget_seconds": study.budget_seconds,
         "budget_trial_epochs": study.budget_trial_epochs,
-        "trial_epochs": standing.trial_epochs,
-        "counts": Counts.model_validate(standing),
-        "progress": standing.progress(study),
-        "best_validation_loss": standing.best_value,
+        "trial_epochs": stands.trial_epochs,
+        "counts": Counts.model_validate(stands),
+        "progress": records.progress(study, stands),
+        "best_validation_loss": stands.best_value,
     }
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Path, Query
 from pydantic import BaseModel, ConfigDict, Field
 
-from regtune import studies
+from regtune import standing, studies
 from regtune.errors import NotFound
 from service import cursors, records
 from service.documents import (
@@ -228,7 +228,7 @@ def get_trial(
 def get_best(name: StudyName, session: InTransaction) -> Best:
     """Look at the trial with the lowest validation loss; 404 until one is complete."""
     study = studies.find(session, name)
-    result = TrialResult.of(records.best(session, study, records.standing(session, study)))
+    result = TrialResult.of(records.best(session, study, standing.of(session, study.study_id)))
     baseline = records.baseline(session, study)
     return Best(
         study=name,

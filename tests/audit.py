@@ -77,6 +77,23 @@ _FINDINGS = {
             SELECT coalesce(sum(c.seconds), 0) AS seconds FROM regtune.charges c
             WHERE c.study_id = s.study_id) open
         WHERE abs(ended.seconds - sh.ended_seconds - open.seconds) > 1e-6 * ended.seconds""",
+    "trials are not counted as they ended": """
+        SELECT s.name, t.* FROM regtune.studies s JOIN regtune.shares sh USING (study_id), LATERAL (
+            SELECT count(*) FILTER (WHERE state = 'complete') AS complete,
+                   count(*) FILTER (WHERE state = 'pruned') AS pruned,
+                   count(*) FILTER (WHERE state = 'failed') AS failed,
+                   count(*) FILTER (WHERE state = 'cancelled') AS cancelled,
+                   coalesce(sum(epochs), 0) AS epochs, min(started_at) AS started_at
+            FROM regtune.trials t
+            WHERE t.study_id = s.study_id AND state NOT IN ('waiting', 'running')) t, LATERAL (
+            SELECT coalesce(sum(complete), 0) AS complete, coalesce(sum(pruned), 0) AS pruned,
+                   coalesce(sum(failed), 0) AS failed, coalesce(sum(cancelled), 0) AS cancelled,
+                   coalesce(sum(epochs), 0) AS epochs, min(started_at) AS started_at
+            FROM regtune.charges c WHERE c.study_id = s.study_id) c
+        WHERE (t.complete, t.pruned, t.failed, t.cancelled, t.epochs) IS DISTINCT FROM
+              (sh.complete + c.complete, sh.pruned + c.pruned, sh.failed + c.failed,
+               sh.cancelled + c.cancelled, sh.ended_epochs + c.epochs)
+           OR t.started_at IS DISTINCT FROM least(sh.started_at, c.started_at)""",
     "a study is over but its trials are not": """
         SELECT s.name, t.number, t.state FROM regtune.studies s JOIN regtune.trials t
         USING (study_id) WHERE s.state IN ('completed', 'stopped', 'cancelled', 'failed')

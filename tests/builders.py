@@ -63,6 +63,7 @@ def append(engine: Engine, study: Study, count: int) -> Sequence[int]:
             study.study_id,
             [suggestion(study, appended + i) for i in range(count)],
             expected=appended,
+            alive_seconds=30,
         )
 
 

@@ -64,10 +64,10 @@ class CheckpointStore:
         Raises RegtuneError if nothing is installed for such addresses.
         """
         try:
-            # Others write and remove here too, so no listing may be remembered.
-            self._files, self._root = fsspec.core.url_to_fs(address, use_listings_cache=False)
+            self._files, root = fsspec.core.url_to_fs(address)
         except (ImportError, ValueError) as error:
             raise RegtuneError(f"REGTUNE_CHECKPOINTS is {address!r}: {error}") from None
+        self._root = root.rstrip("/")
 
     def write(self, study: Study, lease: Lease, saved: Saved) -> None:
         """Keep a checkpoint; older ones go, all but the last before it."""
@@ -123,6 +123,7 @@ class CheckpointStore:
         return sorted(found, key=_name, reverse=True)
 
     def _list(self, folder: str) -> list[str]:
+        self._files.invalidate_cache()  # others write and remove here too
         try:
             paths: list[str] = self._files.ls(folder, detail=False)
         except (FileNotFoundError, NotADirectoryError):
@@ -132,7 +133,11 @@ class CheckpointStore:
     def _put(self, path: str, content: bytes) -> None:
         """Let a file appear whole or not at all, as a single put does in an object store."""
         if not isinstance(self._files, LocalFileSystem):
-            self._files.pipe_file(path, content)
+            try:
+                self._files.pipe_file(path, content)
+            except FileNotFoundError:
+                self._make_folders(path.rpartition("/")[0])
+                self._files.pipe_file(path, content)
             return
         self._files.makedirs(self._files._parent(path), exist_ok=True)
         part = f"{path}.part"
@@ -143,7 +148,16 @@ class CheckpointStore:
             self._remove(part)
             raise
 
+    def _make_folders(self, folder: str) -> None:
+        """Make a folder, as deep as it is under the root; not the root, which may be a bucket."""
+        path = self._root
+        for name in folder.removeprefix(f"{path}/").split("/"):
+            path = f"{path}/{name}"
+            with suppress(FileExistsError):
+                self._files.mkdir(path, create_parents=False)
+
     def _remove(self, path: str) -> None:
+        self._files.invalidate_cache()
         with suppress(FileNotFoundError):
             self._files.rm(path, recursive=True)
 

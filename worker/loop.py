@@ -31,7 +31,7 @@ from regtune.spec import NO_SHAPE
 from regtune.studies import Study
 from worker.checkpoints import CheckpointStore
 from worker.devices import describe
-from worker.heartbeat import Heartbeat
+from worker.heartbeat import BEATS_A_LEASE, Heartbeat
 from worker.meeting import Turn, suspect_from
 from worker.refusals import Refusals
 from worker.shutdown import Interrupted, Shutdown
@@ -185,7 +185,7 @@ class Worker:
     def _choose(self) -> Turn | None:
         """Return the study whose turn it is; where there is none, say that all lanes are free.
 
-        Once a poll at most: of many workers that a few new trials wake, most find none left.
+        Not at each try: of many workers that a few new trials wake, most find none left.
         """
         with transaction(self._database) as session:
             study_id = shares.choose(
@@ -199,7 +199,7 @@ class Worker:
                 return Turn(study_id)
             if time.monotonic() >= self._idle_beat:
                 workers.beat(session, self.name, wanted_lanes=self._lanes, study_id=None)
-                self._idle_beat = time.monotonic() + self._settings.poll_seconds
+                self._idle_beat = time.monotonic() + self._settings.lease_seconds / BEATS_A_LEASE
             return None
 
     def _read(self, turn: Turn) -> tuple[Study, str | None]:

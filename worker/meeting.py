@@ -25,7 +25,7 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from regtune import database, leasing, reporting, shapes, shares, studies, workers
+from regtune import database, leasing, reporting, shapes, workers
 from regtune.leasing import Lease
 from regtune.reporting import Epoch, Outcome, Pruned, Verdicts
 from regtune.settings import Settings
@@ -133,8 +133,9 @@ class Meetings:
         self._closing = threading.Event()
         self._report: Report | None = None
         self._answer: Future[Answer] | None = None
+        self._leased: Sequence[Lease] = ()
         self._renewal: Future[None] | None = None
-        self._wanted: int | None = None
+        self._said: tuple[int, int | None] | None = None
         self._beat_due = 0.0
 
     @property
@@ -155,7 +156,9 @@ class Meetings:
         if self._answer is None or not wait([self._answer], seconds).done:
             return None
         held, self._report, self._answer = self._answer, None, None
-        return held.result()
+        answer = held.result()
+        self._leased = ()
+        return answer
 
     def renew(self, leases: Sequence[Lease], slots: int) -> None:
         """Renew leases in the middle of an epoch; the verdicts wait for its end."""
@@ -165,6 +168,7 @@ class Meetings:
     def part(self, report: Report, seconds: float) -> int | None:
         """Report for the last time and give everything else back; return how many trials.
 
+        That includes what was leased in a meeting whose answer has not been taken.
         None if the database could not be reached in time; then the leases run out.
         """
         self._closing.set()
@@ -187,6 +191,7 @@ class Meetings:
         if report.given_back:
             self._writer.wait(FLUSH_SECONDS)
         answer = self._transact(lambda session: self._meet(session, report), self._closing)
+        self._leased = answer.joining
         again = [lease for lease in answer.joining if lease.attempt > 1]
         return self._resume(answer, again) if again else answer
 
@@ -207,7 +212,7 @@ class Meetings:
         )(attempt)
 
     def _say(self, state: RetryCallState) -> None:
-        self._wanted = None  # what this beat said may not have been heard
+        self._said = None  # what this beat said may not have been heard
         error = state.outcome.exception() if state.outcome else None
         said = str(error).splitlines()[0] if error else ""
         log.warning("meeting_failed", study=self._study.name, error=said)
@@ -253,40 +258,54 @@ class Meetings:
         free = max(0, report.slots - len(staying))
         if any(self._is_suspect(lease) for lease in staying):
             free = 0
-        turn = self._choose(session) if free else self._own_turn
+        turn: Turn | None = self._own_turn
         joining: Sequence[Lease] = []
-        if free and turn == self._own_turn:
-            joining = self._lease_some(session, free, report.slots, alone=not staying)
         more_to_come = True
-        if free > len(joining):
-            more_to_come = studies.has_more(session, study_id)
+        if free:
+            turn, joining, more_to_come = self._take(session, free, report, alone=not staying)
         wanted = free - len(joining) + self._ending_soon(report, staying, len(joining))
         has_part = bool(staying or joining or more_to_come)
         self._beat(session, report, wanted, study_id if has_part else None)
         return Answer(held, ended, joining, {}, turn, more_to_come)
 
-    def _choose(self, session: Session) -> Turn | None:
-        """Return whose turn it is: this study and shape, another shape of it, or another study."""
-        study_id = self._study.study_id
-        chosen = shares.choose(
+    def _take(
+        self, session: Session, free: int, report: Report, *, alone: bool
+    ) -> tuple[Turn | None, Sequence[Lease], bool]:
+        """Return whose turn it is, trials for the free slots if it is its own, and if more come.
+
+        That is this study and shape, another shape of it, or another study.
+        """
+        study_id, shape = self._study.study_id, self._choose_shape(session)
+        taken = leasing.take(
             session,
+            study_id,
             self._worker,
-            current=study_id,
+            free if shape == self._shape else 0,
+            self._settings.lease_seconds,
+            shape=self._shape,
+            slots=report.slots,
+            suspect_from=suspect_from(self._settings),
+            alone=alone,
             stay_seconds=self._settings.stay_seconds,
             refused=self._refused,
         )
-        if chosen != study_id:
-            return None if chosen is None else Turn(chosen)
+        if taken.turn != study_id:
+            turn = None if taken.turn is None else Turn(taken.turn)
+        else:
+            turn = None if shape is None else Turn(study_id, shape)
+        return turn, taken.leases, taken.more_to_come
+
+    def _choose_shape(self, session: Session) -> str | None:
+        """Return the shape whose turn it is in this study; None if no trial waits."""
         if self._shape == NO_SHAPE:
-            return self._own_turn
-        shape = shapes.choose(
+            return NO_SHAPE
+        return shapes.choose(
             session,
-            study_id,
+            self._study.study_id,
             self._worker,
             current=self._shape_to_keep,
             suspect_from=suspect_from(self._settings),
         )
-        return None if shape is None else Turn(study_id, shape)
 
     @property
     def _own_turn(self) -> Turn:
@@ -299,12 +318,10 @@ class Meetings:
 
     def _beat(self, session: Session, report: Report, wanted: int, study_id: int | None) -> None:
         """Say that the worker lives and how many lanes it wants filled, if that is news."""
-        if wanted == self._wanted and time.monotonic() < self._beat_due:
+        if (wanted, study_id) == self._said and time.monotonic() < self._beat_due:
             return
-        self._wanted = wanted
-        self._beat_due = time.monotonic() + min(
-            self._settings.poll_seconds, self._settings.lease_seconds / BEATS_A_LEASE
-        )
+        self._said = wanted, study_id
+        self._beat_due = time.monotonic() + self._settings.lease_seconds / BEATS_A_LEASE
         workers.beat(
             session,
             self._worker,
@@ -313,30 +330,6 @@ class Meetings:
             lanes=report.slots,
             occupancy=report.occupancy,
             capacity=report.capacity,
-        )
-
-    def _lease_some(
-        self, session: Session, count: int, slots: int, *, alone: bool
-    ) -> Sequence[Lease]:
-        """Lease trials, those that may kill this worker apart: one by one, once no other waits."""
-        joining = self._lease_waiting(session, count, slots, suspects=False)
-        if alone and not joining:
-            joining = self._lease_waiting(session, 1, slots, suspects=True)
-        return joining
-
-    def _lease_waiting(
-        self, session: Session, count: int, slots: int, *, suspects: bool
-    ) -> Sequence[Lease]:
-        return leasing.lease(
-            session,
-            self._study.study_id,
-            self._worker,
-            count,
-            self._settings.lease_seconds,
-            shape=self._shape,
-            slots=slots,
-            suspect_from=suspect_from(self._settings),
-            suspects=suspects,
         )
 
     def _ending_soon(self, report: Report, staying: Sequence[Lease], joining: int) -> int:
@@ -392,7 +385,7 @@ class Meetings:
     def _renew(self, leases: Sequence[Lease], slots: int) -> None:
         def work(session: Session) -> None:
             reporting.flush(session, leases, {}, self._settings.lease_seconds)
-            self._wanted = None
+            self._said = None
             free = max(0, slots - len(leases))
             workers.beat(session, self._worker, wanted_lanes=free, study_id=self._study.study_id)
 
@@ -402,7 +395,7 @@ class Meetings:
         verdicts = self._flush(session, report)
         ended = self._finish(session, report, verdicts)
         left = [lease for lease in report.leases if lease.trial_id not in ended]
-        return len(leasing.release(session, left, self._worker))
+        return len(leasing.release(session, [*left, *self._leased], self._worker))
 
     def _is_suspect(self, lease: Lease) -> bool:
         return lease.lost_leases >= suspect_from(self._settings)

@@ -169,6 +169,8 @@ class Stack:
         if self._meetings.unanswered is None:
             if not self._is_time_to_meet():
                 return True
+            # The meeting sees all that was told until now; to be woken for that again is in vain.
+            self._listener.drain()
             self._meetings.begin(self._report())
             self._epochs = {}
             patience = ANSWER_SECONDS

@@ -497,6 +497,18 @@ class StudySpec(SpecModel):
         """Return the shape of a trial with these values."""
         return write_shape({name: params[name] for name in self.search.shaping()})
 
+    def shapes_with_every_option(self) -> list[str]:
+        """Return the reference points' shape, and those that differ from it in one option."""
+        shaping = self.search.shaping()
+        own = {name: value_at(name, self.task, self.training) for name in shaping}
+        others = [
+            {**own, name: option}
+            for name, options in shaping.items()
+            for option in options.root
+            if option != own[name]
+        ]
+        return [write_shape(values) for values in (own, *others)]
+
     def at(self, shape: str) -> "StudySpec":
         """Return the study as the trials of a shape see it."""
         values = read_shape(shape)

@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
-from regtune import database, leasing, reporting, studies, workers
+from regtune import database, leasing, reporting, standing, studies, workers
 from regtune.errors import StaleView
 from regtune.settings import Settings
 from regtune.studies import Study
@@ -120,7 +120,7 @@ class Conductor:
 
     def _news(self, session: Session) -> News:
         study = studies.by_id(session, self._study_id)
-        counts = session.execute(text(_COUNTS), {"study_id": self._study_id}).one()
+        counts = session.execute(_COUNTS, {"study_id": self._study_id}).one()
         ended = self._read_ended(session)
         epochs = self._read_epochs(session, ended) if self._prunes or ended else []
         by_number: dict[int, list[tuple[int, float]]] = {}
@@ -145,14 +145,11 @@ class Conductor:
         """Return the seconds since the first lease, where the budget asks for them; else 0."""
         if study.budget_seconds is None:
             return 0.0
-        spent: float = session.execute(
-            text(_SECONDS_SPENT), {"study_id": self._study_id}
-        ).scalar_one()
-        return spent
+        return standing.of(session, self._study_id).seconds_spent or 0.0
 
     def _read_ended(self, session: Session) -> Sequence[Ended]:
         rows = session.execute(
-            text(_ENDED), {"study_id": self._study_id, "open": list(self._mirror.open_numbers)}
+            _ENDED, {"study_id": self._study_id, "open": list(self._mirror.open_numbers)}
         )
         return [Ended(**row._mapping) for row in rows]
 
@@ -172,9 +169,7 @@ class Conductor:
         ]
         if not seen:
             return []
-        rows = session.execute(
-            text(_EPOCHS), {"study_id": self._study_id, "seen": json.dumps(seen)}
-        )
+        rows = session.execute(_EPOCHS, {"study_id": self._study_id, "seen": json.dumps(seen)})
         return [EpochRow(**row._mapping) for row in rows]
 
     def _tell(self, news: News) -> None:
@@ -192,7 +187,7 @@ class Conductor:
         ]
         if self._prunes and rows:
             with database.transaction(self._engine) as session:
-                session.execute(text(_KEEP_NOTES), {"rows": json.dumps(rows)})
+                session.execute(_KEEP_NOTES, {"rows": json.dumps(rows)})
 
     def _judge(self, news: News) -> None:
         over = {trial.number for trial in news.ended}
@@ -207,7 +202,7 @@ class Conductor:
                 verdicts[trial_id] = (attempt, f"pruned by {name} at epoch {stop_at}")
         if verdicts:
             with database.transaction(self._engine) as session:
-                reporting.request_stop(session, self._study_id, verdicts)
+                reporting.request_stop(session, verdicts)
 
     def _conclude(self, news: News) -> bool:
         """End the study if it is done, as far as that can be seen now; return whether it is."""
@@ -242,11 +237,11 @@ class Conductor:
         )
 
     def _ending(self, session: Session, study: Study, news: News) -> tuple[str, str] | None:
-        counts = session.execute(text(_COUNTS), {"study_id": self._study_id}).one()
+        counts = session.execute(_COUNTS, {"study_id": self._study_id}).one()
         limit = self._settings.max_consecutive_failures
         if any(trial.state == "failed" for trial in news.ended):
             row = session.execute(
-                text(_LAST_OUTCOMES), {"study_id": self._study_id, "limit": limit}
+                _LAST_OUTCOMES, {"study_id": self._study_id, "limit": limit}
             ).one()
             if row.failed >= limit:
                 return "failed", f"{limit} trials failed in a row; the last one: {row.reason}"
@@ -255,9 +250,12 @@ class Conductor:
         if study.state == "stopping":
             return "stopped", study.reason or "stopped by request"
         used_up = self._used_up(session, study, news)
-        if used_up and session.execute(text(_ALL_FAILED), {"study_id": self._study_id}).scalar():
+        if used_up is None:
+            return None
+        stands = standing.of(session, self._study_id)
+        if stands.failed == stands.ended > 0:
             return "failed", "every trial failed"
-        return ("completed", used_up) if used_up else None
+        return "completed", used_up
 
     def _used_up(self, session: Session, study: Study, news: News) -> str | None:
         """Say which limit of the budget a study with no open trial has reached, if any."""
@@ -281,7 +279,12 @@ class Conductor:
         suggestions = self._mirror.suggest(count, SUGGESTION_SECONDS)
         with database.transaction(self._engine) as session:
             appended = leasing.append(
-                session, self._study_id, suggestions, expected=expected, actor=ACTOR
+                session,
+                self._study_id,
+                suggestions,
+                expected=expected,
+                alive_seconds=self._settings.lease_seconds,
+                actor=ACTOR,
             )
         if len(appended) != len(suggestions):
             raise StaleView("the study was changed or halted while its next trials were chosen")
@@ -297,31 +300,22 @@ def _time_is_up(study: Study) -> str:
 
 
 # Of the open trials alone: those that have ended may be a hundred thousand.
-_COUNTS = """
+_COUNTS = text("""
 SELECT count(*) FILTER (WHERE state = 'waiting') AS waiting,
        count(*) FILTER (WHERE state = 'running') AS running,
        count(*) FILTER (WHERE state = 'running' AND lease_expires_at < now()) AS overdue
 FROM regtune.trials WHERE study_id = :study_id AND state IN ('waiting', 'running')
-"""
+""")
 
-_SECONDS_SPENT = """
-SELECT coalesce(extract(epoch FROM now() - min(started_at)), 0)::float
-FROM regtune.trials WHERE study_id = :study_id
-"""
-
-_ALL_FAILED = """
-SELECT coalesce(bool_and(state = 'failed'), false) FROM regtune.trials WHERE study_id = :study_id
-"""
-
-_ENDED = """
+_ENDED = text("""
 SELECT number, trial_id, state, value FROM regtune.trials
 WHERE study_id = :study_id AND number = ANY(:open) AND state NOT IN ('waiting', 'running')
 ORDER BY finished_at, number
-"""
+""")
 
 # A trial's row says how far it is, so that only those with something new have their epochs looked
 # up, each by a range of its key; OFFSET keeps the planner from reading them all for a hash.
-_EPOCHS = """
+_EPOCHS = text("""
 SELECT t.number, t.trial_id, t.attempt, e.epoch, e.validation_loss
 FROM json_to_recordset(cast(:seen AS json)) AS seen(number int, epoch int)
 JOIN regtune.trials t ON t.study_id = :study_id AND t.number = seen.number
@@ -330,19 +324,19 @@ CROSS JOIN LATERAL (
     SELECT epoch, validation_loss FROM regtune.epochs
     WHERE trial_id = t.trial_id AND attempt = t.attempt AND epoch > seen.epoch OFFSET 0) e
 ORDER BY e.epoch, t.number
-"""
+""")
 
-_LAST_OUTCOMES = """
+_LAST_OUTCOMES = text("""
 SELECT count(*) FILTER (WHERE state = 'failed') AS failed,
        (array_agg(reason ORDER BY finished_at DESC, number DESC))[1] AS reason
 FROM (SELECT * FROM regtune.trials
       WHERE study_id = :study_id AND state IN ('complete', 'pruned', 'failed')
       ORDER BY finished_at DESC, number DESC LIMIT :limit) last
-"""
+""")
 
-_KEEP_NOTES = """
+_KEEP_NOTES = text("""
 INSERT INTO public.trial_system_attributes (trial_id, key, value_json)
 SELECT trial_id, key, value
 FROM json_to_recordset(cast(:rows AS json)) AS r(trial_id int, key text, value text)
 ON CONFLICT (trial_id, key) DO UPDATE SET value_json = excluded.value_json
-"""
+""")

@@ -13,6 +13,8 @@ from optuna import Study
 from optuna.pruners import BasePruner
 from optuna.trial import FrozenTrial, TrialState
 
+from service.scheduler.changes import Changes
+
 NOISE_MARGIN = 0.75
 """How many standard deviations of an epoch's noise a trial may still gain by luck; tuned."""
 LEAST_EPOCHS = 3
@@ -33,9 +35,9 @@ class ExtrapolationPruner(BasePruner):
         self._first_epoch = first_epoch
         self._max_epochs = max_epochs
         self._noise_margin = noise_margin
-        self._ended = 0
-        self._best_ended = inf
-        self._best_running: dict[int, tuple[int, float]] = {}
+        self._changes = Changes()
+        self._best_complete = inf
+        self._running: dict[int, float] = {}
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         """Return whether the trial is not expected to come below the best loss of any trial."""
@@ -46,26 +48,15 @@ class ExtrapolationPruner(BasePruner):
 
     def _best_loss(self, study: Study) -> float:
         """Return the best loss of all trials that have completed or are running."""
-        trials = study.get_trials(deepcopy=False)
-        # What has ended never changes, so the trials before the first open one are read once.
-        while self._ended < len(trials) and trials[self._ended].state.is_finished():
-            self._best_ended = min(self._best_ended, self._loss_of(trials[self._ended]))
-            self._best_running.pop(self._ended, None)
-            self._ended += 1
-        return min(self._best_ended, min(map(self._loss_of, trials[self._ended :]), default=inf))
-
-    def _loss_of(self, trial: FrozenTrial) -> float:
-        match trial.state:
-            case TrialState.COMPLETE:
-                return trial.value if trial.value is not None else inf
-            case TrialState.RUNNING:
-                epochs = len(trial.intermediate_values)
-                known, best = self._best_running.get(trial.number, (0, inf))
-                if epochs != known:
-                    best = min(filter(isfinite, trial.intermediate_values.values()), default=inf)
-                    self._best_running[trial.number] = (epochs, best)
-                return best
-        return inf
+        for trial in self._changes.among(study.get_trials(deepcopy=False)):
+            self._running.pop(trial.number, None)
+            match trial.state:
+                case TrialState.COMPLETE if trial.value is not None:
+                    self._best_complete = min(self._best_complete, trial.value)
+                case TrialState.RUNNING:
+                    losses = filter(isfinite, trial.intermediate_values.values())
+                    self._running[trial.number] = min(losses, default=inf)
+        return min(self._best_complete, min(self._running.values(), default=inf))
 
 
 def extrapolate(

@@ -5,6 +5,7 @@ from optuna.pruners import BasePruner
 
 from regtune.spec import StudySpec
 from service.scheduler.extrapolation import ExtrapolationPruner
+from service.scheduler.median import MedianPruner
 
 
 def keeps_notes(spec: StudySpec) -> bool:
@@ -12,7 +13,7 @@ def keeps_notes(spec: StudySpec) -> bool:
 
     Such a one must be asked about every epoch, also when it is too late to stop the trial.
     """
-    return spec.pruner.name not in ("none", "median")
+    return spec.pruner.name in ("asha", "hyperband")
 
 
 def make_pruner(spec: StudySpec) -> BasePruner:
@@ -22,9 +23,7 @@ def make_pruner(spec: StudySpec) -> BasePruner:
         case "extrapolation":
             return ExtrapolationPruner(first, spec.training.max_epochs)
         case "median":
-            return optuna.pruners.MedianPruner(
-                n_startup_trials=spec.pruner.startup_trials, n_warmup_steps=first
-            )
+            return MedianPruner(spec.pruner.startup_trials, first)
         case "asha":
             return optuna.pruners.SuccessiveHalvingPruner(
                 min_resource=first, reduction_factor=spec.pruner.reduction_factor

@@ -46,6 +46,7 @@ DAMAGE = {
         f"DELETE FROM public.trial_intermediate_values {_OF} AND step = 1"
     ],
     "workers' time is not charged once": ["DELETE FROM regtune.charges"],
+    "trials are not counted as they ended": ["UPDATE regtune.charges SET pruned = pruned + 1"],
     "a study is over but its trials are not": [
         f"UPDATE regtune.trials SET state = 'waiting', finished_at = NULL {_OF}"
     ],

@@ -1,7 +1,9 @@
 """Connections of a pool, and whom a notification is meant for."""
 
 import hashlib
+import socket
 
+import pytest
 from sqlalchemy import Engine, text
 
 from regtune import database
@@ -44,6 +46,29 @@ def test_new_trials_wake_those_who_want_some_and_no_others(
     assert heard == 3  # one that is needed, and two more; nobody trains who may end soon
 
 
+@pytest.mark.parametrize(("datasets", "silent"), [(["digits"], "1 hour"), (["mnist"], "0 s")])
+def test_neither_the_dead_nor_those_who_cannot_train_them_are_woken_instead(
+    database_url: str, engine: Engine, datasets: list[str], silent: str
+) -> None:
+    study = builders.create(engine)
+    builders.append(engine, study, 1)
+    builders.register(engine, "useless", lanes=64, datasets=datasets)
+    builders.register(engine, "busy")
+    builders.lease(engine, study, worker="busy")
+    with engine.begin() as connection:
+        late = f"heartbeat_at = now() - interval '{silent}' WHERE name = 'useless'"
+        connection.execute(text(f"UPDATE regtune.workers SET {late}"))
+    with database.Listener(database_url, database.WORK, name="busy") as listener:
+        listener.wait(0)
+        builders.append(engine, study, 1)
+        with engine.begin() as connection:
+            connection.execute(text(f"NOTIFY {database.WORK}, '77'"))
+        known: set[int] = set()
+        while 77 not in known:
+            known |= listener.wait(30)
+    assert study.study_id in known
+
+
 def test_a_notification_for_others_goes_unheard(database_url: str, engine: Engine) -> None:
     tags = {name: hashlib.md5(name.encode()).hexdigest()[:8] for name in ("me", "you")}
     with database.Listener(database_url, database.WORK, name="me") as listener:
@@ -55,3 +80,23 @@ def test_a_notification_for_others_goes_unheard(database_url: str, engine: Engin
         while 3 not in known:
             known |= listener.wait(30)
     assert known == {2, 3}
+
+
+def test_who_only_drains_does_not_reconnect() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        port = server.getsockname()[1]
+        database.Listener(f"postgresql://anyone@127.0.0.1:{port}/none", database.WORK).drain()
+        with pytest.raises(BlockingIOError):
+            server.accept()
+
+
+def test_what_was_drained_is_not_heard_again(database_url: str, engine: Engine) -> None:
+    with database.Listener(database_url, database.WORK) as listener:
+        listener.wait(0)
+        with engine.begin() as connection:
+            connection.execute(text(f"NOTIFY {database.WORK}, '1'"))
+        listener.drain()
+        with engine.begin() as connection:
+            connection.execute(text(f"NOTIFY {database.WORK}, '2'"))
+        assert listener.wait(30) == {2}

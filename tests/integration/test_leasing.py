@@ -9,7 +9,8 @@ from sqlalchemy.exc import IntegrityError
 from regtune import leasing, studies
 from regtune.database import transaction
 from regtune.errors import StaleView
-from regtune.spec import STRENGTHS
+from regtune.spec import NO_SHAPE, STRENGTHS
+from regtune.studies import Study
 from tests import builders
 from tests.audit import audit
 
@@ -150,5 +151,63 @@ def test_suspects_are_leased_apart(engine: Engine) -> None:
         return [lease.number for lease in leases]
 
     assert numbers(suspect_from=2) == [1, 2]
-    assert numbers(suspect_from=3, suspects=True) == []
-    assert numbers(suspect_from=2, suspects=True) == [0]
+    assert numbers(suspect_from=2) == []
+    assert numbers(suspect_from=2, alone=True) == [0]
+
+
+def take(engine: Engine, study: Study, count: int) -> leasing.Taken:
+    with transaction(engine) as session:
+        return leasing.take(
+            session,
+            study.study_id,
+            "w",
+            count,
+            30,
+            shape=NO_SHAPE,
+            slots=4,
+            suspect_from=2,
+            alone=False,
+            stay_seconds=0,
+        )
+
+
+def test_a_worker_takes_what_waits_and_hears_whether_more_is_to_come(engine: Engine) -> None:
+    study = builders.create(engine, budget={"trials": 3})
+    builders.register(engine)
+    builders.append(engine, study, 2)
+    first, second, third = (take(engine, study, 1) for _ in range(3))
+    assert [lease.number for taken in (first, second) for lease in taken.leases] == [0, 1]
+    assert (first.turn, second.turn, third.turn) == (study.study_id, study.study_id, None)
+    assert third == leasing.Taken(None, [], more_to_come=True)  # the budget has one more
+    builders.append(engine, study, 1)
+    last = take(engine, study, 4)
+    assert [lease.number for lease in last.leases] == [2]
+    assert not last.more_to_come
+
+
+def test_a_worker_takes_nothing_when_it_is_the_turn_of_another_study(engine: Engine) -> None:
+    mine, other = (builders.create(engine, name) for name in ("mine", "other"))
+    builders.register(engine)
+    builders.append(engine, mine, 3)
+    builders.append(engine, other, 1)
+    with engine.begin() as connection:
+        connection.execute(
+            text("UPDATE regtune.shares SET virtual_seconds = 9 WHERE study_id = :study_id"),
+            {"study_id": mine.study_id},
+        )
+    taken = take(engine, mine, 1)
+    assert taken == leasing.Taken(other.study_id, [], more_to_come=True)
+    assert builders.states(engine, mine) == ["waiting"] * 3
+
+
+def test_nothing_is_taken_of_a_study_that_is_paused_or_gone(engine: Engine) -> None:
+    study = builders.create(engine)
+    builders.register(engine)
+    builders.append(engine, study, 1)
+    with transaction(engine) as session:
+        studies.act(session, study.name, "pause", "test")
+    assert take(engine, study, 1) == leasing.Taken(None, [], more_to_come=False)
+    with transaction(engine) as session:
+        studies.act(session, study.name, "cancel", "test")
+        studies.delete(session, study.name, "test")
+    assert take(engine, study, 1) == leasing.Taken(None, [], more_to_come=False)

@@ -129,7 +129,7 @@ class LifeOfTrials(RuleBasedStateMachine):
         lease = self._any_lease(data)
         with transaction(self.engine) as session:
             verdicts = {lease.trial_id: (lease.attempt, "looks bad")}
-            reporting.request_stop(session, self.study.study_id, verdicts)
+            reporting.request_stop(session, verdicts)
         trial = self.trials[lease.number]
         if trial.state == "running" and trial.attempts == lease.attempt:
             trial.stop = "looks bad"

@@ -6,6 +6,7 @@ import optuna
 import pytest
 from alembic import command
 from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy.exc import IntegrityError
 
 from regtune import database, optuna_tables, studies
 from regtune.database import transaction
@@ -133,6 +134,11 @@ def test_what_the_first_version_left_is_read_and_gone_on_with(old_database_url: 
     assert best["decay_timescale_epochs"] == pytest.approx(10.0)  # 1 / (0.002 · 0.5 · 100 steps)
     assert (worker["occupancy"], worker["capacity"]) == (None, None)
     engine.dispose()
+
+
+def test_a_worker_of_a_version_that_does_not_count_cannot_end_a_trial(engine: Engine) -> None:
+    with pytest.raises(IntegrityError, match="null value in column"), engine.begin() as connection:
+        connection.execute(text("INSERT INTO regtune.charges (study_id, seconds) VALUES (1, 2)"))
 
 
 def test_the_tables_of_the_first_version_can_be_gone_back_to(old_database_url: str) -> None:

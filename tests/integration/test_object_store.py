@@ -25,7 +25,8 @@ from worker.loop import Worker
 from worker.shutdown import Shutdown
 from worker.tasks.files import opened
 
-LEASE_SECONDS = 2.0
+LEASE_SECONDS = 6.0
+SECONDS = 120
 
 
 def test_what_another_process_has_written_meanwhile_is_seen_and_removed(folder_in_s3: str) -> None:
@@ -96,22 +97,43 @@ def test_leases_are_renewed_while_checkpoints_are_read_for_longer_than_they_last
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("REGTUNE_CHECKPOINTS", folder_in_s3)
-    study = builders.create(engine, training={"max_epochs": 300}, pruner="none")
+    study = builders.create(engine, training={"max_epochs": 100}, pruner="none")
     builders.append(engine, study, 1)
     with worker(database_url, tmp_path, "first"):
-        wait_until(lambda: of_the_trial(engine, "epochs"), 60)
+        wait_until(lambda: of_the_trial(engine, "epochs"), SECONDS)
     assert of_the_trial(engine, "state") == "waiting"
     with silent(s3), worker(database_url, tmp_path, "second"):
-        wait_until(lambda: of_the_trial(engine, "worker") == "second", 60)
+        wait_until(lambda: of_the_trial(engine, "worker") == "second", SECONDS)
         first: datetime = of_the_trial(engine, "lease_expires_at")
         longer = first + timedelta(seconds=LEASE_SECONDS)
-        wait_until(lambda: of_the_trial(engine, "lease_expires_at") > longer, 60)
+        wait_until(lambda: of_the_trial(engine, "lease_expires_at") > longer, SECONDS)
         s3.process.send_signal(signal.SIGCONT)
-        wait_until(lambda: builders.states(engine, study) == ["complete"], 60)
+        wait_until(lambda: builders.states(engine, study) == ["complete"], SECONDS)
     assert (of_the_trial(engine, "attempt"), of_the_trial(engine, "lost_leases")) == (2, 0)
     with engine.connect() as connection:
         resumed = "SELECT 1 FROM regtune.events WHERE kind = 'trial_resumed'"
         assert connection.execute(text(resumed)).all()
+    assert audit(engine) == {}
+
+
+def test_a_worker_that_is_told_to_stop_while_it_reads_checkpoints_gives_their_trials_back(
+    engine: Engine,
+    database_url: str,
+    tmp_path: Path,
+    s3: ObjectStore,
+    folder_in_s3: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("REGTUNE_CHECKPOINTS", folder_in_s3)
+    study = builders.create(engine, training={"max_epochs": 300}, pruner="none")
+    builders.append(engine, study, 1)
+    with worker(database_url, tmp_path, "first"):
+        wait_until(lambda: of_the_trial(engine, "epochs"), 60)
+    with silent(s3):
+        with worker(database_url, tmp_path, "second"):
+            wait_until(lambda: of_the_trial(engine, "worker") == "second", 60)
+        assert of_the_trial(engine, "state") == "waiting"
+    assert (of_the_trial(engine, "attempt"), of_the_trial(engine, "lost_leases")) == (2, 0)
     assert audit(engine) == {}
 
 

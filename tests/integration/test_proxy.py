@@ -10,8 +10,9 @@ import pytest
 from sqlalchemy import Engine, event, text
 from sqlalchemy.exc import DBAPIError
 
-from regtune import database, leasing, reporting, studies, workers
+from regtune import database, leasing, reporting, workers
 from regtune.database import transaction
+from regtune.spec import NO_SHAPE
 from tests import builders
 from tests.audit import audit
 
@@ -44,8 +45,19 @@ def live_through(engine: Engine) -> None:
         with transaction(engine) as session:
             workers.beat(session, "w", wanted_lanes=1, study_id=study.study_id)
             leasing.expire(session, study.study_id, 3)
-            reporting.request_stop(session, study.study_id, {leases[0].trial_id: (1, "late")})
-            studies.has_more(session, study.study_id)
+            reporting.request_stop(session, {leases[0].trial_id: (1, "late")})
+            leasing.take(
+                session,
+                study.study_id,
+                "w",
+                1,
+                30,
+                shape=NO_SHAPE,
+                slots=1,
+                suspect_from=2,
+                alone=True,
+                stay_seconds=10,
+            )
     assert builders.states(engine, study) == ["complete"] * TRIALS
 
 

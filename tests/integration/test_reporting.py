@@ -123,7 +123,7 @@ def test_a_verdict_reaches_the_worker_with_its_next_flush(
     judged = {leases[0].trial_id: (1, "pruned by median at epoch 9")}
     other_attempt = {leases[1].trial_id: (2, "meant for another attempt")}
     with transaction(engine) as session:
-        reporting.request_stop(session, leases[0].study_id, judged | other_attempt)
+        reporting.request_stop(session, judged | other_attempt)
     verdicts = flush(engine, leases, {})
     assert verdicts.stop == {leases[0].trial_id: "pruned by median at epoch 9"}
 

@@ -9,8 +9,11 @@ from datetime import UTC, datetime
 from math import inf, nan
 from pathlib import Path
 
+import fsspec
+import pyarrow.fs
 import pytest
 import torch
+from fsspec.implementations.arrow import ArrowFSWrapper
 from structlog.testing import capture_logs
 
 from regtune.errors import RegtuneError
@@ -46,10 +49,24 @@ def saved(epochs: int, fill: float = 1.0, size: int = 10) -> Saved:
     return Saved(Checkpoint(tensors, state), curve)
 
 
-@pytest.fixture(params=["folder", "file://", "memory://", "s3://"])
+class Remote(ArrowFSWrapper):
+    """Files that are reached as over SFTP: no option is known, and no folder made unasked."""
+
+    protocol = "remote"
+
+    def __init__(self) -> None:
+        super().__init__(pyarrow.fs.LocalFileSystem())
+
+
+fsspec.register_implementation("remote", Remote, clobber=True)
+
+
+@pytest.fixture(params=["folder", "file://", "memory://", "s3://", "remote://"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> CheckpointStore:
     if request.param == "s3://":
         return CheckpointStore(request.getfixturevalue("folder_in_s3"))
+    if request.param == "remote://":
+        return CheckpointStore(f"remote://{tmp_path}/")
     path = f"{tmp_path}/deep/er"
     return CheckpointStore(path if request.param == "folder" else request.param + path)
 

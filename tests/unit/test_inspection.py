@@ -99,6 +99,13 @@ class LossRaises(Good):
         return output[:, 7]
 
 
+class NoWiderThanEight(Good):
+    def model(self, input_shape: tuple[int, ...], outputs: int) -> nn.Module:
+        if self.width > 8:
+            raise ValueError("too wide")
+        return super().model(input_shape, outputs)
+
+
 class DataRaise(Good):
     def data(self, storage: Storage) -> Data:
         raise FileNotFoundError("points.csv")
@@ -152,6 +159,15 @@ def test_a_model_is_shown_as_it_is_built_for_a_data_set(run: Any) -> None:
     assert (norm["type"], norm["default"]) == ("batch | layer | group | none", "batch")
 
 
+def test_the_best_strength_is_shown_where_it_is_known(run: Any) -> None:
+    code, known, _ = run("show", "synthetic", "--set", "rows=100", "--set", "features=20")
+    assert code == GOOD
+    assert known["best_decay"] == pytest.approx(2 * 20 / 80)
+    example = Path(__file__).parents[2] / "examples" / "synthetic.yaml"
+    assert run("show", str(example))[1]["best_decay"] == pytest.approx(0.5)
+    assert run("show", "digits")[1]["best_decay"] is None
+
+
 def test_a_data_set_is_shown_with_its_settings_also_if_it_cannot_be_loaded(run: Any) -> None:
     code, known, told = run("show", "table")
     assert code == USAGE
@@ -191,6 +207,37 @@ def test_a_study_is_checked_as_it_would_be_trained(run: Any, tmp_path: Path) -> 
     code, verdict, _ = run("check", str(file), "--device", "cpu")
     assert code == GOOD
     assert (verdict["steps_per_epoch"], verdict["score"]) == (6, "log_loss")
+
+
+def test_every_option_of_what_makes_shapes_is_checked(run: Any, tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(
+        "{name: s, task: {name: NoWiderThanEight, width: 3}, budget: {trials: 2},"
+        " search: {batch_size: [10, 20], optimizer: [adamw, sgd], model: {width: [3, 5, 9]},"
+        " learning_rate: {adamw: 0.001, sgd: {low: 0.01, high: 0.1, log: true}}}}"
+    )
+    code, verdict, _ = run("check", str(file), "--device", "cpu")
+    assert code == WRONG
+    assert verdict["problems"] == []
+    assert (verdict["steps_per_epoch"], verdict["parameters"]) == (6, 6 * 3 + 3 + 3 * 3 + 3)
+    reference = {"batch_size": 10, "optimizer": "adamw", "model.width": 3}
+    found = {option["name"]: option for option in verdict["options"]}
+    sgd, larger, wider, too_wide = (
+        found.pop(json.dumps(reference | change, separators=(",", ":"), sort_keys=True))
+        for change in (
+            {"optimizer": "sgd"},
+            {"batch_size": 20},
+            {"model.width": 5},
+            {"model.width": 9},
+        )
+    )
+    assert found == {}
+    assert (sgd["steps_per_epoch"], larger["steps_per_epoch"]) == (6, 3)
+    assert wider["parameters"] == 6 * 5 + 5 + 5 * 3 + 3
+    assert "ValueError: too wide (test_inspection.py, line " in too_wide["problems"][0]
+    for option in (sgd, larger, wider):
+        assert option["problems"] == []
+        assert len(option["validation_loss"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def _show(subject: Subject, settings: Settings, options: argparse.Namespace) -> 
 def _check(subject: Subject, settings: Settings, options: argparse.Namespace) -> int:
     verdict = checking.check(subject, settings, find_device(options.device))
     _write(verdict, options)
-    return WRONG if verdict.problems else GOOD
+    return WRONG if verdict.wrong else GOOD
 
 
 def _write(found: showing.Description | checking.Verdict, options: argparse.Namespace) -> None:

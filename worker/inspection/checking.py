@@ -1,9 +1,15 @@
-"""A trial run: two lanes for two epochs, and what a person should know of it."""
+"""A trial run: two lanes for two epochs, and what a person should know of it.
+
+Of a study that searches what makes shapes, the reference points' shape is checked in full. Each of
+the others that differ from it in one option is built and trained, no more: so every option is seen,
+and not every combination.
+"""
 
 import math
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,6 +29,11 @@ NEVER = 1000
 TOLERANCE = 1e-4
 """Largest difference of a loss, relative to it, that rounding explains."""
 
+BUILDING = "while data and model were built"
+
+Curves = dict[int, list[LaneEpoch]]
+"""The epochs of each trial, by key."""
+
 
 class Form(BaseModel):
     """In which form a step runs after a while: recorded, compiled, or as it is written."""
@@ -35,7 +46,8 @@ class Form(BaseModel):
 class Verdict(BaseModel):
     """What a check has found; nothing is wrong where ``problems`` is empty.
 
-    ``remarks`` are what a person may want to change. What could not be found out is null.
+    ``remarks`` are what a person may want to change. What was not found out is null. ``options``
+    are what was found of the study's other shapes, each by its name.
     """
 
     name: str
@@ -59,35 +71,62 @@ class Verdict(BaseModel):
     trial_epochs_per_second: float | None = None
     bytes_per_lane: int | None = None
     step: Form | None = None
+    options: list["Verdict"] = []
+
+    @property
+    def wrong(self) -> bool:
+        """Whether anything is, in any of the shapes."""
+        return bool(self.problems) or any(option.wrong for option in self.options)
 
 
 def check(subject: Subject, settings: Settings, device: torch.device) -> Verdict:
     """Train a subject's task and return what was found; what its own code raises is a finding."""
+    reference, *others = subject.spec.shapes_with_every_option()
+    first = replace(subject, spec=subject.spec.at(reference))
     verdict = Verdict(name=subject.name, device=describe(device))
-    with _findings_in(verdict, "while data and model were built"):
-        first = _engine(subject, settings, device)
-        try:
-            _try_out(first, subject, settings, device, verdict)
-        finally:
-            first.close()
+    with (
+        _findings_in(verdict, BUILDING),
+        closing(_engine(first, settings, device)) as engine,
+    ):
+        curves = _try_out(engine, first, verdict)
+        if curves is not None:
+            with _findings_in(verdict, "in training"):
+                _judge_repetition(first, settings, device, engine.data_hash, curves, verdict)
+                _judge_speed(engine, verdict)
+    for shape in others:
+        option = replace(subject, name=shape, spec=subject.spec.at(shape))
+        verdict.options.append(_check_option(option, settings, device, verdict.remarks))
     return verdict
 
 
-def _try_out(
-    first: Engine, subject: Subject, settings: Settings, device: torch.device, verdict: Verdict
-) -> None:
-    _look(first, verdict)
+def _check_option(
+    option: Subject, settings: Settings, device: torch.device, known: Sequence[str]
+) -> Verdict:
+    """Build and train another shape; remarks that are known of the first one are not repeated."""
+    verdict = Verdict(name=option.name, device=describe(device))
+    with (
+        _findings_in(verdict, BUILDING),
+        closing(_engine(option, settings, device)) as engine,
+    ):
+        _try_out(engine, option, verdict)
+    verdict.remarks = [remark for remark in verdict.remarks if remark not in known]
+    return verdict
+
+
+def _try_out(engine: Engine, subject: Subject, verdict: Verdict) -> Curves | None:
+    """Train two trials; return their epochs, unless something is wrong."""
+    _look(engine, verdict)
     with _findings_in(verdict, "in training"):
-        first.join([_typical(subject, 0), _typical(subject, 1)])
-        curves = _train(first)
+        engine.join([_typical(subject, 0), _typical(subject, 1)])
+        curves = _train(engine)
         _judge_curves(curves, verdict)
         if verdict.problems:
-            return
-        (result,) = first.results([0])
+            return None
+        (result,) = engine.results([0])
         verdict.test_loss, verdict.test_score = result.test_loss, result.test_score
-        first.leave([0, 1])
-        _judge_repetition(subject, settings, device, first.data_hash, curves, verdict)
-        _judge_speed(first, verdict)
+        engine.leave([0, 1])
+        return curves
+    return None
 
 
 def _engine(subject: Subject, settings: Settings, device: torch.device) -> Engine:
@@ -116,9 +155,9 @@ def _typical(subject: Subject, key: int, dropout: float = 0.2) -> LaneTrial:
     )
 
 
-def _train(engine: Engine, epochs: int = EPOCHS) -> dict[int, list[LaneEpoch]]:
+def _train(engine: Engine, epochs: int = EPOCHS) -> Curves:
     """Train for some epochs, and return those of each trial, by key."""
-    curves: dict[int, list[LaneEpoch]] = {}
+    curves: Curves = {}
     for _ in range(epochs):
         engine.leave([key for key, left in engine.epochs_left().items() if left <= 0])
         for epoch in engine.train_epoch():
@@ -155,7 +194,7 @@ def _look(engine: Engine, verdict: Verdict) -> None:
         )
 
 
-def _judge_curves(curves: Mapping[int, Sequence[LaneEpoch]], verdict: Verdict) -> None:
+def _judge_curves(curves: Curves, verdict: Verdict) -> None:
     one, other = curves[0], curves[1]
     verdict.train_loss = [epoch.train_loss for epoch in one]
     verdict.validation_loss = [epoch.validation_loss for epoch in one]
@@ -179,7 +218,7 @@ def _judge_repetition(
     settings: Settings,
     device: torch.device,
     data_hash: str,
-    curves: Mapping[int, Sequence[LaneEpoch]],
+    curves: Curves,
     verdict: Verdict,
 ) -> None:
     """Train one of the trials again from nothing, beside another one that is an epoch ahead."""

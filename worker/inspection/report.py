@@ -25,6 +25,8 @@ def show_description(known: Description, console: Console) -> None:
             part for part, own in (("loss", known.own_loss), ("score", known.own_score)) if own
         ]
         _row(table, "of its own", " and ".join(measured))
+    if known.best_decay is not None:
+        _row(table, "best decay", f"{known.best_decay:.4g}, coupled, of the model linear")
     console.print(table)
     if known.settings is not None:
         console.print(_settings(known.settings) if known.settings else "it has no settings")
@@ -50,14 +52,33 @@ def show_verdict(verdict: Verdict, console: Console) -> None:
     _row(table, "step", _form(verdict.step))
     _row(table, "memory a lane", _megabytes(verdict.bytes_per_lane))
     console.print(table)
+    _say_findings(verdict, console)
+    for option in verdict.options:
+        _show_option(option, console)
+    if not verdict.wrong:
+        console.print("[green]nothing is wrong with it[/]")
+
+
+def _show_option(verdict: Verdict, console: Console) -> None:
+    """Write what was found of a shape besides the first."""
+    table = _table()
+    _row(table, "option", verdict.name)
+    _row(table, "parameters", _number(verdict.parameters))
+    _row(table, "steps an epoch", _number(verdict.steps_per_epoch))
+    _row(table, "lanes", _lanes(verdict))
+    _row(table, "validation loss", _course(verdict.validation_loss))
+    _row(table, "memory a lane", _megabytes(verdict.bytes_per_lane))
+    console.print(table)
+    _say_findings(verdict, console)
+
+
+def _say_findings(verdict: Verdict, console: Console) -> None:
     if verdict.traceback:
         console.print(escape(verdict.traceback), style="dim", end="")
     for remark in verdict.remarks:
         console.print(f"[yellow]note:[/] {escape(remark)}", soft_wrap=True)
     for problem in verdict.problems:
         console.print(f"[red]wrong:[/] {escape(problem)}", soft_wrap=True)
-    if not verdict.problems:
-        console.print("[green]nothing is wrong with it[/]")
 
 
 def _table() -> Table:

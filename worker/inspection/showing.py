@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel, Field
 
 from regtune.settings import Settings
-from regtune.spec import NamedTask
+from regtune.spec import NamedTask, SyntheticSettings
 from regtune.spec.datasets import DATASET_SETTINGS
 from regtune.spec.models import MODEL_SETTINGS
 from regtune.task import (
@@ -28,9 +28,13 @@ from regtune.task import (
 )
 from worker.inspection.subject import Subject
 from worker.tasks.preparation import prepare
+from worker.tasks.synthetic import best_decay
 from worker.training.engine import load_task
 from worker.training.noise import initial_weights
 from worker.training.regularizers import install_dropout_sites, penalized
+
+SYNTHETIC = "synthetic"
+"""The data set whose best strength is known."""
 
 
 class Setting(BaseModel):
@@ -77,6 +81,11 @@ class Description(BaseModel):
     model: Network | None = None
     own_loss: bool = False
     own_score: bool = False
+    best_decay: float | None = Field(
+        None,
+        description="Of synthetic rows: the best coupled weight decay of the model linear, trained "
+        "on all but the validation rows.",
+    )
 
 
 def describe(subject: Subject, settings: Settings) -> Description:
@@ -121,6 +130,10 @@ def build(subject: Subject, settings: Settings) -> dict[str, Any]:
         found["model"] = _as_network(task, shape, prepared.outputs, spec.training.seed)
         if not isinstance(spec.task, NamedTask):
             found["built_for"] = spec.task.dataset
+    if not isinstance(spec.task, NamedTask) and spec.task.dataset == SYNTHETIC:
+        trained_on = min(len(split.training) for split in prepared.splits)
+        asked = SyntheticSettings.model_validate(spec.task.data)
+        found["best_decay"] = best_decay(asked, trained_on)
     return found
 
 

@@ -480,9 +480,19 @@ def record(
 def compile_recording(recording: GraphModule, examples: Leaves, threads: int) -> Form:
     """Return a recording as TorchInductor compiles it, for so many intra-op threads on a CPU.
 
-    There it is wrapped in C++, so that a call holds no interpreter lock. Raises if there is no
-    compiler, or whatever else TorchInductor raises.
+    There it is wrapped in C++, so that a call holds no interpreter lock. Waits for what is being
+    compiled elsewhere in this process. Raises if there is no compiler, or whatever else
+    TorchInductor raises.
     """
+    with _COMPILER:
+        return _compile_for_device(recording, examples, threads)
+
+
+_COMPILER = threading.Lock()
+"""TorchInductor compiles one thing at a time; an engine that is closed may still be at its last."""
+
+
+def _compile_for_device(recording: GraphModule, examples: Leaves, threads: int) -> Form:
     # It warns wherever there is a CUDA toolkit and no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     options: dict[str, Any] = {"compile_threads": 1}

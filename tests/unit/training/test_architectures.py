@@ -117,6 +117,11 @@ MODELS = {
 }
 """Models, and how many dropout sites each has."""
 
+SLOW = ("resnet18", "mobilenet_v3_small")
+"""They also pool images channels last to a single pixel, for which ``vmap`` takes a loop."""
+
+NO_FALLBACK = pytest.mark.filterwarnings("error:There is a performance drop")
+
 
 @pytest.fixture
 def build(make_engine, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
@@ -133,8 +138,13 @@ def test_its_lanes_are_one_batched_model_and_its_dropouts_are_sites(build, name)
     assert len(engine.model.sites) == MODELS[name][1]
 
 
-@pytest.mark.parametrize("name", sorted(MODELS.keys() - {"resnet18", "mobilenet_v3_small"}))
-@pytest.mark.filterwarnings("error:There is a performance drop")
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.long if name in SLOW else NO_FALLBACK)
+        for name in sorted(MODELS)
+    ],
+)
 def test_a_trial_is_the_same_alone_in_company_and_lane_by_lane(build, name):
     alone, company, looped = (build(name) for _ in range(3))
     alone.join([trial(0, **STRONG)])

@@ -523,3 +523,26 @@ def test_a_trial_is_the_same_compiled(make_engine, training, dtype, epochs, tole
     engine.join([strong, trial(1)])
     curve = losses(train(engine, epochs)[0])
     torch.testing.assert_close(curve, expected, rtol=tolerance, atol=0)
+
+
+def test_of_two_engines_one_compiles_at_a_time(monkeypatch):
+    """TorchInductor raises otherwise; a worker builds the next engine while the last compiles."""
+    compile_one, inside, most = torch._inductor.compile, [], []
+
+    def spy(*arguments, **options):
+        inside.append(1)
+        most.append(len(inside))
+        try:
+            return compile_one(*arguments, **options)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(torch._inductor, "compile", spy)
+    x = torch.arange(3.0)
+    functions = [lambda x, n=n: x * n for n in (2.0, 3.0)]
+    _, spec = compiling.pytree.tree_flatten((x,))
+    recordings = [compiling.record(function, spec, [x]) for function in functions]
+    with ThreadPoolExecutor(2) as pool:
+        forms = list(pool.map(lambda made: compile_recording(*made, threads=1), recordings))
+    assert [form(x)[0].tolist() for form in forms] == [[0.0, 2.0, 4.0], [0.0, 3.0, 6.0]]
+    assert most == [1, 1]

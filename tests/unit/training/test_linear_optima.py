@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from sklearn.linear_model import ElasticNet, Lasso, LogisticRegression, Ridge
 
+from regtune.spec import SyntheticSettings, Validation
 from regtune.task import Data, Storage
 from tests.unit.training.conftest import train, trial
 from worker.tasks.models import linear
+from worker.tasks.synthetic import best_decay, synthetic
 from worker.training.engine import Engine
 
 FEATURES = 6
@@ -156,3 +158,27 @@ def test_of_classes_with_l1_it_is_the_sparse_logistic_regression(build, classes:
     assert np.count_nonzero(expected == 0) >= 1
     if classes > 2:
         np.testing.assert_array_equal(ours == 0, expected == 0)
+
+
+def test_of_synthetic_rows_the_known_decay_is_the_best_of_the_trials_on_average(build):
+    asked = SyntheticSettings(rows=160, test_rows=1, features=40)
+    factors, total = [1 / 16, 1 / 4, 1, 4, 16], np.zeros(5)
+    for seed in range(6):
+        engine = build(
+            lambda storage, seed=seed: synthetic(
+                storage, rows=asked.rows, test_rows=1, features=asked.features, seed=seed
+            ),
+            validation=Validation(fraction=0.5),
+            learning_rate=0.05,
+        )
+        best = best_decay(asked, engine.training_rows)
+        engine.join(
+            [
+                trial(key, learning_rate=0.05, weight_decay=factor * best)
+                for key, factor in enumerate(factors)
+            ]
+        )
+        curves = train(engine, 100)
+        total += [curves[key][-1].validation_loss for key in range(len(factors))]
+    assert total.argmin() == factors.index(1)
+    assert np.all(total[[0, -1]] > 1.02 * total.min())
