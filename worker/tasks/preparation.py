@@ -29,7 +29,7 @@ RowNumbers = NDArray[np.int64]
 class Split:
     """Which rows one member of a trial trains on, validates on and is tested on, by number.
 
-    Inputs are stored as the first split standardizes them; ``scale`` and ``shift``, broadcast over
+    Steps get inputs as the first split standardizes them; ``scale`` and ``shift``, broadcast over
     rows, turn them into what this one would have made of them. A table is stored once for each
     split instead, because encodings differ by more than that.
     """
@@ -70,7 +70,6 @@ class Prepared:
             self,
             rows=self.rows.on(device, memory_format),
             test=self.test.on(device, memory_format),
-            splits=tuple(split.to(device, self.rows.dtype) for split in self.splits),
         )
 
 

@@ -31,6 +31,9 @@ WORTHWHILE = 1.2
 MEMORY_MARGIN = 0.8
 """The share of the free memory that lanes may take; the rest is for what is not foreseen."""
 
+_NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory")
+"""What torch's CPU allocator says, and what CUDA does, of pinned memory of the host for example."""
+
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 _LIMIT_AND_USE = ("memory.max", "memory.current")
 _MEMORY = Path("/proc/meminfo")
@@ -163,7 +166,7 @@ class Memory:
 def is_out_of_memory(error: BaseException) -> bool:
     """Say whether an exception means that a device or the machine has no memory left."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
     )
 
 

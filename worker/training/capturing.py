@@ -55,7 +55,8 @@ def capture(form: Form, fixed: Leaves, copies: Leaves, varying: Leaves) -> Captu
         form(*copies, *inputs)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_shared_memory()):
+    # Threads that bring rows call CUDA meanwhile; only this one's calls belong to the capture.
+    with torch.cuda.graph(graph, pool=_shared_memory(), capture_error_mode="thread_local"):
         (output,) = form(*fixed, *inputs)
     return Captured(graph, inputs, output)
 

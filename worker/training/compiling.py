@@ -206,6 +206,10 @@ class Program:
             or self.certain >= SECONDS_BEFORE_COMPILING
         )
 
+    def forget_capture(self) -> None:
+        """Drop the CUDA graph, which keeps a copy of whatever changes from call to call."""
+        self._place = self._captured = None
+
     def take_work(self) -> int:
         """Return how many lane-steps this program has computed since it was last asked."""
         calls, self._calls_before = self.calls - self._calls_before, self.calls
@@ -322,6 +326,14 @@ class Programs:
     def __iter__(self) -> Iterator[Program]:
         with self._finding:
             return iter(list(self._programs.values()))
+
+    def forget_captures(self) -> None:
+        """Drop all CUDA graphs: lanes have joined or left, and lie elsewhere now.
+
+        Not only those of the next call's own program: each number of lanes has one.
+        """
+        for program in self:
+            program.forget_capture()
 
     def epoch_ended(self, seconds: float, epochs_to_come: int = 0) -> bool:
         """Share an epoch's time out among the programs that were called, and compile for the next.

@@ -125,7 +125,9 @@ class Engine:
             prepared = prepare(
                 data, validation, training.seed, dtype, own_loss=own_loss is not None
             )
-        self.residence = choose(prepared, device, data_on_device, training.batch_size)
+        most_rows = max(len(split.training) for split in prepared.splits)
+        batch_rows = min(training.batch_size, most_rows)
+        self.residence = choose(prepared, device, data_on_device, batch_rows)
         self.data_hash = data.content_hash()
         self._members = len(prepared.splits)
         self._training = training
@@ -238,6 +240,7 @@ class Engine:
             if checkpoints and lane.key in checkpoints:
                 checkpoints[lane.key].restore(lane, joining.slice(self._span(place)))
         self._epochs_start = None
+        self._epochs.programs.forget_captures()
         self._tensors = self._tensors.join(joining)
         self._lanes += lanes
         self._strengths = self._stack_strengths()
@@ -252,6 +255,7 @@ class Engine:
         leaving = set(self._places(keys))
         staying = [place for place in range(len(self._lanes)) if place not in leaving]
         self._epochs_start = None
+        self._epochs.programs.forget_captures()
         self._tensors = self._tensors.select(self._lanes_at(staying))
         self._lanes = [self._lanes[place] for place in staying]
         self._strengths = self._stack_strengths()

@@ -33,7 +33,7 @@ from worker.training.model import LaneModel
 from worker.training.optimizers import LaneOptimizer, scheduled_rates
 from worker.training.step import LaneStep, Live, Source
 from worker.training.supply import (
-    STEPS_AHEAD,
+    BATCHES_AT_ONCE,
     Resident,
     Streamed,
     Supply,
@@ -44,6 +44,9 @@ MOST_EVALUATION_ROWS = 1024
 CHEAP_BYTES = 2**19
 """An evaluation batch has as many rows as take no more memory than a training step does, or than
 this in each lane; beyond so many rows nothing is gained."""
+
+CAPTURED_BATCHES = 4
+"""Streamed batches that CUDA graphs keep as their own: steps of two sizes, and evaluations."""
 
 WARM_UP_SECONDS = 1.0
 REHEARSAL_SECONDS = 0.2
@@ -295,7 +298,8 @@ class Epochs:
         bytes_per_row = evaluation / len(weight_B)
         rows = int(max(training, lanes * CHEAP_BYTES) / bytes_per_row)
         self._evaluation_rows = max(1, min(rows, MOST_EVALUATION_ROWS))
-        waiting = (STEPS_AHEAD + 1) * sum(part.nbytes for part in brought)
+        held = BATCHES_AT_ONCE + (CAPTURED_BATCHES if self._device.type == "cuda" else 0)
+        waiting = held * sum(part.nbytes for part in brought)
         return waiting + int(max(training, self._evaluation_rows * bytes_per_row))
 
     def ended(self, seconds: float, epochs_to_come: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from regtune.errors import NoRoom
 from worker.tasks.preparation import Prepared
 from worker.training.capacity import free_bytes, readable
-from worker.training.supply import STEPS_AHEAD
+from worker.training.supply import BATCHES_AT_ONCE
 
 OnDevice = Literal["auto", "always", "never"]
 
@@ -43,7 +43,7 @@ def choose(prepared: Prepared, device: torch.device, wish: OnDevice, batch_rows:
         )
     if wish == "always" or (wish == "auto" and (there or needed <= RESIDENT_SHARE * free)):
         return Residence(True, needed)
-    batches = (STEPS_AHEAD + 2) * batch_rows * prepared.rows.bytes_each
+    batches = BATCHES_AT_ONCE * batch_rows * prepared.rows.bytes_each
     if batches > free:
         raise NoRoom(
             f"a row takes {readable(prepared.rows.bytes_each)} on {device} and a few batches of "

@@ -25,6 +25,9 @@ from worker.training.batches import Order
 STEPS_AHEAD = 3
 """Batches that are gathered, or wait, while a step is computed."""
 
+BATCHES_AT_ONCE = STEPS_AHEAD + 2
+"""The most batches that take memory: on a GPU, one step is computed while the next is launched."""
+
 MOST_THREADS = 4
 """More of them would only wait for the same memory or disk."""
 
@@ -88,6 +91,7 @@ class Streamed:
         lanes, whoever of them see the same.
         """
         ahead: deque[Future[_Brought]] = deque()
+        computing: deque[_Mark] = deque()
         begin = 0
 
         @cache
@@ -101,12 +105,15 @@ class Streamed:
 
         try:
             for end in accumulate(sizes):
+                if len(computing) > 1:
+                    computing.popleft().synchronize()  # else launching would run far ahead
                 rows = order.numbers_GR[:, begin:end].reshape(-1)
                 room = order.seen_apart * (end - begin)
                 ahead.append(self._pool.submit(self._bring, rows, room))
                 begin = end
                 if len(ahead) > STEPS_AHEAD:
                     yield hand_over()
+                    computing.append(self._mark())
             while ahead:
                 yield hand_over()
         finally:
@@ -151,8 +158,29 @@ class Streamed:
                 tensor.record_stream(current)  # else its memory were free for the next batch
         return x, y
 
+    def _mark(self) -> "_Mark":
+        """Return what says when the device has done all that was started on it so far."""
+        if self._side is None:
+            return _AtOnce()
+        mark: _Mark = torch.cuda.current_stream(self._device).record_event()
+        return mark
+
     def _aside(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._side) if self._side else nullcontext()
+
+
+class _Mark(Protocol):
+    """A place in what a device has been given to do; ``torch.cuda.Event`` is one."""
+
+    def synchronize(self) -> None:
+        """Wait until the device has come there."""
+
+
+class _AtOnce:
+    """The same where whatever is called is done when the call returns."""
+
+    def synchronize(self) -> None:
+        """Return at once."""
 
 
 _Brought = tuple[Tensor, Tensor, torch.cuda.Event | None]

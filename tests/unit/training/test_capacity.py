@@ -66,6 +66,7 @@ def test_on_a_cpu_no_more_lanes_are_tried_than_its_cores_compute_at_a_time(monke
         torch.OutOfMemoryError("CUDA out of memory"),
         MemoryError(),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`"),
     ],
 )
 def test_running_out_of_memory_ends_the_doubling_too(error):

@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -200,11 +201,30 @@ def test_only_a_few_steps_ahead_are_gathered(build, monkeypatch):
 
 
 @pytest.mark.parametrize("bad_tick", [2, 9])
-def test_an_aborted_epoch_leaves_nobody_gathering_and_nothing_behind(build, bad_tick):
-    """In the midst of the steps, and of the validation."""
-    engine, undisturbed = build("never", batch_size=8), build("never", batch_size=8)
+def test_an_aborted_epoch_leaves_nobody_gathering_and_nothing_behind(build, monkeypatch, bad_tick):
+    """In the midst of the steps, and of the validation.
+
+    When it is aborted, the next batch is being gathered, by the one thread there is, and is done
+    only once somebody waits for it.
+    """
+    engine, undisturbed = (build("never", batch_size=8, threads=1) for _ in range(2))
     engine._epochs._evaluation_rows = undisturbed._epochs._evaluation_rows = 4
-    ticks = itertools.count(1)
+    ticks, begun, ended = itertools.count(1), itertools.count(1), itertools.count(1)
+    waited_for = threading.Event()
+    bring, wait = Streamed._bring, supply.wait
+    counted = [0, 0]
+
+    def bring_slowly(of: Streamed, numbers: np.ndarray, room: int) -> Any:
+        counted[0] = number = next(begun)
+        if number > bad_tick:
+            waited_for.wait(10)
+        brought = bring(of, numbers, room)
+        counted[1] = next(ended)
+        return brought
+
+    def note_wait(futures: Any) -> Any:
+        waited_for.set()
+        return wait(futures)
 
     def tick() -> None:
         if next(ticks) == bad_tick:
@@ -212,9 +232,13 @@ def test_an_aborted_epoch_leaves_nobody_gathering_and_nothing_behind(build, bad_
 
     assert engine.steps_per_epoch == 8
     engine.join([trial(0, **STRONG)])
-    with pytest.raises(ZeroDivisionError):
-        engine.train_epoch(tick)
-    assert engine._epochs._pool._work_queue.empty()
+    with monkeypatch.context() as patch:
+        patch.setattr(Streamed, "_bring", bring_slowly)
+        patch.setattr(supply, "wait", note_wait)
+        with pytest.raises(ZeroDivisionError):
+            engine.train_epoch(tick)
+        assert counted == [bad_tick + 1, bad_tick + 1]
+        assert engine._epochs._pool._work_queue.empty()
     engine.leave([0])
     assert torch.equal(alone(engine)[0], alone(undisturbed)[0])
 
@@ -297,6 +321,45 @@ def test_rows_that_do_not_fit_the_machine_are_refused(build):
         build("auto", data=endless)
 
 
+def test_no_more_than_one_launched_step_waits_for_another(build, monkeypatch):
+    """As on a device that computes a step some time after it was launched."""
+    engine = build("never", batch_size=2)
+    launched, done, unfinished = itertools.count(1), [0], []
+
+    class Mark:
+        def __init__(self) -> None:
+            self.step = next(launched)
+            unfinished.append(self.step - done[0])
+
+        def synchronize(self) -> None:
+            done[0] = self.step
+
+    monkeypatch.setattr(Streamed, "_mark", lambda self: Mark())
+    engine.join([trial(0)])
+    engine.train_epoch()
+    assert max(unfinished[: engine.steps_per_epoch - STEPS_AHEAD]) == 2
+
+
+def test_a_batch_takes_no_more_rows_than_there_are(build, monkeypatch):
+    rows, row_bytes = 60, 6 * 8 + 8
+    with_free(monkeypatch, rows * row_bytes * supply.BATCHES_AT_ONCE)
+    assert build("never", batch_size=1_000_000).steps_per_epoch == 1
+
+
+def test_graphs_of_lanes_that_are_no_more_are_dropped(build):
+    """With what they keep, which is a batch each."""
+    engine = build("never")
+    engine.join([trial(0)])
+    for change in (lambda: engine.join([trial(1)]), lambda: engine.leave([0])):
+        engine.train_epoch()
+        programs = list(engine._epochs.programs)
+        for program in programs:
+            program._captured = program._place = object()
+        change()
+        assert programs
+        assert not any(program._captured or program._place for program in programs)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("case", ["mlp", "augmented images", "folds"])
 def test_on_a_gpu_a_streamed_trial_is_the_resident_one_captured_steps_included(
@@ -308,3 +371,25 @@ def test_on_a_gpu_a_streamed_trial_is_the_resident_one_captured_steps_included(
         joined_later(build(wish, device="cuda", **CASES[case]))[0] for wish in ("always", "never")
     )
     torch.testing.assert_close(streamed, resident, rtol=1e-12, atol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_steps_are_captured_while_other_threads_bring_rows(build, monkeypatch):
+    """Each batch is brought for longer than a capture takes, with CUDA called all the while."""
+    monkeypatch.setattr(compiling, "CALLS_BEFORE_RECORDING", 2)
+    monkeypatch.setattr(compiling, "CALLS_BEFORE_CAPTURING", 2)
+    bring = Streamed._bring
+
+    def bring_slowly(of: Streamed, numbers: np.ndarray, room: int) -> Any:
+        ends = time.monotonic() + 0.3
+        while time.monotonic() < ends:
+            torch.empty(2**20, dtype=torch.uint8, pin_memory=True).to("cuda", non_blocking=True)
+        return bring(of, numbers, room)
+
+    monkeypatch.setattr(Streamed, "_bring", bring_slowly)
+    engine = build("never", device="cuda")
+    engine.join([trial(0, **STRONG)])
+    for _ in range(3):
+        engine.train_epoch()
+    (step,) = (program for program in engine.programs if program.name == "step")
+    assert step._captured is not None
