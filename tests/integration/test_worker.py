@@ -93,7 +93,7 @@ def test_own_code_that_raises_fails_its_trials_with_reason_and_place(
     ("task", "reason"),
     [
         ({"fault": "rows"}, "1 of 90 training inputs are no numbers"),
-        ({"fault": "storm"}, "task.fault: should be 'data', 'model', 'loss', 'rows' or"),
+        ({"fault": "storm"}, "task.fault: should be 'data', 'model', 'loss', 'rows', 'memory'"),
         ({}, "task.fault: is required"),
         ({"fault": "none", "class_weights": "balanced"}, "task.class_weights weigh the cross"),
     ],
