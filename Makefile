@@ -5,8 +5,7 @@ PYTHON ?= python3
 STUDY ?= examples/digits.yaml
 BIN := .venv/bin
 READY := .venv/ready
-# More than there are cores, because tests wait for leases and processes as often as they compute.
-TEST_JOBS ?= 4
+TEST_JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo up test test-long check format lock clean
