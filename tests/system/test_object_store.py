@@ -60,6 +60,7 @@ def lose_leases(engine: Engine) -> None:
 
 
 @pytest.mark.usefixtures("scheduler")
+@pytest.mark.long
 def test_trials_of_a_killed_and_of_a_stopped_worker_go_on_from_the_bucket_to_the_same_numbers(
     engine: Engine, database_url: str, folder_in_s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
