@@ -29,9 +29,9 @@ RowNumbers = NDArray[np.int64]
 class Split:
     """Which rows one member of a trial trains on, validates on and is tested on, by number.
 
-    Steps get inputs as the first split standardizes them; ``scale`` and ``shift``, broadcast over
-    rows, turn them into what this one would have made of them. A table is stored once for each
-    split instead, because encodings differ by more than that.
+    Steps get inputs as the first split standardizes them; ``scale`` and ``shift``, of the inputs'
+    type and broadcast over rows, turn them into what this one would have made of them. A table is
+    stored once for each split instead, because encodings differ by more than that.
     """
 
     training: RowNumbers
@@ -40,9 +40,9 @@ class Split:
     scale: Tensor
     shift: Tensor
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> "Split":
+    def to(self, device: torch.device) -> "Split":
         """Return the same with scale and shift on ``device``."""
-        return replace(self, scale=self.scale.to(device, dtype), shift=self.shift.to(device, dtype))
+        return replace(self, scale=self.scale.to(device), shift=self.shift.to(device))
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def prepare(
     if data.classes is None and not own_loss:
         train_y, test_y, unit = _standardize_targets(data, chosen[0][0])
     if isinstance(data.train_x, Columns) and isinstance(data.test_x, Columns):
-        train_x, test_x, splits = _encode(data.train_x, data.test_x, chosen)
+        train_x, test_x, splits = _encode(data.train_x, data.test_x, chosen, dtype)
         copies, pending = len(splits), Standardization(dtype)
     else:
         assert isinstance(data.train_x, np.ndarray)
@@ -216,8 +216,8 @@ def _standardize(
             training,
             validated,
             tested,
-            scale=(deviation / own_deviation)[0],
-            shift=((mean - own_mean) / own_deviation)[0],
+            scale=(deviation / own_deviation)[0].to(dtype),
+            shift=((mean - own_mean) / own_deviation)[0].to(dtype),
         )
         for (training, validated), (own_mean, own_deviation) in zip(chosen, found, strict=True)
     ]
@@ -225,7 +225,7 @@ def _standardize(
 
 
 def _encode(
-    train_x: Columns, test_x: Columns, chosen: Sequence[Chosen]
+    train_x: Columns, test_x: Columns, chosen: Sequence[Chosen], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, list[Split]]:
     """Return the rows as each split encodes them, one behind the other; numbers go on counting."""
     train, test = encode(train_x, test_x, [training for training, _ in chosen])
@@ -235,8 +235,8 @@ def _encode(
             training + number * len(train_x),
             validated + number * len(train_x),
             np.arange(len(test_x)) + number * len(test_x),
-            scale=torch.ones(features),
-            shift=torch.zeros(features),
+            scale=torch.ones(features, dtype=dtype),
+            shift=torch.zeros(features, dtype=dtype),
         )
         for number, (training, validated) in enumerate(chosen)
     ]

@@ -130,7 +130,7 @@ class Epochs:
         )
         self._like = torch.empty(0, dtype=prepared.rows.dtype, device=self._device)
         self._objective = model.objective
-        self._splits = [split.to(self._device, prepared.rows.dtype) for split in prepared.splits]
+        self._splits = [split.to(self._device) for split in prepared.splits]
         self._training = training
         self._optimizer = optimizer
         self._penalized = model.penalized
