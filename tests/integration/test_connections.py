@@ -2,12 +2,29 @@
 
 import hashlib
 import socket
+from select import select
 
 import pytest
 from sqlalchemy import Engine, text
 
 from regtune import database
 from tests import builders
+
+LAST = 77
+
+
+def notify(engine: Engine, payload: str) -> None:
+    with engine.begin() as connection:
+        connection.execute(text(f"NOTIFY {database.WORK}, '{payload}'"))
+
+
+def all_that_comes(listener: database.Listener, engine: Engine) -> set[int]:
+    """What a listener hears of all that was sent until now."""
+    notify(engine, str(LAST))
+    heard: set[int] = set()
+    while LAST not in heard:
+        heard |= listener.wait(30)
+    return heard - {LAST}
 
 
 def test_a_connection_that_was_cut_is_replaced_unseen(database_url: str, engine: Engine) -> None:
@@ -37,12 +54,7 @@ def test_new_trials_wake_those_who_want_some_and_no_others(
         with database.Listener(database_url, database.WORK, name=f"w{i}") as listener:
             listener.wait(0)
             builders.append(engine, study, 1)
-            with engine.begin() as connection:
-                connection.execute(text(f"NOTIFY {database.WORK}, '77'"))
-            known: set[int] = set()
-            while 77 not in known:
-                known |= listener.wait(30)
-            heard += study.study_id in known
+            heard += study.study_id in all_that_comes(listener, engine)
     assert heard == 3  # one that is needed, and two more; nobody trains who may end soon
 
 
@@ -61,12 +73,7 @@ def test_neither_the_dead_nor_those_who_cannot_train_them_are_woken_instead(
     with database.Listener(database_url, database.WORK, name="busy") as listener:
         listener.wait(0)
         builders.append(engine, study, 1)
-        with engine.begin() as connection:
-            connection.execute(text(f"NOTIFY {database.WORK}, '77'"))
-        known: set[int] = set()
-        while 77 not in known:
-            known |= listener.wait(30)
-    assert study.study_id in known
+        assert study.study_id in all_that_comes(listener, engine)
 
 
 def test_a_notification_for_others_goes_unheard(database_url: str, engine: Engine) -> None:
@@ -74,12 +81,8 @@ def test_a_notification_for_others_goes_unheard(database_url: str, engine: Engin
     with database.Listener(database_url, database.WORK, name="me") as listener:
         listener.wait(0)
         for payload in (f"1 {tags['you']}", f"2 {tags['you']} {tags['me']}", "3"):
-            with engine.begin() as connection:
-                connection.execute(text(f"NOTIFY {database.WORK}, '{payload}'"))
-        known: set[int] = set()
-        while 3 not in known:
-            known |= listener.wait(30)
-    assert known == {2, 3}
+            notify(engine, payload)
+        assert all_that_comes(listener, engine) == {2, 3}
 
 
 def test_who_only_drains_does_not_reconnect() -> None:
@@ -94,9 +97,8 @@ def test_who_only_drains_does_not_reconnect() -> None:
 def test_what_was_drained_is_not_heard_again(database_url: str, engine: Engine) -> None:
     with database.Listener(database_url, database.WORK) as listener:
         listener.wait(0)
-        with engine.begin() as connection:
-            connection.execute(text(f"NOTIFY {database.WORK}, '1'"))
+        notify(engine, "1")
+        assert select([listener._connection], [], [], 30)[0]  # the server sends it in its own time
         listener.drain()
-        with engine.begin() as connection:
-            connection.execute(text(f"NOTIFY {database.WORK}, '2'"))
+        notify(engine, "2")
         assert listener.wait(30) == {2}
