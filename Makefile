@@ -8,7 +8,7 @@ READY := .venv/ready
 TEST_JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-long check format lock clean
+.PHONY: help demo up test test-slow test-long check format lock clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -19,10 +19,15 @@ demo: $(READY)  ## Train a study on this machine and print the answer (STUDY=exa
 up: $(READY)  ## Run database, service and workers on this machine until Ctrl-C
 	@$(BIN)/regtune up
 
-test: $(READY)  ## Run the tests, real PostgreSQL included
-	$(BIN)/pytest -m "not long" -n $(TEST_JOBS) --dist worksteal
+PYTEST = $(BIN)/pytest -n $(TEST_JOBS) --dist worksteal
 
-test-long: $(READY)  ## Run the tests that take minutes each
+test: $(READY)  ## Run the tests, real PostgreSQL included
+	$(PYTEST) -m "not slow and not long"
+
+test-slow: $(READY)  ## Run the tests that take up to a minute each
+	$(PYTEST) -m slow
+
+test-long: $(READY)  ## Run the tests that take minutes each, one after the other
 	$(BIN)/pytest -m long
 
 check: $(READY)  ## Formatter, linter, types, import contracts, migrations

@@ -1,7 +1,6 @@
 """Checkpoints in an object store that others use as well, and that may be slow."""
 
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
@@ -9,20 +8,19 @@ from pathlib import Path
 
 import fsspec
 import pytest
-import torch
 from sqlalchemy import Engine, text
 
 from regtune.errors import InvalidData
 from regtune.settings import Settings
+from regtune.studies import Study
 from regtune.task import Storage
 from tests import builders
 from tests.audit import audit
 from tests.object_store import ObjectStore
+from tests.threads import working
 from tests.unit.test_checkpoints import LEASE, STUDY, saved
 from tests.waiting import wait_until
 from worker.checkpoints import CheckpointStore
-from worker.loop import Worker
-from worker.shutdown import Shutdown
 from worker.tasks.files import opened
 
 LEASE_SECONDS = 6.0
@@ -66,19 +64,6 @@ def test_a_table_is_read_from_a_bucket_under_a_root_of_the_worker(
 
 
 @contextmanager
-def worker(url: str, data: Path, name: str) -> Iterator[None]:
-    settings = Settings(data_dir=data, lanes=1, poll_seconds=0.1, lease_seconds=LEASE_SECONDS)
-    shutdown = Shutdown()
-    thread = threading.Thread(target=Worker(url, settings, torch.device("cpu"), name, shutdown).run)
-    thread.start()
-    try:
-        yield
-    finally:
-        shutdown.request()
-        thread.join()
-
-
-@contextmanager
 def silent(store: ObjectStore) -> Iterator[None]:
     """A time in which a store takes whatever it is sent, and says nothing."""
     store.process.send_signal(signal.SIGSTOP)
@@ -88,21 +73,29 @@ def silent(store: ObjectStore) -> Iterator[None]:
         store.process.send_signal(signal.SIGCONT)
 
 
-def test_leases_are_renewed_while_checkpoints_are_read_for_longer_than_they_last(
-    engine: Engine,
-    database_url: str,
-    tmp_path: Path,
-    s3: ObjectStore,
-    folder_in_s3: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def settings(tmp_path: Path, folder_in_s3: str, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Of workers that keep checkpoints in the store."""
     monkeypatch.setenv("REGTUNE_CHECKPOINTS", folder_in_s3)
-    study = builders.create(engine, training={"max_epochs": 100}, pruner="none")
+    return Settings(data_dir=tmp_path, lanes=1, poll_seconds=0.1, lease_seconds=LEASE_SECONDS)
+
+
+def given_back(engine: Engine, database_url: str, settings: Settings, max_epochs: int) -> Study:
+    """A study with one trial, begun and checkpointed by a worker that was told to stop."""
+    study = builders.create(engine, training={"max_epochs": max_epochs}, pruner="none")
     builders.append(engine, study, 1)
-    with worker(database_url, tmp_path, "first"):
+    with working(database_url, settings, "first"):
         wait_until(lambda: of_the_trial(engine, "epochs"), SECONDS)
     assert of_the_trial(engine, "state") == "waiting"
-    with silent(s3), worker(database_url, tmp_path, "second"):
+    return study
+
+
+@pytest.mark.slow
+def test_leases_are_renewed_while_checkpoints_are_read_for_longer_than_they_last(
+    engine: Engine, database_url: str, settings: Settings, s3: ObjectStore
+) -> None:
+    study = given_back(engine, database_url, settings, max_epochs=100)
+    with silent(s3), working(database_url, settings, "second"):
         wait_until(lambda: of_the_trial(engine, "worker") == "second", SECONDS)
         first: datetime = of_the_trial(engine, "lease_expires_at")
         longer = first + timedelta(seconds=LEASE_SECONDS)
@@ -117,21 +110,12 @@ def test_leases_are_renewed_while_checkpoints_are_read_for_longer_than_they_last
 
 
 def test_a_worker_that_is_told_to_stop_while_it_reads_checkpoints_gives_their_trials_back(
-    engine: Engine,
-    database_url: str,
-    tmp_path: Path,
-    s3: ObjectStore,
-    folder_in_s3: str,
-    monkeypatch: pytest.MonkeyPatch,
+    engine: Engine, database_url: str, settings: Settings, s3: ObjectStore
 ) -> None:
-    monkeypatch.setenv("REGTUNE_CHECKPOINTS", folder_in_s3)
-    study = builders.create(engine, training={"max_epochs": 300}, pruner="none")
-    builders.append(engine, study, 1)
-    with worker(database_url, tmp_path, "first"):
-        wait_until(lambda: of_the_trial(engine, "epochs"), 60)
+    given_back(engine, database_url, settings, max_epochs=300)
     with silent(s3):
-        with worker(database_url, tmp_path, "second"):
-            wait_until(lambda: of_the_trial(engine, "worker") == "second", 60)
+        with working(database_url, settings, "second"):
+            wait_until(lambda: of_the_trial(engine, "worker") == "second", SECONDS)
         assert of_the_trial(engine, "state") == "waiting"
     assert (of_the_trial(engine, "attempt"), of_the_trial(engine, "lost_leases")) == (2, 0)
     assert audit(engine) == {}

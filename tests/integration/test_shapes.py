@@ -197,6 +197,7 @@ def test_a_study_of_one_shape_costs_no_statement_about_shapes(
     assert not [s for s in asked if "GROUP BY shape" in s or "regtune.shapes" in s]
 
 
+@pytest.mark.slow
 def test_a_study_of_eight_shapes_is_trained_to_its_end(
     engine: Engine, database_url: str, tmp_path: Path, client: httpx.Client
 ) -> None:

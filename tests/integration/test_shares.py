@@ -152,6 +152,7 @@ def test_two_studies_get_lane_time_by_their_weights(
     assert audit(engine) == {}
 
 
+@pytest.mark.slow
 def test_a_study_of_little_weight_does_not_starve(engine: Engine) -> None:
     machines = fleet(engine, [2])
     for name, priority in (("small", 1), ("large", 40)):

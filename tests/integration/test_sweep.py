@@ -1,8 +1,5 @@
 """Checkpoints that nobody needs any more go away, though whoever wrote them is gone."""
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,28 +13,12 @@ from regtune.leasing import Lease
 from regtune.settings import Settings
 from regtune.studies import Study
 from tests import builders
+from tests.threads import working
 from tests.waiting import wait_until
 from worker.checkpoints import CheckpointStore, Saved
-from worker.loop import Worker
-from worker.shutdown import Shutdown
 from worker.training.checkpoint import Checkpoint
 
 SAVED = Saved(Checkpoint({"weights": torch.ones(2)}, {"epoch": 1}), [builders.epoch(1)])
-
-
-@contextmanager
-def sweeping_worker(url: str, data: Path) -> Iterator[None]:
-    settings = Settings(data_dir=data, sweep_seconds=0.1, poll_seconds=0.1)
-    shutdown = Shutdown()
-    thread = threading.Thread(
-        target=Worker(url, settings, torch.device("cpu"), "sweeper", shutdown).run
-    )
-    thread.start()
-    try:
-        yield
-    finally:
-        shutdown.request()
-        thread.join()
 
 
 def begun(engine: Engine, name: str, store: CheckpointStore, trials: int) -> list[Lease]:
@@ -90,7 +71,8 @@ def test_what_is_over_is_swept_and_nothing_that_is_needed_or_of_another_database
     with transaction(engine) as session:
         studies.delete(session, "deleted", "test")
 
-    with sweeping_worker(database_url, tmp_path):
+    settings = Settings(data_dir=tmp_path, sweep_seconds=0.1, poll_seconds=0.1)
+    with working(database_url, settings):
         wait_until(lambda: not store.trials(over) and not store.trials(deleted))
         wait_until(lambda: store.trials(live) == {running.trial_id})
         for _ in range(

@@ -1,8 +1,6 @@
 """A real worker and a real scheduler, in threads, on a real database."""
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,11 +16,9 @@ from regtune.spec.preset import PresetName
 from regtune.studies import ModelFacts, Study
 from tests import builders
 from tests.audit import audit
-from tests.threads import run_until_over
+from tests.threads import run_until_over, working
 from tests.waiting import wait_until
-from worker.loop import Worker
 from worker.refusals import FIRST_SECONDS
-from worker.shutdown import Shutdown
 from worker.tasks import decoding
 from worker.training import residence
 from worker.training.epoch import Epochs
@@ -124,19 +120,8 @@ def test_a_study_may_be_streamed_and_says_so(engine, run):
     assert audit(engine) == {}
 
 
-@contextmanager
-def working(database_url: str, data_dir: Path) -> Iterator[None]:
-    """A worker, without a scheduler."""
-    settings = Settings(data_dir=data_dir, poll_seconds=0.1, lanes=2)
-    shutdown = Shutdown()
-    worker = Worker(database_url, settings, torch.device("cpu"), "w", shutdown)
-    thread = threading.Thread(target=worker.run)
-    thread.start()
-    try:
-        yield
-    finally:
-        shutdown.request()
-        thread.join()
+def two_lanes(data_dir: Path) -> Settings:
+    return Settings(data_dir=data_dir, poll_seconds=0.1, lanes=2)
 
 
 def test_a_worker_without_room_leaves_a_study_to_others_and_says_why(
@@ -146,7 +131,7 @@ def test_a_worker_without_room_leaves_a_study_to_others_and_says_why(
     study = builders.create(engine, **SHORT)
     builders.append(engine, study, 3)
     says = "batches of 256 rows 337.9 kB, but 30.0 kB are free; take a smaller training.batch_size"
-    with working(database_url, tmp_path):
+    with working(database_url, two_lanes(tmp_path)):
         wait_until(lambda: refusals(engine, study), 60)
         warning = client.get("/v1/studies/study").json()["warning"]
         assert "or after some minutes where it lacked room. w: " in warning
@@ -175,7 +160,7 @@ def test_a_worker_that_lacked_room_for_a_while_tries_again(
     monkeypatch.setattr("worker.refusals.FIRST_SECONDS", 0.5)
     study = builders.create(engine, **SHORT)
     builders.append(engine, study, 3)
-    with monkeypatch.context() as patch, working(database_url, tmp_path):
+    with monkeypatch.context() as patch, working(database_url, two_lanes(tmp_path)):
         patch.setattr(residence, "free_bytes", lambda device: 30_000)
         wait_until(lambda: len(refusals(engine, study)) == 2, 60)
         patch.undo()
@@ -200,7 +185,7 @@ def test_a_worker_that_cannot_keep_decoded_images_leaves_the_study_to_others(
         engine, task={"dataset": "image_folder", "data": data, "model": "mlp"}, **SHORT
     )
     builders.append(engine, study, 2)
-    with working(database_url, tmp_path):
+    with working(database_url, two_lanes(tmp_path)):
         wait_until(lambda: refusals(engine, study), 60)
     assert "decoded images cannot be kept in" in refusals(engine, study)[0].detail["reason"]
     assert builders.study_state(engine, study) == "active"
@@ -411,7 +396,7 @@ def test_a_worker_whose_data_differ_refuses_the_study_and_says_so(engine, databa
         facts = ModelFacts(1, [], [], [], True, 1, 1, data_hash="sha256:of-other-rows")
         studies.describe_model(session, study.study_id, facts)
     builders.append(engine, study, 3)
-    with working(database_url, tmp_path):
+    with working(database_url, two_lanes(tmp_path)):
         wait_until(lambda: refusals(engine, study), 60)
         other = builders.create(engine, "other", **SHORT)
         builders.append(engine, other, 2)

@@ -100,6 +100,7 @@ class Machine:
         }
 
 
+@pytest.mark.slow
 def test_migrate_service_and_two_workers_train_a_whole_study(
     compose: dict[str, Any], empty_database_url: str, tmp_path: Path
 ) -> None:

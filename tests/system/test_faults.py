@@ -103,7 +103,10 @@ def outcomes(engine: Engine, study: builders.Study) -> list[Any]:
             "memory": ("failed", "OutOfMemoryError: CUDA out of memory"),
         },
         {"kills": ("failed", "lost 2 leases; the last one: its lease ran out")},
-        {"hangs": ("failed", "lost 2 leases; the last one: its lease ran out")},
+        pytest.param(
+            {"hangs": ("failed", "lost 2 leases; the last one: its lease ran out")},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids="-".join,
 )

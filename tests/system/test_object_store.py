@@ -60,7 +60,7 @@ def lose_leases(engine: Engine) -> None:
 
 
 @pytest.mark.usefixtures("scheduler")
-@pytest.mark.long
+@pytest.mark.slow
 def test_trials_of_a_killed_and_of_a_stopped_worker_go_on_from_the_bucket_to_the_same_numbers(
     engine: Engine, database_url: str, folder_in_s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +102,7 @@ def test_trials_of_a_killed_and_of_a_stopped_worker_go_on_from_the_bucket_to_the
 
 
 @pytest.mark.usefixtures("scheduler")
+@pytest.mark.slow
 def test_training_goes_on_while_the_bucket_is_away(
     engine: Engine, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

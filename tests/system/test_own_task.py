@@ -50,6 +50,7 @@ def regtune(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_an_installed_task_is_listed_shown_and_checked(site: Path) -> None:
     listed = json.loads(regtune(site, "task", "list", "--json").stdout)
     assert {
@@ -71,6 +72,7 @@ def test_an_installed_task_is_listed_shown_and_checked(site: Path) -> None:
     assert regtune(site, "task", "check", "tides").returncode == 4
 
 
+@pytest.mark.slow
 def test_the_page_on_tasks_leads_to_a_trained_one(project: Path) -> None:
     """Its first blocks of code, saved and run as they stand there, in an empty folder."""
     page = (project / "docs/tasks.md").read_text().partition("### Ten lines")[2]

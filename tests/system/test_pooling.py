@@ -29,6 +29,7 @@ DIRECT = {
 """Sessions around the proxy: the scheduler's, that of all who watch a study, each worker's."""
 
 
+@pytest.mark.slow
 def test_a_study_runs_to_its_end_through_a_proxy_that_pools_transactions(
     engine: Engine, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,6 +37,7 @@ def is_shared(engine: Engine) -> bool:
 
 
 @pytest.mark.usefixtures("scheduler")
+@pytest.mark.slow
 def test_real_workers_share_their_time_by_weight(engine: Engine, database_url: str) -> None:
     for name, priority in (("light", 1), ("heavy", 3)):
         builders.create(

@@ -151,6 +151,7 @@ def test_ctrl_c_ends_it_and_until_then_nobody_else_gets_its_folder_or_its_port(
         assert processes_in(folder) == []
 
 
+@pytest.mark.slow
 def test_what_was_killed_leaves_nothing_behind_and_goes_on_the_next_time(folder: Path) -> None:
     study = write(folder, ENDLESS)
     with up(folder, "--study", study) as first:

@@ -36,6 +36,7 @@ def column(engine: Engine, query: str) -> list[Any]:
 
 
 @pytest.mark.usefixtures("scheduler")
+@pytest.mark.slow
 def test_forty_trials_on_three_workers_are_forty_and_none_is_trained_twice(
     engine: Engine, database_url: str
 ) -> None:
@@ -96,6 +97,7 @@ def test_a_polite_stop_gives_the_trials_back_at_once(engine: Engine, database_ur
 
 
 @pytest.mark.usefixtures("scheduler")
+@pytest.mark.slow
 def test_a_zombie_is_refused_lane_by_lane_and_goes_on_with_other_trials(
     engine: Engine, database_url: str
 ) -> None:
@@ -118,6 +120,7 @@ def test_a_zombie_is_refused_lane_by_lane_and_goes_on_with_other_trials(
 
 
 @pytest.mark.usefixtures("scheduler")
+@pytest.mark.slow
 def test_an_interrupted_trial_goes_on_elsewhere_as_if_nothing_had_happened(
     engine: Engine, database_url: str, tmp_path: Path
 ) -> None:
@@ -151,6 +154,7 @@ def test_an_interrupted_trial_goes_on_elsewhere_as_if_nothing_had_happened(
 
 
 @pytest.mark.usefixtures("scheduler")
+@pytest.mark.slow
 def test_a_stop_in_a_slow_epoch_keeps_all_whole_epochs_and_takes_less_than_ten_seconds(
     engine: Engine, database_url: str, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ from benchmarks.pruners import PRUNERS, Run, Table, built_in, run_study
 from service.scheduler.extrapolation import ExtrapolationPruner, extrapolate
 from service.scheduler.mirror import Mirror
 from tests.builders import spec
+from tests.playing import Step, played, running
 
 EPOCHS = 40
 FIRST = 10
@@ -153,26 +154,12 @@ events = st.one_of(*[st.floats(0.4, 0.6)] * 9, st.sampled_from([nan, "complete",
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), events), max_size=80))
-def test_what_is_kept_between_calls_changes_no_verdict(
-    steps: list[tuple[int, float | str]],
-) -> None:
+def test_what_is_kept_between_calls_changes_no_verdict(steps: list[Step]) -> None:
     kept = ExtrapolationPruner(1, EPOCHS)
-    study = optuna.create_study()
-    running: dict[int, optuna.Trial] = {}
-    for lane, event in steps:
-        if lane not in running:
-            running[lane] = study.ask()
-        trial = running[lane]
-        reported = study.trials[trial.number].intermediate_values
-        if event == "complete":
-            study.tell(running.pop(lane), min(filter(np.isfinite, reported.values()), default=1.0))
-        elif event == "fail":
-            study.tell(running.pop(lane), state=TrialState.FAIL)
-        else:
-            trial.report(float(event), len(reported) + 1)
-        for other in study.get_trials(states=[TrialState.RUNNING]):
-            anew = ExtrapolationPruner(1, EPOCHS).prune(study, other)
-            assert kept.prune(study, other) == anew
+    for study in played(steps):
+        for trial in running(study):
+            anew = ExtrapolationPruner(1, EPOCHS).prune(study, trial)
+            assert kept.prune(study, trial) == anew
 
 
 STRONG = [1.7 - 0.3 * log2(epoch) for epoch in range(1, EPOCHS + 1)]

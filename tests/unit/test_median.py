@@ -3,9 +3,9 @@ from math import nan
 import optuna
 from hypothesis import given
 from hypothesis import strategies as st
-from optuna.trial import TrialState
 
 from service.scheduler.median import MedianPruner
+from tests.playing import Step, played, running
 
 STARTUP, FIRST = 2, 2
 
@@ -14,28 +14,13 @@ ends = st.sampled_from(["complete", "prune", "fail"])
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.one_of(losses, losses, losses, ends)), max_size=60))
-def test_it_prunes_as_optunas_does(steps: list[tuple[int, float | str]]) -> None:
+def test_it_prunes_as_optunas_does(steps: list[Step]) -> None:
     """Asked about every running trial after every step of a study of three lanes."""
     ours = MedianPruner(STARTUP, FIRST)
     theirs = optuna.pruners.MedianPruner(n_startup_trials=STARTUP, n_warmup_steps=FIRST)
-    study = optuna.create_study()
-    running: dict[int, optuna.Trial] = {}
-    for lane, event in steps:
-        if lane not in running:
-            running[lane] = study.ask()
-        trial = running[lane]
-        match event:
-            case "complete":
-                study.tell(running.pop(lane), 0.5)
-            case "prune":
-                study.tell(running.pop(lane), state=TrialState.PRUNED)
-            case "fail":
-                study.tell(running.pop(lane), state=TrialState.FAIL)
-            case loss:
-                epoch = len(study.trials[trial.number].intermediate_values) + 1
-                trial.report(float(loss), epoch)
-        for other in study.get_trials(states=[TrialState.RUNNING]):
-            assert ours.prune(study, other) == theirs.prune(study, other)
+    for study in played(steps):
+        for trial in running(study):
+            assert ours.prune(study, trial) == theirs.prune(study, trial)
 
 
 def test_trials_that_had_ended_before_it_was_first_asked_count() -> None:

@@ -261,6 +261,7 @@ print("compiling")
 """
 
 
+@pytest.mark.slow
 def test_a_program_that_ends_lets_the_compiler_end_first(tmp_path):
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
