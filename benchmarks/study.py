@@ -7,6 +7,7 @@ to train and to validate on, and the same cores; they take turns, a study each f
 - regtune: database, service and one worker, started as ``regtune up --study`` does, in a data
   folder where such a study ran before, so that what the worker compiled and measured is there;
 - regtune, first: the same in a new folder, with nothing compiled before;
+- regtune, bf16, if asked for: as regtune, with that ``training.precision``;
 - Optuna, stock: ``study.optimize`` with ``TPESampler`` and ``MedianPruner`` as they come, over the
   hand-tuned loop of ``peers.py`` with early stopping; one process with all threads, and the storage
   in memory;
@@ -59,7 +60,7 @@ from worker.tasks.preparation import prepare
 ROWS, TEST_ROWS = 60_000, 10_000
 STUDY = "benchmark"
 READY_SECONDS = 300.0
-OURS, OURS_AT_FIRST = "regtune", "regtune, first"
+OURS, OURS_AT_FIRST, OURS_IN_BF16 = "regtune", "regtune, first", "regtune, bf16"
 
 
 @dataclass(frozen=True)
@@ -126,10 +127,15 @@ def main() -> None:
             spec = study_spec(arguments, seed)
             used = Path(folder) / "used"
             shutil.copytree(data_dir, used, dirs_exist_ok=True)
+            ours = {OURS: "float32", **({OURS_IN_BF16: "bf16"} if arguments.bf16 else {})}
             if not seed:
-                run_ours(study_spec(arguments, seed=arguments.seeds), used)
+                for precision in ours.values():
+                    run_ours(study_spec(arguments, arguments.seeds, precision), used)
             contenders = {
-                OURS: partial(run_ours, spec, used),
+                **{
+                    name: partial(run_ours, study_spec(arguments, seed, precision), used)
+                    for name, precision in ours.items()
+                },
                 OURS_AT_FIRST: partial(run_ours_at_first, spec, data_dir),
                 **{str(crowd): partial(run_peer, spec, data_dir, crowd) for crowd in crowds},
             }
@@ -157,6 +163,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--processes", type=int, nargs="+", help="of the peers; default: 1, and one for each core"
     )
+    parser.add_argument("--bf16", action="store_true", help="regtune also in bfloat16 autocast")
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     arguments = parser.parse_args()
     full = {"seeds": 3, "trials": 32, "epochs": 20, "rows": ROWS}
@@ -169,13 +176,18 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def study_spec(arguments: argparse.Namespace, seed: int) -> StudySpec:
-    """Return the study, for both."""
+def study_spec(arguments: argparse.Namespace, seed: int, precision: str = "float32") -> StudySpec:
+    """Return the study, for all; the peers train in float32."""
     return parse_spec(
         {
             "name": f"{STUDY}-{seed}",
             "task": {"dataset": "mnist", "model": "mlp", "hidden": [128], "norm": "batch"},
-            "training": {"batch_size": BATCH_ROWS, "max_epochs": arguments.epochs, "seed": seed},
+            "training": {
+                "batch_size": BATCH_ROWS,
+                "max_epochs": arguments.epochs,
+                "seed": seed,
+                "precision": precision,
+            },
             "budget": {"trials": arguments.trials},
             "sampler": {"name": "tpe", "seed": seed},
         }
@@ -389,23 +401,23 @@ def print_rows(name: str, outcomes: Mapping[str, Outcome], *, first: bool = Fals
             "best loss",
             "median epochs",
             "epochs",
-            "regtune's",
-            "its first",
+            *(f"/ {name}" for name in outcomes if name.startswith(OURS)),
         )
-        print(f"{'seed':6}{'':15}" + "".join(f"{head:>15}" for head in heads))
-    at_first = outcomes[OURS_AT_FIRST].seconds
+        print(f"{'seed':6}{'':15}" + "".join(f"{head:>18}" for head in heads))
     for who, own in outcomes.items():
-        ratio = own.seconds / outcomes[OURS].seconds
         cells = (
             f"{own.seconds:.1f}",
             f"{own.total_seconds:.1f}",
             f"{own.best_validation_loss:.5f}",
             f"{own.median_epochs:.1f}",
             f"{own.epochs:.0f}",
-            "" if who == OURS else f"{ratio:.2f} ×",
-            "" if who in (OURS, OURS_AT_FIRST) else f"{own.seconds / at_first:.2f} ×",
+            *(
+                "" if who == other else f"{own.seconds / ours.seconds:.2f} ×"
+                for other, ours in outcomes.items()
+                if other.startswith(OURS)
+            ),
         )
-        print(f"{name:6}{who:15}" + "".join(f"{cell:>15}" for cell in cells), flush=True)
+        print(f"{name:6}{who:15}" + "".join(f"{cell:>18}" for cell in cells), flush=True)
 
 
 def write_json(arguments: argparse.Namespace, rounds: Sequence[Mapping[str, Outcome]]) -> None:
@@ -428,8 +440,7 @@ def write_json(arguments: argparse.Namespace, rounds: Sequence[Mapping[str, Outc
 CAPTION = """
 seconds: regtune from the POST to the study's end, Optuna from the loading of the data to the end;
 with start-up: from nothing, on an installed machine; epochs: of all trials together, those of
-pruned ones included; regtune's: how many times its seconds; its first: how many times those of its
-first study."""
+pruned ones included; / regtune and so on: how many times its seconds."""
 
 
 if __name__ == "__main__":
