@@ -5,6 +5,7 @@ from a trial's strengths instead of training a network. The peer's are processes
 through Optuna's own tables, with the same sampler, pruner, curve and number of epochs.
 """
 
+import gc
 import math
 import multiprocessing
 import signal
@@ -198,6 +199,7 @@ def _work(url: str, settings: Settings, names: Sequence[str], epoch_seconds: flo
     logs.configure(settings)
     shutdown = Shutdown()
     shutdown.install()
+    gc.freeze()  # as a worker's program does
 
     def make_engine(**arguments: Any) -> Any:
         return FreeEngine(epoch_seconds=epoch_seconds, **arguments)

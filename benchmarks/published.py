@@ -200,6 +200,8 @@ def main() -> None:
     ):
         for name in arguments.problem:
             for arm in PROBLEMS[name].arms:
+                if arguments.arm and arm.name not in arguments.arm:
+                    continue
                 results.append(run(api, PROBLEMS[name], arm, scale))
                 report(results[-1])
                 write(arguments.json, scale, results)
@@ -211,6 +213,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, default=Path(".regtune/data"))
     parser.add_argument("--problem", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
+    arms = sorted({arm.name for problem in PROBLEMS.values() for arm in problem.arms})
+    parser.add_argument("--arm", nargs="+", choices=arms, help="only these; default: all")
     parser.add_argument("--full", action="store_true", help="network, epochs and trials at length")
     parser.add_argument("--trials", type=int, help="of each arm; default: 16, full 100")
     parser.add_argument("--epochs", type=int, help="of each trial; default: 20, full 105")

@@ -1,5 +1,6 @@
 """The service: the REST API, the dashboard and the scheduler in one process."""
 
+import gc
 import signal
 import socket
 import sys
@@ -85,8 +86,11 @@ def serve(settings: Settings) -> None:
     with _listen(settings.host, settings.port) as listener:
         host, port = listener.getsockname()[:2]
         log.info("service_started", url=f"http://{host}:{port}")
+        app = create_app(settings)
+        gc.collect()
+        gc.freeze()  # a request does not wait while the collector goes through what stays
         config = uvicorn.Config(
-            create_app(settings),
+            app,
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=_GRACE_SECONDS,
