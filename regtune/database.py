@@ -47,8 +47,6 @@ _PATIENCE = {
 }
 """Of libpq: seconds, and milliseconds for the last. Else a server that has gone without a word, as
 when its machine or the network between is lost, would be waited for for hours."""
-EPOCHS = "regtune_epochs"
-"""Notification to schedulers: there are epochs to judge. The payload is a study's id."""
 
 _MIGRATIONS = Path(__file__).resolve().parent.parent / "migrations"
 _PREPARE_AFTER = 5

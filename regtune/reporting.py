@@ -14,7 +14,7 @@ from typing import Any, Self
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from regtune.database import EPOCHS, NEWS
+from regtune.database import NEWS
 from regtune.leasing import Lease
 
 
@@ -95,13 +95,12 @@ def flush(
     epochs: Mapping[int, Sequence[Epoch]],
     seconds: float,
     *,
-    judged: bool = False,
     now: datetime | None = None,
 ) -> Verdicts:
     """Renew leases for ``seconds`` and record new epochs, by trial id; return the verdicts.
 
-    An epoch that this attempt has recorded before is left as it is. ``judged`` says that a pruner
-    waits for these epochs, so that the scheduler is woken.
+    An epoch that this attempt has recorded before is left as it is. Nobody is notified: with every
+    notification PostgreSQL wakes all who listen in the database, and a fleet reports all the time.
     """
     if not leases:
         return Verdicts(frozenset(), {})
@@ -116,7 +115,6 @@ def flush(
             ),
             "seconds": seconds,
             "now": now,
-            "channel": EPOCHS if judged else None,
         },
     ).all()
     return Verdicts(
@@ -259,7 +257,7 @@ WITH lease AS (
         epochs = greatest(t.epochs, (
             SELECT max(e.epoch) FROM reported e WHERE e.trial_id = t.trial_id))
     FROM locked WHERE t.trial_id = locked.trial_id
-    RETURNING t.trial_id, t.study_id, t.attempt, t.stop_request
+    RETURNING t.trial_id, t.attempt, t.stop_request
 ), recorded AS (
     INSERT INTO regtune.epochs (trial_id, attempt, epoch, train_loss, validation_loss,
                                 validation_score, penalty, sparsity, seconds)
@@ -270,10 +268,7 @@ WITH lease AS (
     ON CONFLICT DO NOTHING
     RETURNING trial_id, epoch, validation_loss
 ), public_values AS ({_SHOW.format(epochs="recorded")})
-SELECT trial_id, stop_request, CASE
-           WHEN cast(:channel AS text) IS NOT NULL AND EXISTS (SELECT FROM recorded)
-           THEN pg_notify(:channel, cast(study_id AS text))::text END AS told
-FROM held
+SELECT trial_id, stop_request FROM held
 """)
 
 # An epoch is the same one if it took as long to the last digit.

@@ -225,13 +225,7 @@ class Meetings:
         return self._lease(session, report, verdicts.held - report.given_back, ended)
 
     def _flush(self, session: Session, report: Report) -> Verdicts:
-        return reporting.flush(
-            session,
-            report.leases,
-            report.epochs,
-            self._settings.lease_seconds,
-            judged=self._judged,
-        )
+        return reporting.flush(session, report.leases, report.epochs, self._settings.lease_seconds)
 
     def _finish(self, session: Session, report: Report, verdicts: Verdicts) -> frozenset[int]:
         """End what has ended by itself, and what the scheduler wants stopped; return both."""

@@ -80,7 +80,10 @@ class News:
 
 
 class Conductor:
-    """Leads one study; made when its lock is won, thrown away when that is lost."""
+    """Leads one study; made when its lock is won, thrown away when that is lost.
+
+    ``prunes`` says whether the study has a pruner, which wants to know of every epoch.
+    """
 
     def __init__(self, engine: Engine, settings: Settings, study_id: int) -> None:
         """Read all that has happened so far; raise NotFound if the study has been deleted."""
@@ -90,7 +93,7 @@ class Conductor:
         with database.transaction(engine) as session:
             study = studies.by_id(session, study_id)
             trials = read_trials(session, study_id, study.spec)
-        self._prunes = study.spec.pruner.name != "none"
+        self.prunes = study.spec.pruner.name != "none"
         self._mirror = Mirror(study.spec)
         self._mirror.restore(trials)
 
@@ -122,7 +125,7 @@ class Conductor:
         study = studies.by_id(session, self._study_id)
         counts = session.execute(_COUNTS, {"study_id": self._study_id}).one()
         ended = self._read_ended(session)
-        epochs = self._read_epochs(session, ended) if self._prunes or ended else []
+        epochs = self._read_epochs(session, ended) if self.prunes or ended else []
         by_number: dict[int, list[tuple[int, float]]] = {}
         for row in epochs:
             by_number.setdefault(row.number, []).append((row.epoch, row.validation_loss))
@@ -160,7 +163,7 @@ class Conductor:
         """
         numbers = (
             self._mirror.open_numbers
-            if self._prunes
+            if self.prunes
             else [trial.number for trial in ended if trial.state == "pruned"]
         )
         seen = [
@@ -185,7 +188,7 @@ class Conductor:
             for trial_id, attrs in notes.items()
             for key, value in attrs.items()
         ]
-        if self._prunes and rows:
+        if self.prunes and rows:
             with database.transaction(self._engine) as session:
                 session.execute(_KEEP_NOTES, {"rows": json.dumps(rows)})
 
@@ -291,6 +294,12 @@ class Conductor:
         return len(appended) < count
 
 
+def epochs_trained(session: Session, study_ids: Sequence[int]) -> Mapping[int, int]:
+    """Return how many epochs the open trials of studies have on record, by the study's id."""
+    rows = session.execute(_TRAINED, {"study_ids": list(study_ids)})
+    return {row.study_id: row.epochs for row in rows}
+
+
 def _is_out_of_time(study: Study, seconds_spent: float) -> bool:
     return study.budget_seconds is not None and seconds_spent >= study.budget_seconds
 
@@ -305,6 +314,12 @@ SELECT count(*) FILTER (WHERE state = 'waiting') AS waiting,
        count(*) FILTER (WHERE state = 'running') AS running,
        count(*) FILTER (WHERE state = 'running' AND lease_expires_at < now()) AS overdue
 FROM regtune.trials WHERE study_id = :study_id AND state IN ('waiting', 'running')
+""")
+
+_TRAINED = text("""
+SELECT study_id, sum(epochs) AS epochs FROM regtune.trials
+WHERE study_id = ANY(:study_ids) AND state IN ('waiting', 'running')
+GROUP BY study_id
 """)
 
 _ENDED = text("""

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Mapping
 
 import structlog
 from sqlalchemy import Engine
@@ -11,7 +12,7 @@ from regtune import database, shares, studies
 from regtune.errors import NotFound, StaleView
 from regtune.settings import Settings
 from regtune.workers import ANY_STUDY
-from service.scheduler.conductor import Conductor
+from service.scheduler.conductor import Conductor, epochs_trained
 from service.scheduler.leadership import Leadership
 
 log = structlog.get_logger()
@@ -20,10 +21,7 @@ MAX_ERRORS = 5
 """A study whose sampler raises so many times in a row fails; the others go on."""
 
 _SLICE_SECONDS = 0.25
-"""Epochs wait at most so long to be judged, about as often as one worker reports them.
-
-They come from a large fleet all the time; a round for each report would be a round without end.
-"""
+"""Epochs wait at most so long to be judged, about as often as one worker reports them."""
 
 
 class Scheduler:
@@ -41,6 +39,8 @@ class Scheduler:
         self._conductors: dict[int, Conductor] = {}
         self._errors: dict[int, int] = {}
         self._unfinished: set[int] = set()
+        self._trained: Mapping[int, int] = {}
+        self._look_due = 0.0
         self._settling_due = 0.0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
@@ -55,12 +55,9 @@ class Scheduler:
         self._thread.join()
 
     def _run(self) -> None:
-        with (
-            database.Listener(self._url, database.NEWS, program="scheduler") as listener,
-            database.Listener(self._url, database.EPOCHS, program="scheduler") as epochs,
-        ):
+        with database.Listener(self._url, database.NEWS, program="scheduler") as listener:
             due = 0.0
-            news = listener.wait(0) | epochs.wait(0)  # listening before anything is read
+            news = listener.wait(0)  # listening before anything is read
             while not self._stopping.is_set():
                 everyone = time.monotonic() >= due or ANY_STUDY in news
                 if everyone:
@@ -69,8 +66,23 @@ class Scheduler:
                     self._attend(None if everyone else news)
                 patience = min(_SLICE_SECONDS, max(0.0, due - time.monotonic()))
                 news = listener.wait(0 if self._unfinished else patience) | self._unfinished
-                news |= epochs.wait(0)
+                news |= self._trained_on()
         self._leadership.give_up()
+
+    def _trained_on(self) -> set[int]:
+        """Return the studies that have new epochs for their pruners; ask once a slice."""
+        judged = [id_ for id_, conductor in self._conductors.items() if conductor.prunes]
+        if not judged or time.monotonic() < self._look_due:
+            return set()
+        self._look_due = time.monotonic() + _SLICE_SECONDS
+        before = self._trained
+        try:
+            with database.transaction(self._engine) as session:
+                self._trained = epochs_trained(session, judged)
+        except (DBAPIError, TimeoutError) as error:
+            self._lose_touch(error)
+            return set()
+        return {id_ for id_, epochs in self._trained.items() if epochs != before.get(id_)}
 
     def _attend(self, news: set[int] | None) -> None:
         """Conduct the studies of which there is news, all of them if None."""

@@ -89,7 +89,7 @@ def test_what_is_asked_all_the_time_reads_no_big_table_from_end_to_end(
 
     def flush(session: Session) -> None:
         epochs = {held.trial_id: [builders.epoch(n) for n in range(1, 21)] for held in leases}
-        reporting.flush(session, leases, epochs, 30, judged=True)
+        reporting.flush(session, leases, epochs, 30)
 
     def finish(session: Session) -> None:
         reporting.finish(session, [(held, builders.completed()) for held in leases[:4]], "w")
@@ -120,6 +120,7 @@ def test_what_is_asked_all_the_time_reads_no_big_table_from_end_to_end(
         lambda session: session.execute(
             conductor._EPOCHS, {"study_id": id_, "seen": '[{"number": 7, "epoch": 1}]'}
         ),
+        lambda session: conductor.epochs_trained(session, [id_]),
         lambda session: standing.of(session, id_),
         lambda session: records.best(session, study, STANDS),
         lambda session: records.baseline(session, study),

@@ -84,7 +84,7 @@ class HandWorker:
         for number, loss in enumerate(losses, start=1):
             with transaction(self.engine) as session:
                 epochs = {lease.trial_id: [Epoch(number, loss, loss, 0.5, 0, 0, 0.01)]}
-                verdicts = reporting.flush(session, [lease], epochs, 30, judged=True)
+                verdicts = reporting.flush(session, [lease], epochs, 30)
             if lease.trial_id in verdicts.stop:
                 outcome = Pruned(verdicts.stop[lease.trial_id])
                 break
@@ -261,7 +261,7 @@ def test_a_verdict_comes_back_with_the_flush_after_the_epoch_that_earned_it(
         engine, budget={"trials": 4}, training={"max_epochs": 20}, pruner={"first_epoch": 5}
     )
     builders.register(engine, lanes=4)
-    # Without a poll, only the flush itself can have woken the scheduler.
+    # Without a poll, only that the trials have trained on can have brought the scheduler here.
     with scheduler(engine, database_url, SETTINGS.model_copy(update={"poll_seconds": 3600})):
         wait_until(lambda: len(builders.states(engine, study)) == 4, DEADLINE_SECONDS)
         leases = {lease.number: lease for lease in builders.lease(engine, study, 4)}
@@ -270,7 +270,7 @@ def test_a_verdict_comes_back_with_the_flush_after_the_epoch_that_earned_it(
         def flush(number: int) -> Mapping[int, str]:
             epochs = {id_: [builders.epoch(number, loss)] for id_, loss in losses.items()}
             with transaction(engine) as session:
-                return reporting.flush(session, [*leases.values()], epochs, 30, judged=True).stop
+                return reporting.flush(session, [*leases.values()], epochs, 30).stop
 
         for number in range(1, 6):
             assert not flush(number)

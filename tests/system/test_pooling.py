@@ -21,7 +21,7 @@ STUDY = {
     "budget": {"trials": TRIALS},
 }
 DIRECT = {
-    "regtune-scheduler-listen": 2,
+    "regtune-scheduler-listen": 1,
     "regtune-scheduler-locks": 1,
     "regtune-service-listen": 1,
     "regtune-worker-listen": 2,
