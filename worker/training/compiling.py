@@ -16,7 +16,7 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from math import inf
 from pathlib import Path
 from time import perf_counter, sleep
@@ -33,7 +33,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
-from worker.training.agreement import Group, groups_of, largest_difference
+from worker.training.agreement import Group, differences, groups_of, rounded_otherwise
 from worker.training.capturing import (
     Captured,
     Form,
@@ -88,6 +88,10 @@ Not less, because torch's batch norm of images on a CPU sums up a channel's acti
 one after the other: its gradients are off by up to 2e-3 (measured against float64).
 """
 
+ROUNDINGS = 3.0
+"""A group that differs more does so by rounding if it is no more than so many times what other
+rounding of the arguments makes of it."""
+
 _CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 Function = Callable[..., Tensor]
@@ -107,8 +111,11 @@ class Program:
         threads: int,
         constants: Collection[int] = (),
         kind: Hashable = None,
+        epsilon: float = 0.0,
     ) -> None:
         """``constants`` are the addresses of arguments that no call changes.
+
+        ``epsilon`` is the relative precision of its sums, if coarser than that of its arguments.
 
         Programs of the same ``kind`` do the same on different numbers of threads; which number is
         the best can be told only when all are compiled or none is.
@@ -119,6 +126,7 @@ class Program:
         self.name = name
         self.kind = kind
         self._constants = constants
+        self._epsilon = epsilon
         self.lanes = lanes
         self.threads = threads
         self.calls = 0
@@ -251,7 +259,9 @@ class Program:
             log.warning("not_recorded", program=self.name, reason=self.obstacle)
             self._recordable = False
 
-    def _difference(self, one: Form, ones: Leaves, other: Form, others: Leaves) -> float:
+    def _differences(
+        self, one: Form, ones: Leaves, other: Form, others: Leaves
+    ) -> Mapping[Group, float]:
         """Return by how much two forms differ in what they return and change, see ``agreement``.
 
         Each gets arguments of its own, of equal content; what both get is taken for unchanged.
@@ -259,9 +269,19 @@ class Program:
         groups = [*self._groups, *("varying" for _ in ones[len(self._groups) :])]
         results = [("result", a, b) for a, b in zip(one(*ones), other(*others), strict=True)]
         arguments = zip(groups, ones, others, strict=True)
-        return largest_difference(
-            (group, a, b) for group, a, b in [*results, *arguments] if a is not b
-        )
+        return differences((group, a, b) for group, a, b in [*results, *arguments] if a is not b)
+
+    def _by_rounding(self, form: Form, arguments: Leaves) -> Mapping[Group, float]:
+        """Return by how much a form differs from itself where its arguments are rounded otherwise.
+
+        That is much in Adam's first steps, which go as far by a gradient that is nothing but
+        rounding as by any other.
+        """
+        others = [
+            one if one.data_ptr() in self._constants else rounded_otherwise(one, self._epsilon)
+            for one in self._copies(arguments)
+        ]
+        return self._differences(form, self._copies(arguments), form, others)
 
     def _copies(self, arguments: Leaves) -> list[Tensor]:
         return [
@@ -277,32 +297,40 @@ class Program:
             return
         try:
             copies, others = self._copies(arguments), self._copies(arguments)
-            difference = self._difference(champion, copies, challenger, others)
+            found = self._differences(champion, copies, challenger, others)
+            agrees = all(difference <= TOLERANCE for difference in found.values())
+            if not agrees:
+                usual = self._by_rounding(champion, arguments)
+                agrees = all(found[g] <= max(TOLERANCE, ROUNDINGS * usual[g]) for g in found)
             seconds, before = compared(challenger, copies, champion, others)
         except Exception as error:  # noqa: BLE001 - whatever it is, the champion still works
             self.obstacle = first_line(error)
             log.warning("compiled_in_vain", program=self.name, reason=self.obstacle)
             return
         self.speedup = before / seconds
-        if difference <= TOLERANCE and seconds < before:
+        if agrees and seconds < before:
             self._form = challenger
-        elif difference <= TOLERANCE:
+        elif agrees:
             self._beaten = challenger
         log.info(
             "compiled" if self._form is challenger else "compiled_in_vain",
             program=self.name,
             lanes=self.lanes,
             speedup=round(self.speedup, 2),
-            difference=float(f"{difference:.1e}"),
+            difference=float(f"{max(found.values(), default=0.0):.1e}"),
         )
 
 
 class Programs:
     """All programs of one engine; compiles, in a thread of its own, those that earn it."""
 
-    def __init__(self, *, compiles: bool, constants: Leaves = ()) -> None:
-        """``constants`` are arguments that no call changes, such as the data set."""
+    def __init__(self, *, compiles: bool, constants: Leaves = (), epsilon: float = 0.0) -> None:
+        """``constants`` are arguments that no call changes, such as the data set.
+
+        ``epsilon`` is that of all programs.
+        """
         self._compiles = compiles
+        self._epsilon = epsilon
         self._constants = frozenset(tensor.data_ptr() for tensor in constants)
         self._programs: dict[Hashable, Program] = {}
         self._finding = threading.Lock()
@@ -318,7 +346,7 @@ class Programs:
             key = (name, lanes, threads, *shapes)
             if key not in self._programs:
                 kind = (name, lanes, *shapes)
-                program = Program(name, lanes, threads, self._constants, kind)
+                program = Program(name, lanes, threads, self._constants, kind, self._epsilon)
                 program.certain = self._expected.get((name, lanes), 0.0)
                 self._programs[key] = program
             return self._programs[key]

@@ -152,6 +152,7 @@ class Epochs:
         self.programs = Programs(
             compiles=compiles and model.vectorized,
             constants=[*self._supply.fixed, *tested.fixed],
+            epsilon=torch.finfo(torch.bfloat16).eps if training.precision == "bf16" else 0.0,
         )
         self._replicas: queue.LifoQueue[LaneStep] = queue.LifoQueue()
         for _ in range(threads):

@@ -3,7 +3,7 @@ from math import nan
 import pytest
 import torch
 
-from worker.training.agreement import groups_of, largest_difference
+from worker.training.agreement import groups_of, largest_difference, rounded_otherwise
 
 BIG, NOISE = torch.full((100,), 1.0), torch.full((4,), 1e-9)
 
@@ -27,3 +27,14 @@ def test_a_group_of_zeros_and_numbers_that_are_none():
     assert largest_difference([("buffers", zeros, zeros + 0.5)]) == pytest.approx(1.0)
     assert largest_difference([("buffers", torch.tensor([nan]), torch.tensor([nan]))]) == 0
     assert largest_difference([]) == 0
+
+
+@pytest.mark.parametrize(("dtype", "epsilon"), [(torch.float32, 0.0), (torch.float32, 1e-2)])
+def test_what_is_rounded_otherwise_is_off_by_its_precision_and_settings_are_not(dtype, epsilon):
+    x = torch.linspace(1, 2, 10_000, dtype=dtype).reshape(100, 100)
+    off = ((rounded_otherwise(x, epsilon) - x) / x).abs().max()
+    precision = max(epsilon, torch.finfo(dtype).eps)
+    assert precision / 2 <= off <= 2 * precision
+    rates, keys = torch.rand(8), torch.arange(8).reshape(4, 2)
+    assert rounded_otherwise(rates, epsilon) is rates
+    assert rounded_otherwise(keys, epsilon) is keys

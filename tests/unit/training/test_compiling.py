@@ -356,6 +356,32 @@ def test_a_compiled_form_that_computes_something_else_is_not_used(lines):
     assert [line["event"] for line in told(lines)] == ["compiled_in_vain"] * 2
 
 
+@pytest.mark.parametrize(("by_mistake", "event"), [(0.0, "compiled"), (2.0, "compiled_in_vain")])
+def test_what_rounding_alone_makes_of_a_step_is_no_difference(lines, by_mistake, event):
+    """As in Adam's first step: it is as long for a gradient that is nothing but rounding."""
+    half = torch.randn(32, 1000, generator=torch.Generator().manual_seed(1))
+    rows, weights = torch.cat([half, -half]), torch.ones(1, 1000)
+    known = busy(rows)
+
+    def step(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        weights.sub_(0.1 * rows.sum(0).sign())
+        return busy(rows)
+
+    def in_another_order(weights: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor]:
+        weights.sub_(0.1 * rows.flip(0).cumsum(0)[-1].sign() + by_mistake)
+        return (known,)
+
+    program = Program("step", 1, 1)
+    bound = program.bind([step], weights)
+    for _ in range(4):
+        bound(rows)
+    program.challenger = in_another_order
+    bound(rows)
+    (line,) = told(lines)
+    assert line["event"] == event
+    assert line["difference"] > compiling.TOLERANCE
+
+
 def test_a_compiled_form_that_is_slower_is_not_used(lines):
     program = recorded(busy)
     calls = []
