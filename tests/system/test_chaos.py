@@ -5,6 +5,7 @@ import pytest
 from tests import chaos
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1])
 def test_studies_under_attack_end_with_exactly_what_was_asked_for(seed: int) -> None:
     report = chaos.attack(30, seed)

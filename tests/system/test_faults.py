@@ -102,10 +102,12 @@ def outcomes(engine: Engine, study: builders.Study) -> list[Any]:
             "nan": ("pruned", "diverged"),
             "memory": ("failed", "OutOfMemoryError: CUDA out of memory"),
         },
-        {"kills": ("failed", "lost 2 leases; the last one: its lease ran out")},
-        pytest.param(
-            {"hangs": ("failed", "lost 2 leases; the last one: its lease ran out")},
-            marks=pytest.mark.slow,
+        *(
+            pytest.param(
+                {fault: ("failed", "lost 2 leases; the last one: its lease ran out")},
+                marks=pytest.mark.slow,
+            )
+            for fault in ("kills", "hangs")
         ),
     ],
     ids="-".join,
