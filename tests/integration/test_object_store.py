@@ -85,7 +85,7 @@ def given_back(engine: Engine, database_url: str, settings: Settings, max_epochs
     study = builders.create(engine, training={"max_epochs": max_epochs}, pruner="none")
     builders.append(engine, study, 1)
     with working(database_url, settings, "first"):
-        wait_until(lambda: of_the_trial(engine, "epochs"), SECONDS)
+        wait_until(lambda: of_the_trial(engine, "epochs"), 60)
     assert of_the_trial(engine, "state") == "waiting"
     return study
 
@@ -115,7 +115,7 @@ def test_a_worker_that_is_told_to_stop_while_it_reads_checkpoints_gives_their_tr
     given_back(engine, database_url, settings, max_epochs=300)
     with silent(s3):
         with working(database_url, settings, "second"):
-            wait_until(lambda: of_the_trial(engine, "worker") == "second", SECONDS)
+            wait_until(lambda: of_the_trial(engine, "worker") == "second", 60)
         assert of_the_trial(engine, "state") == "waiting"
     assert (of_the_trial(engine, "attempt"), of_the_trial(engine, "lost_leases")) == (2, 0)
     assert audit(engine) == {}

@@ -29,11 +29,11 @@ def test_a_group_of_zeros_and_numbers_that_are_none():
     assert largest_difference([]) == 0
 
 
-@pytest.mark.parametrize(("dtype", "epsilon"), [(torch.float32, 0.0), (torch.float32, 1e-2)])
-def test_what_is_rounded_otherwise_is_off_by_its_precision_and_settings_are_not(dtype, epsilon):
-    x = torch.linspace(1, 2, 10_000, dtype=dtype).reshape(100, 100)
+@pytest.mark.parametrize("epsilon", [0.0, 1e-2])
+def test_what_is_rounded_otherwise_is_off_by_its_precision_and_settings_are_not(epsilon):
+    x = torch.linspace(1, 2, 10_000).reshape(100, 100)
     off = ((rounded_otherwise(x, epsilon) - x) / x).abs().max()
-    precision = max(epsilon, torch.finfo(dtype).eps)
+    precision = max(epsilon, torch.finfo(x.dtype).eps)
     assert precision / 2 <= off <= 2 * precision
     rates, keys = torch.rand(8), torch.arange(8).reshape(4, 2)
     assert rounded_otherwise(rates, epsilon) is rates
