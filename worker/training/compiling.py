@@ -17,6 +17,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from math import inf
 from pathlib import Path
 from time import perf_counter, sleep
@@ -535,8 +536,11 @@ def _compile_for_device(recording: GraphModule, examples: Leaves, threads: int) 
 
 
 def _compile(recording: GraphModule, examples: Leaves, options: dict[str, Any]) -> Form:
+    # Of a module of its own: while TorchInductor looks at one, it puts stand-ins in the place of
+    # the constants that it holds, such as class weights, and the recording runs on meanwhile.
+    module = GraphModule(recording, deepcopy(recording.graph))
     with torch.no_grad():
-        form: Form = torch._inductor.compile(recording, list(examples), options=options)
+        form: Form = torch._inductor.compile(module, list(examples), options=options)
     return form
 
 

@@ -552,6 +552,24 @@ def test_a_trial_is_the_same_compiled(make_engine, training, dtype, epochs, tole
     torch.testing.assert_close(curve, expected, rtol=tolerance, atol=0)
 
 
+def test_a_recording_with_constants_runs_while_it_is_compiled():
+    weights, anew = torch.rand(7), time.time()  # so that nothing is found on disk
+
+    def function(state: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return x * weights[x.long()] * anew + state["sum"]
+
+    program = Program("weigh", 1, 1)
+    weigh = program.bind([function], {"sum": torch.ones(())})
+    x = torch.arange(7.0)
+    for _ in range(4):
+        weigh(x)
+    with ThreadPoolExecutor(1) as pool:
+        compiling_it = pool.submit(compile_recording, program.recording, program.examples, 1)
+        while not compiling_it.done():
+            assert torch.equal(weigh(x), x * weights * anew + 1)
+    assert torch.allclose(compiling_it.result()(torch.ones(()), x)[0], x * weights * anew + 1)
+
+
 def test_of_two_engines_one_compiles_at_a_time(monkeypatch):
     """TorchInductor raises otherwise; a worker builds the next engine while the last compiles."""
     compile_one, inside, most = torch._inductor.compile, [], []
