@@ -30,13 +30,13 @@ from regtune.errors import DatabaseUnavailable, UnknownSchema
 from regtune.tables import SCHEMA
 
 WORK = "regtune_work"
-"""Notification to workers: there may be trials to lease.
+"""Notification to all workers: there may be trials to lease. The payload is a study's id."""
 
-The payload is a study's id; after it, if not all are meant, the tags of those who are.
-"""
+WORK_FOR = "regtune_work_"
+"""Notification to one worker, as ``WORK``; its name's hash follows, as of ``work_for``."""
 
 NEWS = "regtune_news"
-"""Notification to schedulers and watchers: something happened. The payload is a study's id."""
+"""Notification to schedulers: something was asked of a study, or of all; the payload is its id."""
 
 _PATIENCE = {
     "connect_timeout": 5,
@@ -143,21 +143,24 @@ def transaction(engine: Engine) -> Iterator[Session]:
         yield session
 
 
+def work_for(worker: str) -> str:
+    """Return the channel on which one worker is told of work."""
+    return WORK_FOR + hashlib.md5(worker.encode(), usedforsecurity=False).hexdigest()
+
+
 class Listener:
     """A connection that hears notifications; it reconnects by itself and never misses for long.
 
     A notification that falls into a reconnection is lost, so whoever waits here polls as well.
     """
 
-    def __init__(self, url: str, channel: str, *, program: str = "service", name: str = "") -> None:
-        """Listen as ``name``: what is for others alone goes unheard."""
+    def __init__(self, url: str, *channels: str, program: str = "service") -> None:
         parsed = normalized(url).set(drivername="postgresql")
         options = _options(parsed, f"regtune-{program}-listen")
         self._url = parsed.update_query_dict(
             {key: str(value) for key, value in options.items()}
         ).render_as_string(hide_password=False)
-        self._channel = channel
-        self._tag = hashlib.md5(name.encode(), usedforsecurity=False).hexdigest()[:8]
+        self._channels = channels
         self._connection: psycopg.Connection[Any] | None = None
 
     def wait(self, seconds: float) -> set[int]:
@@ -167,7 +170,7 @@ class Listener:
             heard = list(connection.notifies(timeout=seconds, stop_after=1))
             if heard:  # and whatever else has come by now: a storm is one awakening
                 heard += connection.notifies(timeout=0)
-            return {study_id for notify in heard for study_id in self._meant(notify.payload)}
+            return {int(notify.payload) for notify in heard if notify.payload.isdecimal()}
         except (psycopg.Error, OSError):
             self.close()
             time.sleep(min(seconds, 1.0))
@@ -177,13 +180,6 @@ class Listener:
         """Forget what has come by now; a connection that is lost stays so until the next wait."""
         if self._connection is not None:
             self.wait(0)
-
-    def _meant(self, payload: str) -> list[int]:
-        """Return the study that a notification is about; none if it is for others, or is none."""
-        study_id, *tags = payload.split() or [""]
-        if not study_id.isdecimal() or (tags and self._tag not in tags):
-            return []
-        return [int(study_id)]
 
     def close(self) -> None:
         """Close the connection, if there is one."""
@@ -200,7 +196,8 @@ class Listener:
     def _connected(self) -> psycopg.Connection[Any]:
         if self._connection is None:
             self._connection = psycopg.connect(self._url, autocommit=True)
-            self._connection.execute(f"LISTEN {self._channel}")
+            for channel in self._channels:
+                self._connection.execute(f"LISTEN {channel}")
         return self._connection
 
 

@@ -5,7 +5,7 @@ commit, so a reader that only remembered the last id would miss an event that co
 Readers therefore go by (transaction, id), and only as far as no older transaction is still open.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -59,6 +59,12 @@ def was_deleted(session: Session, name: str) -> bool:
     """Say whether there was a study of this name once, and has been deleted."""
     query = text(f"SELECT EXISTS ({_DELETED_STUDIES})")
     return bool(session.execute(query, {"name": name}).scalar())
+
+
+def newest(session: Session, study_ids: Iterable[int]) -> Mapping[int, str]:
+    """Return the cursor of the last event that can be read of each study, by the study's id."""
+    rows = session.execute(_NEWEST, {"study_ids": list(study_ids)})
+    return {row.study_id: row.cursor for row in rows}
 
 
 def notify(session: Session, channel: str, study_id: int) -> None:
@@ -120,6 +126,15 @@ def read(session: Session, study_id: int, after: str, limit: int = 1000) -> Sequ
     )
     return [Event(**row._mapping) for row in rows]
 
+
+_NEWEST = text("""
+SELECT asked.study_id, last.cursor
+FROM unnest(cast(:study_ids AS int[])) AS asked(study_id), LATERAL (
+    SELECT transaction_id || '-' || event_id AS cursor FROM regtune.events e
+    WHERE e.study_id = asked.study_id
+      AND transaction_id < pg_snapshot_xmin(pg_current_snapshot())
+    ORDER BY transaction_id DESC, event_id DESC LIMIT 1) last
+""")
 
 _NOTIFY = text("SELECT pg_notify(:channel, cast(:study_id AS text))")
 

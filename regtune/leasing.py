@@ -19,7 +19,7 @@ from sqlalchemy import Row, text
 from sqlalchemy.orm import Session
 
 from regtune import events, shares, studies
-from regtune.database import NEWS, WORK
+from regtune.database import WORK, WORK_FOR
 from regtune.errors import StaleView
 from regtune.spec import NO_SHAPE
 
@@ -99,6 +99,7 @@ def append(
             "actor": actor,
             "alive_seconds": alive_seconds,
             "work": WORK,
+            "work_for": WORK_FOR,
         },
     ).scalars()
     return sorted(trial_ids)
@@ -282,7 +283,6 @@ def _give_up(
     ).all()
     for study_id in {row.study_id for row in rows}:
         events.notify(session, WORK, study_id)
-        events.notify(session, NEWS, study_id)
     return [row.trial_id for row in rows]
 
 
@@ -331,7 +331,7 @@ WITH row AS (
     -- As many as it takes, not a whole fleet for a few trials: those with room first, then those
     -- that may get some before this commits, who would find nothing and then hear of it too late.
     -- A killed worker still wants lanes, and once its leases have run out it has room.
-    SELECT coalesce(string_agg(' ' || left(md5(name), 8), ''), '') AS tags
+    SELECT name
     FROM (SELECT name, sum(lanes) OVER (ORDER BY free DESC, heartbeat_at DESC, name)
                        - lanes AS before
           FROM (SELECT w.name, w.heartbeat_at, coalesce(trials, 0) < w.lanes AS free,
@@ -343,10 +343,12 @@ WITH row AS (
                   AND coalesce(w.heartbeat_at > now() - make_interval(
                       secs => cast(:alive_seconds AS float)), true)) wanting) counted
     WHERE before < 2 + (SELECT count(*) FROM row)
+), woken AS (
+    SELECT pg_notify(:work_for || md5(name), cast(:study_id AS text)) FROM called
+    UNION ALL
+    SELECT pg_notify(:work, cast(:study_id AS text)) WHERE NOT EXISTS (SELECT FROM called)
 )
-SELECT trial_id, pg_notify(:work, cast(:study_id AS text)
-                                  || CASE WHEN length(tags) < 7000 THEN tags ELSE '' END)
-FROM trial, called
+SELECT trial_id, (SELECT count(*) FROM woken) FROM trial
 """)
 
 # The study's row is locked first and shared, so that whoever pauses or cancels it waits for this

@@ -1,7 +1,9 @@
 """What a worker reports: epochs, and how a trial ended; every write is fenced by its lease.
 
 One statement renews all leases of a worker, records their new epochs and returns which trials to
-stop. One more ends any number of trials. A lease that is gone touches no row.
+stop. One more ends any number of trials. A lease that is gone touches no row. Nobody is notified:
+with every notification PostgreSQL wakes all who listen in the database, and a fleet reports all the
+time.
 """
 
 import json
@@ -14,7 +16,6 @@ from typing import Any, Self
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from regtune.database import NEWS
 from regtune.leasing import Lease
 
 
@@ -99,8 +100,7 @@ def flush(
 ) -> Verdicts:
     """Renew leases for ``seconds`` and record new epochs, by trial id; return the verdicts.
 
-    An epoch that this attempt has recorded before is left as it is. Nobody is notified: with every
-    notification PostgreSQL wakes all who listen in the database, and a fleet reports all the time.
+    An epoch that this attempt has recorded before is left as it is.
     """
     if not leases:
         return Verdicts(frozenset(), {})
@@ -139,7 +139,6 @@ def finish(
             "outcomes": _as_json(_ending(lease, outcome) for lease, outcome in outcomes),
             "worker": worker,
             "now": now,
-            "news": NEWS,
         },
     ).scalars()
     return frozenset(ended)
@@ -378,7 +377,7 @@ WITH outcome AS (
         'value', CASE WHEN abs(value) < 'Infinity' THEN value END, 'reason', reason))
     FROM ended ORDER BY number
 )
-SELECT trial_id, pg_notify(:news, cast(study_id AS text)) FROM ended
+SELECT trial_id FROM ended
 """)
 
 _REQUEST_STOP = text("""

@@ -11,7 +11,6 @@ from sqlalchemy.orm import Session
 
 from regtune import events
 from regtune.database import NEWS
-from regtune.shares import SUITS
 from regtune.task import Offer
 
 ANY_STUDY = 0
@@ -92,8 +91,6 @@ def beat(
 ) -> None:
     """Say that a worker lives, how many lanes it wants filled and which study it trains.
 
-    The schedulers are woken when it wants something else than it has said before.
-
     ``lanes``, ``occupancy`` and ``capacity`` stay as they are where they are None. The fields of
     ``capacity`` are ``lanes``, ``reason`` and, where they are known, ``bytes_per_lane``,
     ``trial_epochs_per_second`` and ``data``.
@@ -107,7 +104,6 @@ def beat(
             "lanes": lanes,
             "occupancy": occupancy,
             "capacity": json.dumps(capacity) if capacity else None,
-            "channel": NEWS,
         },
     )
 
@@ -149,14 +145,6 @@ def refusals(session: Session, study_id: int) -> Mapping[str, str]:
     return {row.name: row.reason for row in rows}
 
 
-def wanted_lanes(session: Session, study_id: int, alive_seconds: float) -> int:
-    """Return how many lanes the living workers that can train a study want filled now."""
-    wanted: int = session.execute(
-        _WANTED_LANES, {"study_id": study_id, "alive_seconds": alive_seconds}
-    ).scalar_one()
-    return wanted
-
-
 _REGISTER = text("""
 INSERT INTO regtune.workers (name, host, pid, device, device_kind, memory_bytes, lanes,
                              wanted_lanes, datasets, models, tasks, started_at,
@@ -174,24 +162,13 @@ SET host = excluded.host, pid = excluded.pid, device = excluded.device,
     occupancy = NULL, capacity = NULL
 """)
 
-# The row's lock sees to it that what was said before is what this beat replaces.
 _BEAT = text("""
-WITH before AS (
-    SELECT name, wanted_lanes, study_id FROM regtune.workers WHERE name = :name FOR UPDATE
-), beaten AS (
-    UPDATE regtune.workers w
-    SET heartbeat_at = now(), wanted_lanes = :wanted_lanes, study_id = :study_id,
-        lanes = coalesce(cast(:lanes AS int), w.lanes),
-        occupancy = coalesce(cast(:occupancy AS double precision), w.occupancy),
-        capacity = coalesce(cast(:capacity AS jsonb), w.capacity)
-    FROM before WHERE w.name = before.name
-    RETURNING w.wanted_lanes, w.study_id
-)
-SELECT pg_notify(:channel, coalesce(beaten.study_id, 0)::text)
-FROM beaten, before
-WHERE beaten.wanted_lanes > 0
-  AND (beaten.wanted_lanes, beaten.study_id) IS DISTINCT FROM
-      (before.wanted_lanes, before.study_id)
+UPDATE regtune.workers
+SET heartbeat_at = now(), wanted_lanes = :wanted_lanes, study_id = :study_id,
+    lanes = coalesce(cast(:lanes AS int), lanes),
+    occupancy = coalesce(cast(:occupancy AS double precision), occupancy),
+    capacity = coalesce(cast(:capacity AS jsonb), capacity)
+WHERE name = :name
 """)
 
 _EVERYONE = text("""
@@ -210,11 +187,4 @@ WHERE e.study_id = :study_id AND e.kind = 'study_refused'
   AND (e.detail ->> 'tries_again_in_seconds' IS NULL OR now() <
        e.at + make_interval(secs => cast(e.detail ->> 'tries_again_in_seconds' AS float)))
 ORDER BY e.event_id
-""")
-
-_WANTED_LANES = text(f"""
-SELECT coalesce(sum(w.wanted_lanes), 0)::int
-FROM regtune.workers w JOIN regtune.studies s ON s.study_id = :study_id
-WHERE w.stopped_at IS NULL AND w.heartbeat_at > now() - make_interval(secs => :alive_seconds)
-  AND {SUITS}
 """)

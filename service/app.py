@@ -44,7 +44,7 @@ def create_app(settings: Settings, *, schedule: bool = True) -> FastAPI:
     url = _database_url(settings)
     proxied = settings.direct_database_url is not None
     engine = database.connect(url, pool_size=settings.pool_size, proxied=proxied)
-    newsroom = Newsroom(settings.direct_database_url or url)
+    newsroom = Newsroom(engine)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -1,51 +1,58 @@
-"""Hears of news once for all who watch, and wakes those whom it concerns.
+"""Looks for new events once for all who watch, and wakes those whom they concern.
 
-One connection and one thread a process, however many streams are open; none before the first.
+One thread a process and one statement a look, however many streams are open; none before the first.
+Nobody notifies it: events come all the time, and with each notification PostgreSQL would wake every
+session that listens in the database.
 """
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
-from regtune.database import NEWS, Listener
+from sqlalchemy import Engine
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-_SLICE_SECONDS = 0.5
-"""How long ``stop()`` may have to wait."""
+from regtune import database, events
+
+_PAUSE_SECONDS = 0.25
+"""Between two looks."""
 
 
 @dataclass(eq=False)
 class Watch:
-    """Somebody who waits for news of one study, on an event loop."""
+    """Somebody who waits for events of one study, on an event loop."""
 
     study_id: int
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
     def wake(self) -> None:
-        """Say that there is news; from any thread."""
+        """Say that there are events; from any thread."""
         self._loop.call_soon_threadsafe(self._news.set)
 
     async def wait(self, seconds: float) -> None:
-        """Wait for news since the last call, or until so many seconds are over."""
+        """Wait for events since the last call, or until so many seconds are over."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._news.wait(), seconds)
         self._news.clear()
 
 
 class Newsroom:
-    """Listens from the first watch to ``stop()``."""
+    """Looks from the first watch to ``stop()``."""
 
-    def __init__(self, url: str) -> None:
-        self._url = url
-        self._watches: set[Watch] = set()
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._watches: dict[Watch, str | None] = {}
+        """The newest event at the last look, by who watches; None before the first."""
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
     def stop(self) -> None:
-        """Stop listening."""
+        """Stop looking."""
         self._stopping.set()
         if self._thread is not None:
             self._thread.join()
@@ -55,24 +62,33 @@ class Newsroom:
         """Watch one study for as long as the block lasts."""
         watch = Watch(study_id)
         with self._lock:
-            self._watches.add(watch)
+            self._watches[watch] = None
             if self._thread is None:
-                self._thread = threading.Thread(target=self._listen, name="newsroom", daemon=True)
+                self._thread = threading.Thread(target=self._look, name="newsroom", daemon=True)
                 self._thread.start()
         try:
             yield watch
         finally:
             with self._lock:
-                self._watches.remove(watch)
+                del self._watches[watch]
 
-    def _listen(self) -> None:
-        with Listener(self._url, NEWS) as listener:
-            while not self._stopping.is_set():
-                self._wake(listener.wait(_SLICE_SECONDS))
+    def _look(self) -> None:
+        while not self._stopping.wait(_PAUSE_SECONDS):
+            with self._lock:
+                watched = {watch.study_id for watch in self._watches}
+            # A look that fails is left out: those who watch read for themselves, and find out.
+            with suppress(DBAPIError, PoolTimeout):
+                self._wake(self._newest(watched) if watched else {})
 
-    def _wake(self, study_ids: set[int]) -> None:
+    def _newest(self, study_ids: Iterable[int]) -> Mapping[int, str]:
+        with database.transaction(self._engine) as session:
+            return events.newest(session, study_ids)
+
+    def _wake(self, newest: Mapping[int, str]) -> None:
         # Under the lock, so that no watch ends, and its loop with it, while it is being woken.
         with self._lock:
-            for watch in self._watches:
-                if watch.study_id in study_ids:
+            for watch, seen in self._watches.items():
+                last = newest.get(watch.study_id)
+                if last != seen:
+                    self._watches[watch] = last
                     watch.wake()

@@ -76,7 +76,9 @@ class Worker:
             trust_seconds=database.TRUST_SECONDS,
         )
         direct = settings.direct_database_url or url
-        self._listener = database.Listener(direct, database.WORK, program="worker", name=self.name)
+        self._listener = database.Listener(
+            direct, database.WORK, database.work_for(self.name), program="worker"
+        )
         self._checkpoints = CheckpointStore(
             settings.checkpoints or str(settings.data_dir / "checkpoints")
         )

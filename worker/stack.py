@@ -35,7 +35,7 @@ from worker.training.lanes import LaneEpoch, LaneResult, LaneTrial
 log = structlog.get_logger()
 
 SUGGESTION_SECONDS = 1.0
-"""Ample time for a scheduler to hear that a worker wants a trial, and to append one."""
+"""Ample time for a scheduler to see that a worker wants a trial, and to append one."""
 
 ANSWER_SECONDS = 0.5
 """Ample time for the database to answer; after that, training goes on without."""

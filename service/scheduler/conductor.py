@@ -13,10 +13,12 @@ from optuna.trial import TrialState
 from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
-from regtune import database, leasing, reporting, standing, studies, workers
+from regtune import database, leasing, reporting, standing, studies
 from regtune.errors import StaleView
 from regtune.settings import Settings
 from regtune.studies import Study
+from service.scheduler import glances
+from service.scheduler.glances import Glance
 from service.scheduler.mirror import Mirror, read_trials
 
 log = structlog.get_logger()
@@ -59,11 +61,7 @@ class News:
     """All that a round needs to know, read in one transaction."""
 
     study: Study
-    waiting: int
-    running: int
-    overdue: int
-    """Running trials whose leases have run out."""
-    wanted_lanes: int
+    glance: Glance
     room: int
     """How many more trials the budget allows."""
     seconds_spent: float
@@ -80,10 +78,7 @@ class News:
 
 
 class Conductor:
-    """Leads one study; made when its lock is won, thrown away when that is lost.
-
-    ``prunes`` says whether the study has a pruner, which wants to know of every epoch.
-    """
+    """Leads one study; made when its lock is won, thrown away when that is lost."""
 
     def __init__(self, engine: Engine, settings: Settings, study_id: int) -> None:
         """Read all that has happened so far; raise NotFound if the study has been deleted."""
@@ -93,23 +88,41 @@ class Conductor:
         with database.transaction(engine) as session:
             study = studies.by_id(session, study_id)
             trials = read_trials(session, study_id, study.spec)
-        self.prunes = study.spec.pruner.name != "none"
+        self._prunes = study.spec.pruner.name != "none"
         self._mirror = Mirror(study.spec)
         self._mirror.restore(trials)
+        self._room = 0
+        self._judged_epochs = 0
+
+    def has_ends_or_wants(self, glance: Glance) -> bool:
+        """Say whether trials have ended since the last round, or may be suggested now."""
+        return (
+            glance.open != len(self._mirror.open_numbers)
+            or glance.overdue > 0
+            or min(self._room, glance.wanted_lanes - glance.waiting) > 0
+        )
+
+    def has_epochs(self, glance: Glance) -> bool:
+        """Say whether the pruner has epochs to judge that it has not seen in the last round."""
+        return self._prunes and glance.epochs != self._judged_epochs
 
     def round(self) -> bool:
         """Bring the study one step further; return whether there is more to do at once.
 
         Raise StaleView if the mirror has missed something.
         """
+        self._room = 0
         news = self._take_stock()
+        if news.glance.open > len(self._mirror.open_numbers):
+            raise StaleView("another scheduler has appended trials")
+        self._judged_epochs = news.glance.epochs
         self._tell(news)
         self._judge(news)
         return not self._conclude(news) and self._suggest(news)
 
     def _take_stock(self) -> News:
         news = self._read()
-        if not news.overdue:
+        if not news.glance.overdue:
             return news
         with database.transaction(self._engine) as session:
             lost = leasing.expire(session, self._study_id, self._settings.max_attempts)
@@ -123,20 +136,15 @@ class Conductor:
 
     def _news(self, session: Session) -> News:
         study = studies.by_id(session, self._study_id)
-        counts = session.execute(_COUNTS, {"study_id": self._study_id}).one()
+        glance = glances.of(session, self._study_id, self._settings.lease_seconds)
         ended = self._read_ended(session)
-        epochs = self._read_epochs(session, ended) if self.prunes or ended else []
+        epochs = self._read_epochs(session, ended) if self._prunes or ended else []
         by_number: dict[int, list[tuple[int, float]]] = {}
         for row in epochs:
             by_number.setdefault(row.number, []).append((row.epoch, row.validation_loss))
         return News(
             study=study,
-            waiting=counts.waiting,
-            running=counts.running,
-            overdue=counts.overdue,
-            wanted_lanes=workers.wanted_lanes(
-                session, self._study_id, self._settings.lease_seconds
-            ),
+            glance=glance,
             room=studies.room(session, study),
             seconds_spent=self._seconds_spent(session, study),
             ended=ended,
@@ -163,7 +171,7 @@ class Conductor:
         """
         numbers = (
             self._mirror.open_numbers
-            if self.prunes
+            if self._prunes
             else [trial.number for trial in ended if trial.state == "pruned"]
         )
         seen = [
@@ -188,7 +196,7 @@ class Conductor:
             for trial_id, attrs in notes.items()
             for key, value in attrs.items()
         ]
-        if self.prunes and rows:
+        if self._prunes and rows:
             with database.transaction(self._engine) as session:
                 session.execute(_KEEP_NOTES, {"rows": json.dumps(rows)})
 
@@ -235,20 +243,17 @@ class Conductor:
         return (
             news.study.state not in ("active", "paused")
             or news.out_of_time
-            or not (news.waiting or news.running)
+            or not news.glance.open
             or any(trial.state == "failed" for trial in news.ended)
         )
 
     def _ending(self, session: Session, study: Study, news: News) -> tuple[str, str] | None:
-        counts = session.execute(_COUNTS, {"study_id": self._study_id}).one()
         limit = self._settings.max_consecutive_failures
         if any(trial.state == "failed" for trial in news.ended):
-            row = session.execute(
-                _LAST_OUTCOMES, {"study_id": self._study_id, "limit": limit}
-            ).one()
-            if row.failed >= limit:
-                return "failed", f"{limit} trials failed in a row; the last one: {row.reason}"
-        if counts.waiting or counts.running:
+            failed, reason = self._last_failed(session, limit)
+            if failed >= limit:
+                return "failed", f"{limit} trials failed in a row; the last one: {reason}"
+        if glances.of(session, self._study_id, self._settings.lease_seconds).open:
             return None
         if study.state == "stopping":
             return "stopped", study.reason or "stopped by request"
@@ -257,8 +262,13 @@ class Conductor:
             return None
         stands = standing.of(session, self._study_id)
         if stands.failed == stands.ended > 0:
-            return "failed", "every trial failed"
+            return "failed", f"every trial failed; the last one: {self._last_failed(session, 1)[1]}"
         return "completed", used_up
+
+    def _last_failed(self, session: Session, count: int) -> tuple[int, str]:
+        """Return how many of the last trials to end have failed, and why the very last one has."""
+        row = session.execute(_LAST_OUTCOMES, {"study_id": self._study_id, "limit": count}).one()
+        return row.failed, row.reason
 
     def _used_up(self, session: Session, study: Study, news: News) -> str | None:
         """Say which limit of the budget a study with no open trial has reached, if any."""
@@ -275,8 +285,10 @@ class Conductor:
 
     def _suggest(self, news: News) -> bool:
         """Append what living workers want; return whether some of that is left to suggest."""
-        count = min(news.room, news.wanted_lanes - news.waiting)
-        if news.study.state != "active" or news.out_of_time or count <= 0:
+        may_append = news.study.state == "active" and not news.out_of_time
+        self._room = news.room if may_append else 0
+        count = min(self._room, news.glance.wanted_lanes - news.glance.waiting)
+        if count <= 0:
             return False
         expected = self._mirror.next_number
         suggestions = self._mirror.suggest(count, SUGGESTION_SECONDS)
@@ -291,13 +303,8 @@ class Conductor:
             )
         if len(appended) != len(suggestions):
             raise StaleView("the study was changed or halted while its next trials were chosen")
+        self._room -= len(appended)
         return len(appended) < count
-
-
-def epochs_trained(session: Session, study_ids: Sequence[int]) -> Mapping[int, int]:
-    """Return how many epochs the open trials of studies have on record, by the study's id."""
-    rows = session.execute(_TRAINED, {"study_ids": list(study_ids)})
-    return {row.study_id: row.epochs for row in rows}
 
 
 def _is_out_of_time(study: Study, seconds_spent: float) -> bool:
@@ -307,20 +314,6 @@ def _is_out_of_time(study: Study, seconds_spent: float) -> bool:
 def _time_is_up(study: Study) -> str:
     return f"the budget of {study.budget_seconds:g} seconds is used up"
 
-
-# Of the open trials alone: those that have ended may be a hundred thousand.
-_COUNTS = text("""
-SELECT count(*) FILTER (WHERE state = 'waiting') AS waiting,
-       count(*) FILTER (WHERE state = 'running') AS running,
-       count(*) FILTER (WHERE state = 'running' AND lease_expires_at < now()) AS overdue
-FROM regtune.trials WHERE study_id = :study_id AND state IN ('waiting', 'running')
-""")
-
-_TRAINED = text("""
-SELECT study_id, sum(epochs) AS epochs FROM regtune.trials
-WHERE study_id = ANY(:study_ids) AND state IN ('waiting', 'running')
-GROUP BY study_id
-""")
 
 _ENDED = text("""
 SELECT number, trial_id, state, value FROM regtune.trials

@@ -12,7 +12,9 @@ from regtune import database, shares, studies
 from regtune.errors import NotFound, StaleView
 from regtune.settings import Settings
 from regtune.workers import ANY_STUDY
-from service.scheduler.conductor import Conductor, epochs_trained
+from service.scheduler import glances
+from service.scheduler.conductor import Conductor
+from service.scheduler.glances import Glance
 from service.scheduler.leadership import Leadership
 
 log = structlog.get_logger()
@@ -20,8 +22,15 @@ log = structlog.get_logger()
 MAX_ERRORS = 5
 """A study whose sampler raises so many times in a row fails; the others go on."""
 
-_SLICE_SECONDS = 0.25
-"""Epochs wait at most so long to be judged, about as often as one worker reports them."""
+LONGEST_PAUSE_SECONDS = 0.25
+"""Between two glances: epochs wait at most so long to be judged, about as often as one worker
+reports them, and an ended trial for its successor."""
+
+SHORTEST_PAUSE_SECONDS = 0.02
+"""While trials end or are wanted at each glance."""
+
+_PAUSE_FOR_GLANCE = 10
+"""A pause is as many times as long as the glance before it took, so that they cost a tenth."""
 
 
 class Scheduler:
@@ -39,8 +48,8 @@ class Scheduler:
         self._conductors: dict[int, Conductor] = {}
         self._errors: dict[int, int] = {}
         self._unfinished: set[int] = set()
-        self._trained: Mapping[int, int] = {}
-        self._look_due = 0.0
+        self._pause = LONGEST_PAUSE_SECONDS
+        self._glance_due = 0.0
         self._settling_due = 0.0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
@@ -64,25 +73,32 @@ class Scheduler:
                     due = time.monotonic() + self._settings.poll_seconds
                 if everyone or news:
                     self._attend(None if everyone else news)
-                patience = min(_SLICE_SECONDS, max(0.0, due - time.monotonic()))
+                patience = max(0.0, min(due, self._glance_due) - time.monotonic())
                 news = listener.wait(0 if self._unfinished else patience) | self._unfinished
-                news |= self._trained_on()
+                news |= self._glance()
         self._leadership.give_up()
 
-    def _trained_on(self) -> set[int]:
-        """Return the studies that have new epochs for their pruners; ask once a slice."""
-        judged = [id_ for id_, conductor in self._conductors.items() if conductor.prunes]
-        if not judged or time.monotonic() < self._look_due:
+    def _glance(self) -> set[int]:
+        """Return which of the studies that it leads want a round, if it is time for a glance."""
+        began = time.monotonic()
+        if began < self._glance_due:
             return set()
-        self._look_due = time.monotonic() + _SLICE_SECONDS
-        before = self._trained
+        seen = self._seen_now() if self._conductors else {}
+        busy = {id_ for id_, one in seen.items() if self._conductors[id_].has_ends_or_wants(one)}
+        judged = {id_ for id_, one in seen.items() if self._conductors[id_].has_epochs(one)}
+        took = time.monotonic() - began
+        pause = max(SHORTEST_PAUSE_SECONDS, _PAUSE_FOR_GLANCE * took) if busy else 2 * self._pause
+        self._pause = min(pause, LONGEST_PAUSE_SECONDS)
+        self._glance_due = time.monotonic() + self._pause
+        return busy | judged
+
+    def _seen_now(self) -> Mapping[int, Glance]:
         try:
             with database.transaction(self._engine) as session:
-                self._trained = epochs_trained(session, judged)
+                return glances.of_each(session, self._conductors, self._settings.lease_seconds)
         except (DBAPIError, TimeoutError) as error:
             self._lose_touch(error)
-            return set()
-        return {id_ for id_, epochs in self._trained.items() if epochs != before.get(id_)}
+            return {}
 
     def _attend(self, news: set[int] | None) -> None:
         """Conduct the studies of which there is news, all of them if None."""
@@ -113,6 +129,7 @@ class Scheduler:
         except (StaleView, NotFound) as error:
             log.info("mirror_stale", study_id=study_id, reason=str(error))
             self._conductors.pop(study_id, None)
+            self._unfinished.add(study_id)
         except Exception as error:  # noqa: BLE001 - a sampler may raise anything
             if database.is_outage(error):
                 self._lose_touch(error)

@@ -1,6 +1,5 @@
 """Connections of a pool, and whom a notification is meant for."""
 
-import hashlib
 import socket
 from select import select
 
@@ -13,9 +12,14 @@ from tests import builders
 LAST = 77
 
 
-def notify(engine: Engine, payload: str) -> None:
+def of_worker(url: str, name: str) -> database.Listener:
+    """What a worker of this name listens with."""
+    return database.Listener(url, database.WORK, database.work_for(name), program="worker")
+
+
+def notify(engine: Engine, payload: str, channel: str = database.WORK) -> None:
     with engine.begin() as connection:
-        connection.execute(text(f"NOTIFY {database.WORK}, '{payload}'"))
+        connection.execute(text(f"NOTIFY {channel}, '{payload}'"))
 
 
 def all_that_comes(listener: database.Listener, engine: Engine) -> set[int]:
@@ -51,7 +55,7 @@ def test_new_trials_wake_those_who_want_some_and_no_others(
         builders.register(engine, f"w{i}")
     heard = 0
     for i in range(20):
-        with database.Listener(database_url, database.WORK, name=f"w{i}") as listener:
+        with of_worker(database_url, f"w{i}") as listener:
             listener.wait(0)
             builders.append(engine, study, 1)
             heard += study.study_id in all_that_comes(listener, engine)
@@ -70,18 +74,27 @@ def test_neither_the_dead_nor_those_who_cannot_train_them_are_woken_instead(
     with engine.begin() as connection:
         late = f"heartbeat_at = now() - interval '{silent}' WHERE name = 'useless'"
         connection.execute(text(f"UPDATE regtune.workers SET {late}"))
-    with database.Listener(database_url, database.WORK, name="busy") as listener:
+    with of_worker(database_url, "busy") as listener:
         listener.wait(0)
         builders.append(engine, study, 1)
         assert study.study_id in all_that_comes(listener, engine)
 
 
-def test_a_notification_for_others_goes_unheard(database_url: str, engine: Engine) -> None:
-    tags = {name: hashlib.md5(name.encode()).hexdigest()[:8] for name in ("me", "you")}
-    with database.Listener(database_url, database.WORK, name="me") as listener:
+def test_new_trials_that_nobody_wants_wake_everybody(database_url: str, engine: Engine) -> None:
+    study = builders.create(engine)
+    builders.register(engine, "useless", datasets=["mnist"])
+    with of_worker(database_url, "silent") as listener:
         listener.wait(0)
-        for payload in (f"1 {tags['you']}", f"2 {tags['you']} {tags['me']}", "3"):
-            notify(engine, payload)
+        builders.append(engine, study, 1)
+        assert all_that_comes(listener, engine) == {study.study_id}
+
+
+def test_a_notification_for_another_worker_goes_unheard(database_url: str, engine: Engine) -> None:
+    with of_worker(database_url, "me") as listener:
+        listener.wait(0)
+        notify(engine, "1", database.work_for("you"))
+        notify(engine, "2", database.work_for("me"))
+        notify(engine, "3")
         assert all_that_comes(listener, engine) == {2, 3}
 
 

@@ -8,13 +8,13 @@ import pytest
 from sqlalchemy import Connection, Engine, event, text
 from sqlalchemy.orm import Session
 
-from regtune import leasing, reporting, shapes, shares, standing, workers
+from regtune import events, leasing, reporting, shapes, shares, standing, workers
 from regtune.database import transaction
 from regtune.leasing import Lease
 from regtune.standing import Standing
 from regtune.studies import Study
 from service import records
-from service.scheduler import conductor
+from service.scheduler import conductor, glances
 from tests import builders
 
 TRIALS = 100_000
@@ -62,14 +62,24 @@ def heard(engine: Engine) -> Iterator[list[Statement]]:
 
 def whole_scans(engine: Engine, statement: Statement) -> list[str]:
     """The big tables that PostgreSQL would read from end to end for a statement."""
-    sql, parameters = statement
-    with engine.connect() as connection:
-        plan = connection.exec_driver_sql(f"EXPLAIN (FORMAT JSON) {sql}", parameters).scalar_one()
     return [
         node["Relation Name"]
-        for node in _nodes(plan[0]["Plan"])
+        for node in plan(engine, statement)
         if node["Node Type"] == "Seq Scan" and node["Relation Name"] in BIG
     ]
+
+
+def indexes(engine: Engine, statement: Statement) -> set[str]:
+    """The indexes by which PostgreSQL would find what a statement asks for."""
+    return {node["Index Name"] for node in plan(engine, statement) if "Index Name" in node}
+
+
+def plan(engine: Engine, statement: Statement) -> Sequence[Mapping[str, Any]]:
+    """All nodes of the plan of a statement."""
+    sql, parameters = statement
+    with engine.connect() as connection:
+        found = connection.exec_driver_sql(f"EXPLAIN (FORMAT JSON) {sql}", parameters).scalar_one()
+    return [*_nodes(found[0]["Plan"])]
 
 
 def _nodes(plan: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -113,14 +123,14 @@ def test_what_is_asked_all_the_time_reads_no_big_table_from_end_to_end(
             stay_seconds=10,
         ),
         lambda session: workers.beat(session, "w", wanted_lanes=1, study_id=id_),
-        lambda session: session.execute(conductor._COUNTS, {"study_id": id_}),
+        lambda session: glances.of(session, id_, 30),
         lambda session: session.execute(
             conductor._ENDED, {"study_id": id_, "open": list(range(100))}
         ),
         lambda session: session.execute(
             conductor._EPOCHS, {"study_id": id_, "seen": '[{"number": 7, "epoch": 1}]'}
         ),
-        lambda session: conductor.epochs_trained(session, [id_]),
+        lambda session: events.newest(session, [id_]),
         lambda session: standing.of(session, id_),
         lambda session: records.best(session, study, STANDS),
         lambda session: records.baseline(session, study),
@@ -155,11 +165,17 @@ def test_a_lease_does_not_read_the_waiting_trials_of_other_shapes(
         leases = leasing.lease(session, study.study_id, "w", 8, 30)
     assert len(leases) == 8
     assert whole_scans(engine, asked[0]) == []
-    sql, parameters = asked[0]
-    with engine.connect() as connection:
-        plan = connection.exec_driver_sql(f"EXPLAIN (FORMAT JSON) {sql}", parameters).scalar_one()
-    used = {node.get("Index Name") for node in _nodes(plan[0]["Plan"])}
-    assert "trials_waiting" in used
+    assert "trials_waiting" in indexes(engine, asked[0])
+
+
+def test_a_stream_reads_no_event_that_it_has_told(engine: Engine, study: Study) -> None:
+    with heard(engine) as asked, transaction(engine) as session:
+        last = events.newest(session, [study.study_id])[study.study_id]
+        assert events.read(session, study.study_id, last) == []
+        assert len(events.read(session, study.study_id, "497-0")) < 1000
+    for statement in asked:
+        assert indexes(engine, statement) == {"events_in_order"}
+        assert [node for node in plan(engine, statement) if "Filter" in node] == []
 
 
 _LET_HALF_WAIT_IN_ANOTHER_SHAPE = """
@@ -193,8 +209,9 @@ _FILL = (
     INSERT INTO regtune.epochs
     SELECT n + 1, 1, 1, 1, 1, 1, 1, 1, 1 FROM generate_series(0, :count - 1) AS n""",
     """
-    INSERT INTO regtune.events (study_id, number, kind, actor)
-    SELECT :study_id, n, 'trial_complete', 'w' FROM generate_series(0, :count - 1) AS n""",
+    INSERT INTO regtune.events (transaction_id, study_id, number, kind, actor)
+    SELECT (n % 500 + 1)::text::xid8, :study_id, n, 'trial_complete', 'w'
+    FROM generate_series(0, :count - 1) AS n""",
     "UPDATE regtune.studies SET appended = :count WHERE study_id = :study_id",
     "SELECT setval('public.trials_trial_id_seq', :count)",
 )

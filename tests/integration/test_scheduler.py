@@ -25,6 +25,8 @@ from tests.waiting import wait_until
 
 DEADLINE_SECONDS = 60
 SETTINGS = Settings(poll_seconds=0.2, lease_seconds=60, max_consecutive_failures=4)
+NO_POLL = SETTINGS.model_copy(update={"poll_seconds": 3600})
+"""What happens is noticed at a glance, or not at all."""
 
 Trainer = Callable[[Lease], tuple[list[float], Outcome | None]]
 """From a lease to the validation losses of its epochs and, unless it completes, its outcome."""
@@ -108,7 +110,7 @@ def test_a_study_of_forty_trials_with_three_workers_trains_exactly_forty(
 ) -> None:
     study = builders.create(engine, budget={"trials": 40})
     with (
-        scheduler(engine, database_url),
+        scheduler(engine, database_url, NO_POLL),
         HandWorker(engine, "a", 4),
         HandWorker(engine, "b", 3),
         HandWorker(engine, "c", 1),
@@ -261,8 +263,7 @@ def test_a_verdict_comes_back_with_the_flush_after_the_epoch_that_earned_it(
         engine, budget={"trials": 4}, training={"max_epochs": 20}, pruner={"first_epoch": 5}
     )
     builders.register(engine, lanes=4)
-    # Without a poll, only that the trials have trained on can have brought the scheduler here.
-    with scheduler(engine, database_url, SETTINGS.model_copy(update={"poll_seconds": 3600})):
+    with scheduler(engine, database_url, NO_POLL):
         wait_until(lambda: len(builders.states(engine, study)) == 4, DEADLINE_SECONDS)
         leases = {lease.number: lease for lease in builders.lease(engine, study, 4)}
         losses = {leases[2].trial_id: 0.1, leases[3].trial_id: 1.0}
@@ -307,12 +308,17 @@ def test_a_small_study_whose_every_trial_fails_has_failed(
     engine: Engine, database_url: str
 ) -> None:
     def crash(_: Lease) -> tuple[list[float], Outcome]:
-        return [1.0], Failed("ValueError", "Traceback …")
+        return [1.0], Failed("ValueError: no such column", "Traceback …")
 
     study = builders.create(engine, budget={"trials": 2})
     with scheduler(engine, database_url), HandWorker(engine, "a", 2, crash):
         wait_until(over(engine, study), DEADLINE_SECONDS)
-    assert builders.study_state(engine, study) == "failed"
+    with transaction(engine) as session:
+        ended = studies.by_id(session, study.study_id)
+    assert (ended.state, ended.reason) == (
+        "failed",
+        "every trial failed; the last one: ValueError: no such column",
+    )
 
 
 def test_diverged_trials_teach_the_sampler_and_do_not_fail_the_study(
@@ -362,8 +368,8 @@ def test_a_lost_worker_is_replaced_under_the_same_numbers(
     study = builders.create(engine, budget={"trials": 6})
     builders.append(engine, study, 2)
     with transaction(engine) as session:
-        leasing.lease(session, study.study_id, "gone", 2, 0.1)
-    with scheduler(engine, database_url), HandWorker(engine, "a", 2):
+        leasing.lease(session, study.study_id, "gone", 2, 2)
+    with scheduler(engine, database_url, NO_POLL), HandWorker(engine, "a", 2):
         wait_until(over(engine, study), DEADLINE_SECONDS)
     attempts = rows(engine, "SELECT attempt, lost_leases FROM regtune.trials ORDER BY number")
     assert attempts == [(2, 1)] * 2 + [(1, 0)] * 4

@@ -10,11 +10,12 @@ import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
-from regtune import leasing, reporting, shares, studies, workers
+from regtune import leasing, reporting, shares, studies
 from regtune.database import transaction
 from regtune.leasing import Lease
 from regtune.spec import parse_change
 from regtune.studies import Study, Verb
+from service.scheduler import glances
 from tests import builders
 from tests.audit import audit
 from tests.waiting import wait_until
@@ -238,7 +239,7 @@ def test_only_workers_with_the_device_that_a_study_requires_train_it(
     for name, kind, gigabytes in devices:
         builders.register(engine, name, device_kind=kind, memory_bytes=gigabytes * 10**9)
     with transaction(engine) as session:
-        assert workers.wanted_lanes(session, study.study_id, 60) == len(can)
+        assert glances.of(session, study.study_id, 60).wanted_lanes == len(can)
     builders.append(engine, study, 1)
     with transaction(engine) as session:
         chosen = [name for name, _, _ in devices if shares.choose(session, name)]

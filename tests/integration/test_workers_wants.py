@@ -1,4 +1,4 @@
-"""Whom a worker wakes when it says what it wants."""
+"""What workers want, and that they wake nobody by saying so."""
 
 from collections.abc import Callable, Iterator
 
@@ -7,6 +7,7 @@ from sqlalchemy import Engine, text
 
 from regtune import database, workers
 from regtune.database import transaction
+from service.scheduler import glances
 from tests import builders
 
 MARK = 77
@@ -29,21 +30,17 @@ def heard(engine: Engine, database_url: str) -> Iterator[Callable[[], set[int]]]
         yield so_far
 
 
-def beat(engine: Engine, wanted_lanes: int) -> None:
-    with transaction(engine) as session:
-        workers.beat(session, "w", wanted_lanes=wanted_lanes, study_id=None)
-
-
-def test_a_worker_wakes_the_scheduler_only_when_it_wants_something_else(
+def test_only_a_new_worker_wakes_the_scheduler(
     engine: Engine, heard: Callable[[], set[int]]
 ) -> None:
+    study = builders.create(engine)
+    assert heard() == {study.study_id}
     builders.register(engine, lanes=2)
     assert heard() == {workers.ANY_STUDY}
-    beat(engine, 2)
-    assert heard() == set()
-    beat(engine, 1)
-    assert heard() == {workers.ANY_STUDY}
-    beat(engine, 0)
+    builders.append(engine, study, 1)
+    builders.complete(engine, builders.lease(engine, study))
+    with transaction(engine) as session:
+        workers.beat(session, "w", wanted_lanes=1, study_id=None)
     assert heard() == set()
 
 
@@ -52,6 +49,6 @@ def test_lanes_are_wanted_by_the_living_who_have_the_task(engine: Engine) -> Non
     builders.register(engine, "w", lanes=2)
     builders.register(engine, "other", lanes=4, datasets=("mnist",))
     with transaction(engine) as session:
-        assert workers.wanted_lanes(session, study.study_id, 30) == 2
+        assert glances.of(session, study.study_id, 30).wanted_lanes == 2
     with transaction(engine) as session:
-        assert workers.wanted_lanes(session, study.study_id, 0) == 0
+        assert glances.of(session, study.study_id, 0).wanted_lanes == 0

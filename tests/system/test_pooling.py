@@ -23,10 +23,9 @@ STUDY = {
 DIRECT = {
     "regtune-scheduler-listen": 1,
     "regtune-scheduler-locks": 1,
-    "regtune-service-listen": 1,
     "regtune-worker-listen": 2,
 }
-"""Sessions around the proxy: the scheduler's, that of all who watch a study, each worker's."""
+"""Sessions around the proxy: the scheduler's and each worker's."""
 
 
 @pytest.mark.slow
