@@ -17,6 +17,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from math import inf
 from pathlib import Path
@@ -528,11 +529,18 @@ def _compile_for_device(recording: GraphModule, examples: Leaves, threads: int) 
     if examples[0].device.type != "cpu":
         return _compile(recording, examples, options)
     options |= {"cpp_wrapper": True, "cpp.threads": threads}
-    try:
-        # To try out first whether the compiler knows this CPU's vector instructions takes 6 s.
-        return _compile(recording, examples, options | {"cpp.vec_isa_ok": True})
-    except Exception:  # noqa: BLE001 - whatever a compiler says that does not know them
-        return _compile(recording, examples, options)
+    for more in (_VECTORS_KNOWN, _VECTORS_KNOWN | _LOOPS_APART):
+        # Whatever keeps it from compiling so, there is another way to try.
+        with suppress(Exception):
+            return _compile(recording, examples, options | more)
+    return _compile(recording, examples, options)
+
+
+_VECTORS_KNOWN = {"cpp.vec_isa_ok": True}
+"""To try out first whether the compiler knows this CPU's vector instructions takes 6 s."""
+
+_LOOPS_APART = {"cpp.max_horizontal_fusion_size": 1}
+"""Without it TorchInductor 2.15 trips over steps with max-norm (a ``KeyError`` of its own)."""
 
 
 def _compile(recording: GraphModule, examples: Leaves, options: dict[str, Any]) -> Form:

@@ -552,6 +552,26 @@ def test_a_trial_is_the_same_compiled(make_engine, training, dtype, epochs, tole
     torch.testing.assert_close(curve, expected, rtol=tolerance, atol=0)
 
 
+@pytest.mark.slow
+def test_a_step_that_the_compiler_trips_over_is_compiled_another_way(make_engine):
+    """Once this torch does not raise any more, the other way can go."""
+    engine = make_engine(
+        settings={"hidden": [16] * 3, "norm": "none"},
+        knobs=frozenset({"dropout", "input_dropout", "max_norm"}),
+        optimizer="sgd",
+        momentum=0.95,
+        dtype=torch.float32,
+    )
+    engine.join([trial(i, dropout=0.3, input_dropout=0.2, max_norm=float(i % 3)) for i in range(4)])
+    train(engine, 3)
+    step = next(program for program in engine.programs if program.name == "step")
+    options = {"cpp_wrapper": True, "cpp.threads": 1, **compiling._VECTORS_KNOWN}
+    with pytest.raises(Exception, match="KeyError"):
+        compiling._compile(step.recording, step.examples, options)
+    compiled(engine)
+    train(engine, 1)
+
+
 def test_a_recording_with_constants_runs_while_it_is_compiled():
     weights, anew = torch.rand(7), time.time()  # so that nothing is found on disk
 
