@@ -26,11 +26,14 @@ LONGEST_PAUSE_SECONDS = 0.25
 """Between two glances: epochs wait at most so long to be judged, about as often as one worker
 reports them, and an ended trial for its successor."""
 
-SHORTEST_PAUSE_SECONDS = 0.02
-"""While trials end or are wanted at each glance."""
+SHORTEST_PAUSE_SECONDS = 0.005
 
-_PAUSE_FOR_GLANCE = 10
-"""A pause is as many times as long as the glance before it took, so that they cost a tenth."""
+_PAUSE_SECONDS_PER_TRIAL = 0.0003
+"""Where trials have ended or are wanted, the next glance is the sooner the fewer are open: of many,
+several end even in a longer pause, and of few, none may be trained any more."""
+
+_PAUSE_FOR_GLANCE = 2
+"""A pause is at least so many times as long as the glance before it took."""
 
 
 class Scheduler:
@@ -87,8 +90,9 @@ class Scheduler:
         busy = {id_ for id_, one in seen.items() if self._conductors[id_].has_ends_or_wants(one)}
         judged = {id_ for id_, one in seen.items() if self._conductors[id_].has_epochs(one)}
         took = time.monotonic() - began
-        pause = max(SHORTEST_PAUSE_SECONDS, _PAUSE_FOR_GLANCE * took) if busy else 2 * self._pause
-        self._pause = min(pause, LONGEST_PAUSE_SECONDS)
+        pause = sum(one.open for one in seen.values()) * _PAUSE_SECONDS_PER_TRIAL
+        pause = max(pause if busy else 2 * self._pause, _PAUSE_FOR_GLANCE * took)
+        self._pause = min(max(pause, SHORTEST_PAUSE_SECONDS), LONGEST_PAUSE_SECONDS)
         self._glance_due = time.monotonic() + self._pause
         return busy | judged
 
