@@ -17,6 +17,7 @@ from regtune.reporting import Epoch, Failed, Outcome, Pruned
 from regtune.settings import Settings
 from regtune.spec import STRENGTHS, parse_change
 from regtune.studies import Study
+from service.scheduler import glances
 from service.scheduler.conductor import Conductor
 from service.scheduler.loop import Scheduler
 from tests import builders
@@ -169,6 +170,25 @@ def test_no_more_trials_wait_than_workers_want_lanes(engine: Engine, database_ur
     for _ in range(3):
         conductor.round()
     assert builders.states(engine, study) == ["waiting"] * 6
+
+
+@pytest.mark.parametrize(("trials", "paused"), [(2, False), (50, True)])
+def test_wishes_that_cannot_be_fulfilled_call_for_no_round(
+    engine: Engine, trials: int, paused: bool
+) -> None:
+    study = builders.create(engine, budget={"trials": trials})
+    builders.register(engine, "idle", 2)
+    conductor = Conductor(engine, SETTINGS, study.study_id)
+    conductor.round()
+    with transaction(engine) as session:
+        if paused:
+            studies.act(session, study.name, "pause", "test")
+        workers.beat(session, "idle", wanted_lanes=6, study_id=None)
+    conductor.round()
+    with transaction(engine) as session:
+        glance = glances.of(session, study.study_id, SETTINGS.lease_seconds)
+    assert (glance.waiting, glance.wanted_lanes) == (2, 6)
+    assert not conductor.has_ends_or_wants(glance)
 
 
 def run_one_by_one(engine: Engine, url: str, study: Study, rebuild: bool) -> list[Any]:
