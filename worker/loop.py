@@ -272,7 +272,6 @@ class Worker:
                 self.name,
                 detail={"reason": str(reason), **detail},
             )
-            events.notify(session, database.NEWS, study.study_id)
 
     def _fail_one(self, study: Study, shape: str, error: Exception) -> None:
         """Fail one trial alone: other workers may well have what this one lacks.
