@@ -29,6 +29,9 @@ class Event:
     detail: Mapping[str, Any]
 
 
+_READABLE = "transaction_id < pg_snapshot_xmin(pg_current_snapshot())"
+"""Whether an event may be told: nothing that is still open can come before it."""
+
 START = "0-0"
 """The cursor before the first event."""
 
@@ -106,13 +109,13 @@ def read(session: Session, study_id: int, after: str, limit: int = 1000) -> Sequ
     transaction_id, event_id = parse_cursor(after)
     rows = session.execute(
         text(
-            """
+            f"""
             SELECT transaction_id || '-' || event_id AS cursor,
                    at, study_id, number, kind, actor, detail
             FROM regtune.events
             WHERE study_id = :study_id
               AND (transaction_id, event_id) > (cast(:transaction_id AS xid8), :event_id)
-              AND transaction_id < pg_snapshot_xmin(pg_current_snapshot())
+              AND {_READABLE}
             ORDER BY transaction_id, event_id
             LIMIT :limit
             """
@@ -127,12 +130,12 @@ def read(session: Session, study_id: int, after: str, limit: int = 1000) -> Sequ
     return [Event(**row._mapping) for row in rows]
 
 
-_NEWEST = text("""
+_NEWEST = text(f"""
 SELECT asked.study_id, last.cursor
 FROM unnest(cast(:study_ids AS int[])) AS asked(study_id), LATERAL (
     SELECT transaction_id || '-' || event_id AS cursor FROM regtune.events e
     WHERE e.study_id = asked.study_id
-      AND transaction_id < pg_snapshot_xmin(pg_current_snapshot())
+      AND {_READABLE}
     ORDER BY transaction_id DESC, event_id DESC LIMIT 1) last
 """)
 

@@ -95,7 +95,7 @@ class Conductor:
         self._judged_epochs = 0
 
     def has_ends_or_wants(self, glance: Glance) -> bool:
-        """Say whether trials have ended since the last round, or may be suggested now."""
+        """Say whether trials have ended or lost their leases, or some may be suggested now."""
         return (
             glance.open != len(self._mirror.open_numbers)
             or glance.overdue > 0
@@ -253,14 +253,14 @@ class Conductor:
             failed, reason = self._last_failed(session, limit)
             if failed >= limit:
                 return "failed", f"{limit} trials failed in a row; the last one: {reason}"
-        if glances.of(session, self._study_id, self._settings.lease_seconds).open:
+        stands = standing.of(session, self._study_id)
+        if stands.waiting or stands.running:
             return None
         if study.state == "stopping":
             return "stopped", study.reason or "stopped by request"
         used_up = self._used_up(session, study, news)
         if used_up is None:
             return None
-        stands = standing.of(session, self._study_id)
         if stands.failed == stands.ended > 0:
             return "failed", f"every trial failed; the last one: {self._last_failed(session, 1)[1]}"
         return "completed", used_up

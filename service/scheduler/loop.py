@@ -22,11 +22,12 @@ log = structlog.get_logger()
 MAX_ERRORS = 5
 """A study whose sampler raises so many times in a row fails; the others go on."""
 
-LONGEST_PAUSE_SECONDS = 0.25
+_LONGEST_PAUSE_SECONDS = 0.25
 """Between two glances: epochs wait at most so long to be judged, about as often as one worker
 reports them, and an ended trial for its successor."""
 
-SHORTEST_PAUSE_SECONDS = 0.005
+_SHORTEST_PAUSE_SECONDS = 0.005
+"""Less than a trial takes that hardly trains; a glance at a few of them takes 0.7 ms."""
 
 _PAUSE_SECONDS_PER_TRIAL = 0.0003
 """Where trials have ended or are wanted, the next glance is the sooner the fewer are open: of many,
@@ -51,7 +52,7 @@ class Scheduler:
         self._conductors: dict[int, Conductor] = {}
         self._errors: dict[int, int] = {}
         self._unfinished: set[int] = set()
-        self._pause = LONGEST_PAUSE_SECONDS
+        self._pause = _LONGEST_PAUSE_SECONDS
         self._glance_due = 0.0
         self._settling_due = 0.0
         self._stopping = threading.Event()
@@ -92,7 +93,7 @@ class Scheduler:
         took = time.monotonic() - began
         pause = sum(one.open for one in seen.values()) * _PAUSE_SECONDS_PER_TRIAL
         pause = max(pause if busy else 2 * self._pause, _PAUSE_FOR_GLANCE * took)
-        self._pause = min(max(pause, SHORTEST_PAUSE_SECONDS), LONGEST_PAUSE_SECONDS)
+        self._pause = min(max(pause, _SHORTEST_PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS)
         self._glance_due = time.monotonic() + self._pause
         return busy | judged
 
