@@ -43,9 +43,8 @@ from worker.training.lanes import (
     strengths_of,
 )
 from worker.training.layout import (
-    channels_last,
+    arrange_weights,
     memory_format_of_rows,
-    prefers_channels_last,
     stacked,
 )
 from worker.training.model import LaneModel
@@ -136,9 +135,8 @@ class Engine:
         self._optimizer = find_optimizer(training)
         _set_precision(training, device)
         models = _build_members(own, prepared, training.seed, dtype)
-        if prefers_channels_last(models[0], device):
-            for model in models:
-                channels_last(model)
+        for model in models:
+            arrange_weights(model, prepared.rows.input_shape, device)
         self.model = LaneModel(
             models[0],
             prepared.rows.first(SAMPLE_ROWS).on(torch.device("cpu")),

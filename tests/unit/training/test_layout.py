@@ -9,15 +9,16 @@ from tests.unit.training.test_architectures import convolutional, small_images
 from worker.training.engine import Engine
 from worker.training.lanes import LaneTensors
 from worker.training.layout import (
+    MANY_OUTPUTS,
+    arrange_weights,
     axes_in_memory,
-    channels_last,
     like,
     memory_format_of_rows,
-    prefers_channels_last,
     stacked,
 )
+from worker.training.noise import initial_weights
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LAST = torch.channels_last
 
 
@@ -44,14 +45,33 @@ def test_what_is_made_of_lanes_lies_as_they_do(channels):
 
 def test_only_convolutions_on_a_cpu_are_turned():
     convolutions, dense = nn.Sequential(nn.Conv2d(3, 4, 3)), nn.Sequential(nn.Linear(3, 4))
-    assert prefers_channels_last(convolutions, CPU)
-    assert not prefers_channels_last(dense, CPU)
-    assert not prefers_channels_last(convolutions, torch.device("cuda"))
-    channels_last(convolutions)
+    arrange_weights(convolutions, (3, 8, 8), CUDA)
+    assert convolutions[0].weight.is_contiguous()
+    arrange_weights(convolutions, (3, 8, 8), CPU)
     assert convolutions[0].weight.is_contiguous(memory_format=LAST)
     assert memory_format_of_rows(convolutions, (3, 8, 8), CPU) is LAST
+    assert memory_format_of_rows(convolutions, (3, 8, 8), CUDA) is torch.contiguous_format
     assert memory_format_of_rows(convolutions, (192,), CPU) is torch.contiguous_format
     assert memory_format_of_rows(dense, (3, 8, 8), CPU) is torch.contiguous_format
+
+
+def test_a_linear_layer_that_reads_rows_is_turned_if_it_has_many_outputs():
+    def network() -> nn.Sequential:
+        with initial_weights(0):
+            return nn.Sequential(
+                nn.Flatten(),
+                nn.Linear(48, MANY_OUTPUTS),
+                nn.Linear(MANY_OUTPUTS, 48),
+                nn.Linear(48, MANY_OUTPUTS - 1),
+            )
+
+    usual, turned, on_cuda = network(), network(), network()
+    arrange_weights(turned, (3, 4, 4), CPU)
+    arrange_weights(on_cuda, (3, 4, 4), CUDA)
+    assert [layer.weight.stride(0) for layer in turned[1:]] == [1, MANY_OUTPUTS, 48]
+    assert [layer.weight.stride(0) for layer in on_cuda[1:]] == [48, MANY_OUTPUTS, 48]
+    for mine, theirs in zip(turned.parameters(), usual.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 @pytest.fixture
