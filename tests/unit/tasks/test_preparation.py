@@ -1,4 +1,6 @@
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -129,6 +131,30 @@ def test_images_of_bytes_get_one_mean_and_deviation_for_each_channel():
         torch.testing.assert_close(mean, torch.zeros(2), atol=1e-5, rtol=0)
         torch.testing.assert_close(deviation, torch.ones(2))
         assert training[:, 0, 0].mean().abs() > 1e-3  # pixels are not standardized one by one
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_rows_lie_as_they_are_wanted_in_memory_that_asks_for_huge_pages(memory_format):
+    x = np.random.default_rng(0).random((2000, 3, 30, 30))
+    y = np.arange(2000) % 2
+    data = Data(x, y, x[:5], y[:5], classes=2, standardize=False)
+    rows = prepare(data, Validation(), 0, torch.float32).on(CPU, memory_format).rows
+    assert rows.x.is_contiguous(memory_format=memory_format)
+    assert torch.equal(rows.x, torch.from_numpy(x).float())
+    if Path("/sys/kernel/mm/transparent_hugepage").exists():
+        assert "hg" in memory_flags(rows.x.data_ptr() + rows.x.nbytes // 2)
+
+
+def memory_flags(address: int) -> list[str]:
+    """What the system has been told of the memory at an address, see ``man 5 proc_pid_smaps``."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if span := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            first, end = (int(number, 16) for number in span.groups())
+            inside = first <= address < end
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise LookupError(hex(address))
 
 
 def test_the_data_set_itself_stays_as_it_is():
