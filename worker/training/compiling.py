@@ -387,7 +387,8 @@ class Programs:
         for program, share in zip(programs, work, strict=True):
             spent = seconds * share / max(sum(work), 1)
             program.seconds += spent
-            program.certain = program.seconds + spent * epochs_to_come
+            expected = self._expected.get((program.name, program.lanes), 0.0)
+            program.certain = max(expected, program.seconds + spent * epochs_to_come)
         self.compile_what_pays()
         return changed
 

@@ -140,18 +140,13 @@ def synchronize(device: torch.device) -> None:
 
 
 def chunk_sizes(lanes: int, threads: int) -> list[int]:
-    """Return how many lanes each chunk takes: powers of two, the larger ones first.
+    """Return how many lanes each chunk takes: a thread's share, at most ``CPU_CHUNK``, or the rest.
 
-    So that only a few sizes have to be recorded and compiled, however many lanes there are.
+    So only a few sizes have to be recorded and compiled, however many lanes there are.
     """
-    share = -(-lanes // threads)
-    sizes = []
-    size = min(CPU_CHUNK, 1 << max(0, share - 1).bit_length())
-    while lanes:
-        sizes += [size] * (lanes // size)
-        lanes %= size
-        size //= 2
-    return sizes
+    size = min(CPU_CHUNK, -(-lanes // threads))
+    rest = [lanes % size] if lanes % size else []
+    return [size] * (lanes // size) + rest
 
 
 def _prepare_thread() -> None:

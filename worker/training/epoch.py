@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 from regtune.spec import Training
 from worker.tasks.preparation import Prepared
@@ -84,16 +85,23 @@ class Held:
             torch.from_numpy(counts).to(like),
         )
 
-    def of(self, members: Sequence[int]) -> tuple[Order, Tensor]:
-        """Return what lanes of these members are evaluated on, and the weights of that.
+    def of(self, members: Sequence[int], most: int) -> tuple[Order, Tensor, int]:
+        """Return what lanes of these members are evaluated on, its weights, and the batch size.
 
-        Where there is but one member, lanes see the same.
+        Batches are of ``most`` rows or less, all alike, so that there is one program to record:
+        the last one is filled up. Where there is but one member, lanes see the same.
         """
-        if len(self.numbers_MR) == 1:
-            return Order(self.numbers_MR, 0), self.weight_MR[0]
+        rows = self.numbers_MR.shape[1]
+        batches = -(-rows // most)
+        size = -(-rows // batches)
+        filling = batches * size - rows
+        numbers_MR = np.pad(self.numbers_MR, ((0, 0), (0, filling)), "wrap")
+        weight_MR = pad(self.weight_MR, (0, filling))
+        if len(numbers_MR) == 1:
+            return Order(numbers_MR, 0), weight_MR[0], size
         distinct = sorted(set(members))
         group = [distinct.index(member) for member in members]
-        return Order(self.numbers_MR[distinct], group), self.weight_MR[members]
+        return Order(numbers_MR[distinct], group), weight_MR[members], size
 
     def targets(self, order: Order) -> Tensor:
         """Return the targets of these rows, on the device."""
@@ -445,12 +453,12 @@ class Epochs:
         tick: Tick,
     ) -> Tensor:
         """Return each lane's mean loss and score on rows held out: ``(K, 2)``."""
-        order, weight = held.of(members)
+        order, weight, size = held.of(members, self._evaluation_rows)
         source = self._source(held.supply, members)
         terms = self._objective.terms
         total_TK = self._like.new_zeros(terms, len(members))
         ranked = []
-        weights = torch.split(weight, self._evaluation_rows, dim=-1)
+        weights = torch.split(weight, size, dim=-1)
 
         @cache
         def measure(shape: torch.Size) -> Callable[..., Tensor]:
@@ -458,8 +466,7 @@ class Epochs:
             program = self.programs.find("measure", len(members), chunk.threads, *shapes)
             return program.bind(step.ways_to_measure(), parameters, buffers, source)
 
-        sizes = [some.shape[-1] for some in weights]
-        with closing(held.supply.batches(order, sizes)) as batches:
+        with closing(held.supply.batches(order, [size] * len(weights))) as batches:
             for batch, counts in zip(batches, weights, strict=True):
                 measured = measure(counts.shape)(counts, *batch)
                 total_TK += measured[:terms]

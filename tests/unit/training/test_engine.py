@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from regtune.spec import Validation
 from tests.unit.training.conftest import losses, train, trial
 from tests.unit.training.plain import plain_training
 from worker.training import compiling, cores
@@ -46,6 +47,20 @@ def test_a_trial_is_the_same_in_company_and_in_another_lane(make_engine, optimiz
     engine.join([*OTHERS, trial(0, **STRONG)])
     company = losses(train(engine, EPOCHS)[0])
     torch.testing.assert_close(company, alone(make_engine, **settings), rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("validation", [Validation(), Validation(folds=3)])
+def test_a_validation_in_batches_is_one_program_and_gives_the_same(make_engine, validation):
+    whole, in_batches = (make_engine(validation=validation, max_lanes=3) for _ in range(2))
+    rows = whole._epochs._validation.numbers_MR.shape[1]
+    in_batches._epochs._evaluation_rows = 7
+    assert whole._epochs._evaluation_rows > rows
+    assert rows % 3  # of three batches, the last one has to be filled up
+    for engine in (whole, in_batches):
+        engine.join([trial(0, **STRONG)])
+    ours, expected = (losses(train(engine, 3)[0]) for engine in (in_batches, whole))
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0)
+    assert [p.name for p in in_batches.programs].count("measure") == 1
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

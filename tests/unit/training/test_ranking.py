@@ -37,10 +37,13 @@ def build(make_engine, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]
     return with_rows
 
 
+@pytest.mark.parametrize("rows_at_once", [1, 7])
 @pytest.mark.parametrize("validation", [Validation(), Validation(folds=3)])
-def test_it_is_that_of_all_rows_whatever_batches_they_come_in(build, validation: Validation):
+def test_it_is_that_of_all_rows_whatever_batches_they_come_in(
+    build, validation: Validation, rows_at_once: int
+):
     engine = build(two_classes, validation)
-    engine._epochs._evaluation_rows = 1
+    engine._epochs._evaluation_rows = rows_at_once
     engine.join([trial(key, weight_decay=30 * key) for key in range(KEYS)])
     for _ in range(10):  # so that what measures is recorded
         epochs = engine.train_epoch()
