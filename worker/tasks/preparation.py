@@ -72,6 +72,16 @@ class Prepared:
             test=self.test.on(device, memory_format),
         )
 
+    def kept_on(
+        self, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format
+    ) -> "Prepared":
+        """Return the same with all rows on ``device``, bytes as they are."""
+        return replace(
+            self,
+            rows=self.rows.kept_on(device, memory_format),
+            test=self.test.kept_on(device, memory_format),
+        )
+
 
 def prepare(
     data: Data,
@@ -221,7 +231,8 @@ def _standardize(
         )
         for (training, validated), (own_mean, own_deviation) in zip(chosen, found, strict=True)
     ]
-    return splits, Standardization(dtype, mean, deviation)
+    stored = torch.from_numpy(train_x[:0]).dtype
+    return splits, Standardization.by(mean, deviation, dtype, stored)
 
 
 def _encode(

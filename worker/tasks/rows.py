@@ -19,35 +19,61 @@ They may lie in a file that is larger than the machine's memory.
 
 @dataclass(frozen=True)
 class Standardization:
-    """How stored inputs become numbers of ``dtype``.
+    """How stored inputs become numbers of ``dtype``: (x − ``center``) · ``factor``.
 
-    ``mean`` and ``deviation`` are float64 and broadcast over rows; None for inputs that are
-    standardized already. The result is the same on every device, one row or all at a time.
+    Both broadcast over rows; None for inputs that are standardized already. The result is the same
+    on every device, one row or all at a time.
     """
 
     dtype: torch.dtype
-    mean: Tensor | None = None
-    deviation: Tensor | None = None
+    center: Tensor | None = None
+    factor: Tensor | None = None
+
+    @classmethod
+    def by(
+        cls, mean: Tensor, deviation: Tensor, dtype: torch.dtype, stored: torch.dtype
+    ) -> "Standardization":
+        """Return what gives inputs stored in a type a mean of 0 and a deviation of 1.
+
+        ``mean`` and ``deviation`` are float64. Bytes are computed with in ``dtype``, which holds
+        them exactly, so that a step can do it; anything else in float64.
+        """
+        precise = dtype if stored is torch.uint8 else torch.float64
+        return cls(dtype, mean.to(precise), (1 / deviation).to(precise))
+
+    def of_row(self, row: Tensor) -> tuple[Tensor, ...]:
+        """Return center and factor for each number of a row; nothing if there is nothing to do.
+
+        They lie in memory as the row does, or are single numbers: anything else is broadcast along
+        axes so short that it takes three times as long.
+        """
+        if self.center is None or self.factor is None:
+            return ()
+        parts = self.center[0], self.factor[0]
+        if parts[0].numel() == 1:
+            return parts
+        lying = torch.empty_like(row, dtype=self.dtype)
+        return tuple(torch.empty_like(lying).copy_(one) for one in parts)
 
     def to(self, device: torch.device) -> "Standardization":
         """Return the same for inputs on ``device``."""
-        if self.mean is None or self.deviation is None:
+        if self.center is None or self.factor is None:
             return self
-        return replace(self, mean=self.mean.to(device), deviation=self.deviation.to(device))
+        return replace(self, center=self.center.to(device), factor=self.factor.to(device))
 
     def write(self, stored: Tensor, to: Tensor) -> None:
         """Write to ``to`` what these stored inputs become."""
         to.copy_(stored)
-        if self.mean is not None and self.deviation is not None:
-            to.sub_(self.mean).div_(self.deviation)
+        if self.center is not None and self.factor is not None:
+            to.sub_(self.center).mul_(self.factor)
 
 
 @dataclass(frozen=True)
 class Rows:
     """Inputs ``(N, *features)`` and targets ``(N,)``.
 
-    Either on the training device as a step wants them; or, with ``pending``, on the host, where
-    inputs are of whatever type the data set has and that is still to be done to them.
+    Either as a step wants them; or, with ``pending``, of whatever type the data set has, and that
+    is still to be done to them.
 
     Targets are labels, int64, or numbers of the same type as the inputs; for a loss of the task's
     own they may be anything, ``(N, …)``.
@@ -76,10 +102,23 @@ class Rows:
         return self.dtype.itemsize * prod(self.input_shape) + self.y[:1].nbytes
 
     @property
+    def bytes_kept(self) -> int:
+        """What a row takes where all of them are kept, see ``kept_on``."""
+        return self.x[:1].nbytes + self.y[:1].nbytes if self.are_bytes else self.bytes_each
+
+    @property
+    def are_bytes(self) -> bool:
+        """Whether inputs are bytes that steps standardize by themselves.
+
+        As numbers they would take four times the memory, and be read from there in every step.
+        """
+        return self.pending is not None and self.x.dtype is torch.uint8
+
+    @property
     def finished(self) -> bool:
         """Whether what is stored is what a step wants."""
         pending = self.pending
-        return pending is None or (pending.mean is None and pending.dtype == self.x.dtype)
+        return pending is None or (pending.center is None and pending.dtype == self.x.dtype)
 
     def on(
         self, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format
@@ -87,7 +126,7 @@ class Rows:
         """Return all rows on ``device`` as a step wants them, images in this memory format."""
         if self.pending is None:
             return Rows(self.x.to(device), self.y.to(device))
-        if self.pending.mean is None:
+        if self.pending.center is None:
             return Rows(self.x.to(device, self.dtype), self.y.to(device))
         x = _room(self.x.shape, self.dtype, device, memory_format)
         for some in blocks(self.x.shape):
@@ -95,6 +134,16 @@ class Rows:
             self.pending.write(self.x[some], part)
             x[some] = part.to(device)
         return Rows(x, self.y.to(device))
+
+    def kept_on(
+        self, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format
+    ) -> "Rows":
+        """Return the same as ``on``, but for bytes, which stay what they are."""
+        if self.pending is None or not self.are_bytes:
+            return self.on(device, memory_format)
+        x = _room(self.x.shape, self.x.dtype, device, memory_format)
+        x.copy_(self.x)
+        return Rows(x, self.y.to(device), self.pending.to(device))
 
     def first(self, count: int) -> "Rows":
         """Return the first few rows, stored alike."""

@@ -150,9 +150,11 @@ class Engine:
         self._initial_buffers = _stacked([self.model.buffers_of(m) for m in models], device)
         memory_format = memory_format_of_rows(models[0], prepared.rows.input_shape, device)
         with _no_room_for("all rows at once", device):
-            placed = prepared.on(device, memory_format) if self.residence.resident else prepared
+            resident = self.residence.resident
+            placed = prepared.kept_on(device, memory_format) if resident else prepared
         self._epochs = Epochs(
             placed,
+            resident,
             self.model,
             self._optimizer,
             training,

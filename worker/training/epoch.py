@@ -115,6 +115,7 @@ class Epochs:
     def __init__(
         self,
         prepared: Prepared,
+        resident: bool,
         model: LaneModel,
         optimizer: LaneOptimizer,
         training: Training,
@@ -126,14 +127,12 @@ class Epochs:
     ) -> None:
         """``knobs`` are the strengths that any lane may use; ``threads`` are CPU cores to use.
 
-        Rows that are still on the host are streamed, images in this memory format.
+        Rows that are not ``resident`` on the device are streamed, images in this memory format.
         """
         self._device = model.device
         self._pool = ThreadPoolExecutor(threads_that_bring(threads), "rows")
         self._supply, tested = (
-            Resident(rows)
-            if rows.pending is None
-            else Streamed(rows, self._device, memory_format, self._pool)
+            Resident(rows) if resident else Streamed(rows, self._device, memory_format, self._pool)
             for rows in (prepared.rows, prepared.test)
         )
         self._like = torch.empty(0, dtype=prepared.rows.dtype, device=self._device)
@@ -159,7 +158,7 @@ class Epochs:
         )
         self.programs = Programs(
             compiles=compiles and model.vectorized,
-            constants=[*self._supply.fixed, *tested.fixed],
+            constants=[*self._supply.fixed.tensors, *tested.fixed.tensors],
             epsilon=torch.finfo(torch.bfloat16).eps if training.precision == "bf16" else 0.0,
         )
         self._replicas: queue.LifoQueue[LaneStep] = queue.LifoQueue()
@@ -487,7 +486,7 @@ class Epochs:
             torch.stack([getattr(self._splits[member], part) for member in members])
             for part in ("scale", "shift")
         )
-        return *supply.fixed, scale_K, shift_K
+        return supply.fixed._replace(of_lanes=(scale_K, shift_K))
 
     def _scheduled(
         self, rate_K: NDArray[np.float64], places: Sequence[Place]

@@ -33,7 +33,7 @@ def choose(prepared: Prepared, device: torch.device, wish: OnDevice, batch_rows:
     Raises NoRoom if they are to be on a device that has no room for them, or if not even the
     batches of a few steps have room there.
     """
-    needed = sum(len(rows) * rows.bytes_each for rows in (prepared.rows, prepared.test))
+    needed = sum(len(rows) * rows.bytes_kept for rows in (prepared.rows, prepared.test))
     free = free_bytes(device)
     there = device.type == "cpu" and prepared.rows.finished
     if wish == "always" and needed > free and not there:

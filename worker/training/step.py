@@ -5,21 +5,37 @@ and compiled once for a number of lanes and used for any of them.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from worker.training import regularizers
+from worker.training.layout import rows_at
 from worker.training.model import Batch, LaneModel
 from worker.training.optimizers import LaneOptimizer
 
 Tensors = Mapping[str, Tensor]
 Live = tuple[Tensors, tuple[Tensors, ...], Tensors]
 """What a step changes: parameters, the optimizer's moments of each, the model's buffers."""
-Source = tuple[Tensor, ...]
-"""What rows are taken from in every step: all of them, ``x`` and ``y``, unless each step brings its
-own; where lanes standardize differently, also scale and shift of each."""
+
+
+class Source(NamedTuple):
+    """What rows are taken from in every step; a part that is not needed is empty.
+
+    ``rows`` are all of them, ``x`` and ``y``, unless each step brings its own. ``standardizing``
+    are center and factor of ``x`` that are bytes, see ``rows.Standardization``; ``of_lanes`` scale
+    and shift of each lane, ``(K, …)``, where lanes standardize differently.
+    """
+
+    rows: tuple[Tensor, ...] = ()
+    standardizing: tuple[Tensor, ...] = ()
+    of_lanes: tuple[Tensor, ...] = ()
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """All of them."""
+        return [*self.rows, *self.standardizing, *self.of_lanes]
 
 
 class LaneStep:
@@ -143,14 +159,17 @@ def gather(source: Source, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor, boo
     the rows ``x`` and ``y`` that they number, unless those are part of the source.
     """
     *brought, index = batch
-    x, y, *standardizing = *brought, *source
+    stored, y = brought or source.rows
     per_lane = index.ndim == 2
-    if not standardizing:
-        return x[index], y[index], per_lane
-    scale_K, shift_K = standardizing
-    # Lanes that share their rows are of one split.
-    scale, shift = (scale_K[:, None], shift_K[:, None]) if per_lane else (scale_K[0], shift_K[0])
-    return torch.addcmul(shift, x[index], scale), y[index], per_lane
+    x = rows_at(stored, index)
+    if source.standardizing:
+        center, factor = source.standardizing
+        x = x.to(center.dtype).sub_(center).mul_(factor)
+    if source.of_lanes:
+        # Lanes that share their rows are of one split.
+        scale, shift = (part[:, None] if per_lane else part[0] for part in source.of_lanes)
+        x = torch.addcmul(shift, x, scale)
+    return x, y[index], per_lane
 
 
 def _shaped_like(weights_K: Tensor, numbers_CK: Tensor) -> Sequence[Tensor]:

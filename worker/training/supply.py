@@ -21,6 +21,7 @@ from torch import Tensor
 
 from worker.tasks.rows import Rows
 from worker.training.batches import Order
+from worker.training.step import Source
 
 STEPS_AHEAD = 3
 """Batches that are gathered, or wait, while a step is computed."""
@@ -38,8 +39,8 @@ class Supply(Protocol):
     """Gives steps their rows; several chunks of lanes may ask at the same time."""
 
     @property
-    def fixed(self) -> tuple[Tensor, ...]:
-        """What is the same for every batch, see ``step.Source``."""
+    def fixed(self) -> Source:
+        """What is the same for every batch."""
 
     def batches(self, order: Order, sizes: Sequence[int]) -> BatchIterator:
         """Yield batches of these sizes, see ``step.gather``; to be closed unless at its end.
@@ -53,7 +54,9 @@ class Resident:
 
     def __init__(self, rows: Rows) -> None:
         self._device = rows.x.device
-        self.fixed: tuple[Tensor, ...] = (rows.x, rows.y)
+        self.fixed = Source(
+            (rows.x, rows.y), rows.pending.of_row(rows.x[0]) if rows.pending else ()
+        )
 
     def batches(self, order: Order, sizes: Sequence[int]) -> BatchIterator:
         """Yield the numbers of each batch's rows."""
@@ -65,7 +68,7 @@ class Resident:
 class Streamed:
     """Rows lie on the host, and batches are brought to the device."""
 
-    fixed: tuple[Tensor, ...] = ()
+    fixed = Source()
 
     def __init__(
         self,

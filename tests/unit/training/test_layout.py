@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from math import prod
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from worker.training.layout import (
     axes_in_memory,
     like,
     memory_format_of_rows,
+    rows_at,
     stacked,
 )
 from worker.training.noise import initial_weights
@@ -41,6 +43,19 @@ def test_what_is_made_of_lanes_lies_as_they_do(channels):
     assert torch.equal(joined[:2], weights)
     assert torch.equal(chosen, weights[[1, 0, 1]])
     assert torch.equal(stacked(list(weights)), weights)
+
+
+@pytest.mark.parametrize("index", [[4, 0, 4], [[1, 2], [3, 1]]])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("shape", [(5,), (5, 3), (5, 2, 3, 4), (5, 1, 3, 4), (5, 3, 1, 1)])
+def test_rows_are_found_by_number_and_lie_as_all_of_them_do(shape, last, index):
+    x = torch.arange(60 * 2)[: prod(shape)].view(shape)
+    if last and x.ndim == 4:
+        x = x.contiguous(memory_format=LAST)
+    found = rows_at(x, torch.tensor(index))
+    assert torch.equal(found, x[torch.tensor(index)])
+    rows = found.flatten(0, found.ndim - x.ndim)
+    assert axes_in_memory(rows, behind=1) == axes_in_memory(x, behind=1)
 
 
 def test_only_convolutions_on_a_cpu_are_turned():

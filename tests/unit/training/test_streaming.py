@@ -21,6 +21,7 @@ from worker.tasks.preparation import prepare
 from worker.training import compiling, cores, residence, supply
 from worker.training.engine import Engine
 from worker.training.residence import choose
+from worker.training.step import gather
 from worker.training.supply import STEPS_AHEAD, Streamed
 
 CPU = torch.device("cpu")
@@ -279,13 +280,33 @@ def with_free(monkeypatch: pytest.MonkeyPatch, free: float) -> None:
 
 
 def test_rows_are_resident_if_they_take_no_more_than_half_of_what_is_free(monkeypatch):
-    row = 3 * 16 * 16 * 4 + 8
+    row = 3 * 16 * 16 + 8  # images of bytes stay bytes
     with_free(monkeypatch, 2 * 28 * row)
-    assert choose(prepared(), CPU, "auto", 8) == residence.Residence(True, 28 * row)
-    assert not choose(prepared(), CPU, "never", 4).resident
+    assert choose(prepared(), CPU, "auto", 1) == residence.Residence(True, 28 * row)
+    assert not choose(prepared(), CPU, "never", 1).resident
     with_free(monkeypatch, 2 * 28 * row - 1)
-    assert not choose(prepared(), CPU, "auto", 4).resident
-    assert choose(prepared(), CPU, "always", 4).resident
+    assert not choose(prepared(), CPU, "auto", 1).resident
+    assert choose(prepared(), CPU, "always", 1).resident
+
+
+def test_numbers_take_four_bytes_each_where_they_are_resident(monkeypatch):
+    row = 6 * 4 + 4
+    with_free(monkeypatch, 2 * 116 * row)
+    assert choose(prepared(numbers), CPU, "auto", 1) == residence.Residence(True, 116 * row)
+
+
+def test_images_of_bytes_are_kept_as_such_and_a_step_sees_the_same_numbers(build):
+    engine = build("always", **CASES["augmented images"])
+    kept = engine._epochs._validation.rows
+    finished = prepare(small_images(Storage(Path("unused"))), Validation(), 3, torch.float64).on(
+        CPU, torch.channels_last
+    )
+    assert kept.x.dtype is torch.uint8
+    assert kept.x.is_contiguous(memory_format=torch.channels_last)
+    x, y, per_lane = gather(engine._epochs._supply.fixed, [torch.tensor([[3, 1], [0, 3]])])
+    assert per_lane
+    assert torch.equal(x, finished.rows.x[[3, 1, 0, 3]].view(x.shape))
+    assert torch.equal(y, finished.rows.y[[3, 1, 0, 3]].view(2, 2))
 
 
 def test_an_encoded_table_is_where_a_cpu_needs_it_anyway(monkeypatch):
@@ -294,10 +315,10 @@ def test_an_encoded_table_is_where_a_cpu_needs_it_anyway(monkeypatch):
 
 
 def test_what_fits_neither_way_is_refused_with_its_sizes(monkeypatch):
-    with_free(monkeypatch, 50_000)
-    with pytest.raises(NoRoom, match=r"86\.2 kB on cpu, which has 50\.0 kB free; .*=auto"):
+    with_free(monkeypatch, 20_000)
+    with pytest.raises(NoRoom, match=r"21\.7 kB on cpu, which has 20\.0 kB free; .*=auto"):
         choose(prepared(), CPU, "always", 8)
-    with pytest.raises(NoRoom, match=r"batches of 8 rows 123\.2 kB, but 50\.0 kB are free"):
+    with pytest.raises(NoRoom, match=r"batches of 8 rows 123\.2 kB, but 20\.0 kB are free"):
         choose(prepared(), CPU, "auto", 8)
 
 
