@@ -130,7 +130,11 @@ def finish(
     *,
     now: datetime | None = None,
 ) -> frozenset[int]:
-    """End trials as their outcomes say; return the ids of those whose leases still stood."""
+    """End trials as their outcomes say; return the ids of those whose leases still stood.
+
+    What Optuna shows of a completed or pruned trial is its last attempt, whatever earlier ones
+    trained.
+    """
     if not outcomes:
         return frozenset()
     ended = session.execute(
@@ -346,6 +350,11 @@ WITH outcome AS (
            count(*) FILTER (WHERE state = 'complete'), count(*) FILTER (WHERE state = 'pruned'),
            count(*) FILTER (WHERE state = 'failed'), 0, sum(epochs), min(started_at)
     FROM ended GROUP BY study_id
+), of_others AS (
+    DELETE FROM public.trial_intermediate_values v USING ended
+    WHERE ended.attempt > 1 AND ended.state <> 'failed' AND v.trial_id = ended.trial_id
+      AND NOT EXISTS (SELECT FROM regtune.epochs e WHERE e.trial_id = ended.trial_id
+                      AND e.attempt = ended.attempt AND e.epoch = v.step)
 ), public_trials AS (
     UPDATE public.trials p
     SET state = ended.optuna_state::public.trialstate,

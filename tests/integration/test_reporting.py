@@ -238,6 +238,19 @@ def test_a_retried_trial_without_a_checkpoint_leaves_no_curve_of_an_earlier_atte
     assert optuna_curve(engine, second) == {}
 
 
+def test_a_trial_that_is_pruned_before_it_is_resumed_leaves_no_curve_of_an_earlier_attempt(
+    engine, leases
+):
+    curve = [builders.epoch(1), builders.epoch(2)]
+    flush(engine, leases, {lease.trial_id: curve for lease in leases[:2]})
+    second = retried(engine, leases[0])
+    with transaction(engine) as session:
+        assert reporting.finish(session, [(second, Pruned("looks bad"))], "a")
+    assert optuna_curve(engine, second) == {}
+    assert sorted(optuna_curve(engine, leases[1])) == [1, 2]
+    assert audit(engine) == {}
+
+
 def test_nobody_resumes_a_trial_without_its_lease(engine, leases):
     flush(engine, leases, {leases[0].trial_id: [builders.epoch(1), builders.epoch(2)]})
     second = retried(engine, leases[0])
