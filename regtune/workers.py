@@ -9,12 +9,7 @@ from typing import Any
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from regtune import events
-from regtune.database import NEWS
 from regtune.task import Offer
-
-ANY_STUDY = 0
-"""In a notification: not about one study."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +71,6 @@ def register(
             "tasks": sorted(offer.tasks),
         },
     )
-    events.notify(session, NEWS, ANY_STUDY)
 
 
 def beat(

@@ -11,7 +11,6 @@ from sqlalchemy.exc import DBAPIError, TimeoutError
 from regtune import database, shares, studies
 from regtune.errors import NotFound, StaleView
 from regtune.settings import Settings
-from regtune.workers import ANY_STUDY
 from service.scheduler import glances
 from service.scheduler.conductor import Conductor
 from service.scheduler.glances import Glance
@@ -72,7 +71,7 @@ class Scheduler:
             due = 0.0
             news = listener.wait(0)  # listening before anything is read
             while not self._stopping.is_set():
-                everyone = time.monotonic() >= due or ANY_STUDY in news
+                everyone = time.monotonic() >= due
                 if everyone:
                     due = time.monotonic() + self._settings.poll_seconds
                 if everyone or news:
