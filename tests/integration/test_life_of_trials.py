@@ -441,5 +441,6 @@ def test_any_order_of_events_keeps_every_invariant(engine: Engine) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_any_order_of_events_keeps_every_invariant_for_long(engine: Engine) -> None:
     run(engine, 1000)
