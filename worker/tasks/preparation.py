@@ -63,24 +63,17 @@ class Prepared:
     class_weights: Tensor | None = None
 
     def on(
-        self, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format
+        self,
+        device: torch.device,
+        memory_format: torch.memory_format = torch.contiguous_format,
+        *,
+        keep_bytes: bool = False,
     ) -> "Prepared":
-        """Return the same with all rows on ``device`` as a step wants them."""
-        return replace(
-            self,
-            rows=self.rows.on(device, memory_format),
-            test=self.test.on(device, memory_format),
+        """Return the same with all rows on ``device``, see ``Rows.on``."""
+        rows, test = (
+            each.on(device, memory_format, keep_bytes=keep_bytes) for each in (self.rows, self.test)
         )
-
-    def kept_on(
-        self, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format
-    ) -> "Prepared":
-        """Return the same with all rows on ``device``, bytes as they are."""
-        return replace(
-            self,
-            rows=self.rows.kept_on(device, memory_format),
-            test=self.test.kept_on(device, memory_format),
-        )
+        return replace(self, rows=rows, test=test)
 
 
 def prepare(

@@ -103,7 +103,7 @@ class Rows:
 
     @property
     def bytes_kept(self) -> int:
-        """What a row takes where all of them are kept, see ``kept_on``."""
+        """What a row takes where all of them are kept, bytes as they are."""
         return self.x[:1].nbytes + self.y[:1].nbytes if self.are_bytes else self.bytes_each
 
     @property
@@ -121,11 +121,21 @@ class Rows:
         return pending is None or (pending.center is None and pending.dtype == self.x.dtype)
 
     def on(
-        self, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format
+        self,
+        device: torch.device,
+        memory_format: torch.memory_format = torch.contiguous_format,
+        *,
+        keep_bytes: bool = False,
     ) -> "Rows":
-        """Return all rows on ``device`` as a step wants them, images in this memory format."""
+        """Return all rows on ``device`` as a step wants them, images in this memory format.
+
+        ``keep_bytes`` leaves bytes what they are.
+        """
         if self.pending is None:
             return Rows(self.x.to(device), self.y.to(device))
+        if keep_bytes and self.are_bytes:
+            x = _room(self.x.shape, self.x.dtype, device, memory_format)
+            return Rows(x.copy_(self.x), self.y.to(device), self.pending.to(device))
         if self.pending.center is None:
             return Rows(self.x.to(device, self.dtype), self.y.to(device))
         x = _room(self.x.shape, self.dtype, device, memory_format)
@@ -134,16 +144,6 @@ class Rows:
             self.pending.write(self.x[some], part)
             x[some] = part.to(device)
         return Rows(x, self.y.to(device))
-
-    def kept_on(
-        self, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format
-    ) -> "Rows":
-        """Return the same as ``on``, but for bytes, which stay what they are."""
-        if self.pending is None or not self.are_bytes:
-            return self.on(device, memory_format)
-        x = _room(self.x.shape, self.x.dtype, device, memory_format)
-        x.copy_(self.x)
-        return Rows(x, self.y.to(device), self.pending.to(device))
 
     def first(self, count: int) -> "Rows":
         """Return the first few rows, stored alike."""

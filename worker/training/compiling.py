@@ -357,7 +357,7 @@ class Programs:
             if key not in self._programs:
                 kind = (name, lanes, *shapes)
                 program = Program(name, lanes, threads, self._constants, kind, self._epsilon)
-                program.certain = self._expected.get((name, lanes), 0.0)
+                program.certain = self._expected_of(program)
                 self._programs[key] = program
             return self._programs[key]
 
@@ -387,8 +387,8 @@ class Programs:
         for program, share in zip(programs, work, strict=True):
             spent = seconds * share / max(sum(work), 1)
             program.seconds += spent
-            expected = self._expected.get((program.name, program.lanes), 0.0)
-            program.certain = max(expected, program.seconds + spent * epochs_to_come)
+            known = program.seconds + spent * epochs_to_come
+            program.certain = max(self._expected_of(program), known)
         self.compile_what_pays()
         return changed
 
@@ -401,7 +401,7 @@ class Programs:
         self._expected = {(name, lanes): seconds for lanes in sizes}
         for program in self:
             program.take_work()
-            program.certain = self._expected.get((program.name, program.lanes), 0.0)
+            program.certain = self._expected_of(program)
         return self._compiles and seconds >= SECONDS_BEFORE_COMPILING
 
     def compile_what_pays(self) -> None:
@@ -437,6 +437,10 @@ class Programs:
     def _compiling(self) -> bool:
         alive = self._thread is not None and self._thread.is_alive()
         return alive and bool(self._queue.unfinished_tasks)
+
+    def _expected_of(self, program: Program) -> float:
+        """Return for how many seconds a program will run, as far as that has been said."""
+        return self._expected.get((program.name, program.lanes), 0.0)
 
     def _take_compiled(self) -> bool:
         taken = False

@@ -151,13 +151,13 @@ class Engine:
         memory_format = memory_format_of_rows(models[0], prepared.rows.input_shape, device)
         with _no_room_for("all rows at once", device):
             resident = self.residence.resident
-            placed = prepared.kept_on(device, memory_format) if resident else prepared
+            placed = prepared.on(device, memory_format, keep_bytes=True) if resident else prepared
         self._epochs = Epochs(
             placed,
-            resident,
             self.model,
             self._optimizer,
             training,
+            resident=resident,
             knobs=knobs,
             threads=threads or torch.get_num_threads(),
             compiles=compiles,

@@ -115,11 +115,11 @@ class Epochs:
     def __init__(
         self,
         prepared: Prepared,
-        resident: bool,
         model: LaneModel,
         optimizer: LaneOptimizer,
         training: Training,
         *,
+        resident: bool,
         knobs: Collection[str],
         threads: int,
         compiles: bool,
@@ -458,16 +458,12 @@ class Epochs:
         total_TK = self._like.new_zeros(terms, len(members))
         ranked = []
         weights = torch.split(weight, size, dim=-1)
-
-        @cache
-        def measure(shape: torch.Size) -> Callable[..., Tensor]:
-            shapes = shape, len(held.rows)
-            program = self.programs.find("measure", len(members), chunk.threads, *shapes)
-            return program.bind(step.ways_to_measure(), parameters, buffers, source)
-
+        shapes = weights[0].shape, len(held.rows)
+        program = self.programs.find("measure", len(members), chunk.threads, *shapes)
+        measure = program.bind(step.ways_to_measure(), parameters, buffers, source)
         with closing(held.supply.batches(order, [size] * len(weights))) as batches:
             for batch, counts in zip(batches, weights, strict=True):
-                measured = measure(counts.shape)(counts, *batch)
+                measured = measure(counts, *batch)
                 total_TK += measured[:terms]
                 ranked.append(measured[terms:].clone())  # a recorded program writes there again
                 tick()

@@ -65,12 +65,12 @@ def rows_at(x: Tensor, index: Tensor) -> Tensor:
     """
     if x.ndim == 1:
         return x[index]
-    order = axes_in_memory(x, behind=1)
-    turned = x.permute(0, *order)
-    found = turned.flatten(1).index_select(0, index.flatten())
-    leading = range(index.ndim)
-    back = [index.ndim + order.index(axis) for axis in range(1, x.ndim)]
-    return found.view(*index.shape, *turned.shape[1:]).permute(*leading, *back)
+    numbers = index.flatten()
+
+    def select(turned: Tensor) -> Tensor:
+        return turned.flatten(1).index_select(0, numbers).view(-1, *turned.shape[1:])
+
+    return like(x, select).view(*index.shape, *x.shape[1:])
 
 
 def stacked(lanes: Sequence[Tensor]) -> Tensor:
