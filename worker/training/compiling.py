@@ -7,10 +7,12 @@ about as long as compiling takes, or certainly will, TorchInductor compiles it i
 from the next epoch on the compiled form runs, if it gives the same numbers and is faster. A short
 study therefore never compiles, and a long one spends at most twice what it had to (the ski-rental
 bound).
-TorchInductor keeps what it has compiled on disk, where the next worker finds it.
+TorchInductor keeps what it has compiled on disk, where the next worker finds it; so what was
+compiled before need not run for long.
 """
 
 import atexit
+import hashlib
 import logging
 import os
 import queue
@@ -28,7 +30,7 @@ import structlog
 import torch
 import torch._inductor
 from torch import Tensor
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -55,6 +57,9 @@ SECONDS_BEFORE_RECORDING = 10.0
 
 SECONDS_BEFORE_COMPILING = 5.0
 """About what it takes to compile one function on one core."""
+
+SECONDS_BEFORE_FETCHING = 1.0
+"""The same for what is on disk: 0.1 s, and 1.4 s to load TorchInductor if nothing else has."""
 
 MOST_COMPILED = 16
 """Programs of one engine that are compiled; those in use longest, rarer ones stay recorded."""
@@ -141,7 +146,7 @@ class Program:
         self.calls = 0
         self.seconds = 0.0
         self.certain = 0.0
-        self._calls_before = 0
+        self._busy = 0.0
         self._first_called = perf_counter()
         self.queued = False
         self.challenger: Form | None = None
@@ -151,6 +156,7 @@ class Program:
         self.obstacle: str | None = None
         self.recording: GraphModule | None = None
         self.examples: Leaves = ()
+        self._known = False
         self._form: Form | None = None
         self._groups: Sequence[Group] = ()
         self._recordable = True
@@ -174,11 +180,16 @@ class Program:
             self.calls += 1
             if self.challenger is not None:
                 self._alone(lambda: self._duel([*leaves, *varying]))
-            if self._form is not None:
-                return self._run(self._form, leaves, varying)
-            if self._recordable and self._has_earned_recording():
+            form = self._form
+            if form is None and self._recordable and self._has_earned_recording():
                 self._alone(lambda: self._record(functions, spec, [*leaves, *varying]))
-            return functions[0](*fixed, *varying)
+            started = perf_counter()
+            if form is None:
+                result = functions[0](*fixed, *varying)
+            else:
+                result = self._run(form, leaves, varying)
+            self._busy += perf_counter() - started
+            return result
 
         return call
 
@@ -217,20 +228,26 @@ class Program:
 
     def _has_earned_recording(self) -> bool:
         since = perf_counter() - self._first_called
-        return (
-            self.calls > CALLS_BEFORE_RECORDING
-            or since > SECONDS_BEFORE_RECORDING
-            or self.certain >= SECONDS_BEFORE_COMPILING
+        return self.calls > CALLS_BEFORE_RECORDING or since > SECONDS_BEFORE_RECORDING or self.pays
+
+    @property
+    def pays(self) -> bool:
+        """Whether it runs for so long that it pays to compile it."""
+        return self.certain >= (
+            SECONDS_BEFORE_FETCHING if self._known else SECONDS_BEFORE_COMPILING
         )
 
     def forget_capture(self) -> None:
         """Drop the CUDA graph, which keeps a copy of whatever changes from call to call."""
         self._place = self._captured = None
 
-    def take_work(self) -> int:
-        """Return how many lane-steps this program has computed since it was last asked."""
-        calls, self._calls_before = self.calls - self._calls_before, self.calls
-        return calls * self.lanes
+    def take_work(self) -> float:
+        """Return how many seconds its calls have taken since it was last asked.
+
+        That is what the host has seen of them; a GPU goes on by itself.
+        """
+        busy, self._busy = self._busy, 0.0
+        return busy
 
     def demand_rematch(self) -> bool:
         """Let a compiled form that seemed slower try again; return whether there is one."""
@@ -262,6 +279,7 @@ class Program:
                 if min(seconds) < CLEARLY_FASTER * seconds[0]:
                     chosen = seconds.index(min(seconds))
             self.recording, self.examples = recordings[chosen]
+            self._known = mark_of(self.recording, self.examples, self.threads).exists()
             self._form = self.recording.forward
             log.debug("recorded", program=self.name, lanes=self.lanes, way=chosen)
         except Exception as error:  # noqa: BLE001 - whatever it is, the function itself still works
@@ -385,7 +403,7 @@ class Programs:
             changed |= sum(program.demand_rematch() for program in programs) > 0
         work = [program.take_work() for program in programs]
         for program, share in zip(programs, work, strict=True):
-            spent = seconds * share / max(sum(work), 1)
+            spent = seconds * share / (sum(work) or 1.0)
             program.seconds += spent
             known = program.seconds + spent * epochs_to_come
             program.certain = max(self._expected_of(program), known)
@@ -410,7 +428,7 @@ class Programs:
             return
         programs = list(self)
         queued = sum(program.queued for program in programs)
-        paying = {p.kind for p in programs if p.certain >= SECONDS_BEFORE_COMPILING}
+        paying = {program.kind for program in programs if program.pays}
         for program in programs:
             earned = program.recording is not None and program.kind in paying
             if earned and not program.queued and queued < MOST_COMPILED:
@@ -520,6 +538,17 @@ def record(
     return make_fx(flat)(*examples), examples
 
 
+def mark_of(recording: GraphModule, examples: Leaves, threads: int) -> Path:
+    """Return the file that says that this recording has been compiled before, if it is there.
+
+    It lies where TorchInductor keeps what it has compiled. Should that have gone, or not fit this
+    machine, compiling takes its time again.
+    """
+    shapes = [(one.shape, one.stride(), one.dtype, one.device.type) for one in examples]
+    said = repr((torch.__version__, threads, shapes, str(recording.graph)))
+    return Path(cache_dir()) / "recordings" / hashlib.sha256(said.encode()).hexdigest()
+
+
 def compile_recording(recording: GraphModule, examples: Leaves, threads: int) -> Form:
     """Return a recording as TorchInductor compiles it, for so many intra-op threads on a CPU.
 
@@ -528,7 +557,11 @@ def compile_recording(recording: GraphModule, examples: Leaves, threads: int) ->
     TorchInductor raises.
     """
     with _COMPILER:
-        return _compile_for_device(recording, examples, threads)
+        form = _compile_for_device(recording, examples, threads)
+    mark = mark_of(recording, examples, threads)
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    return form
 
 
 _COMPILER = threading.Lock()

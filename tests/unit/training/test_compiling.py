@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import structlog
@@ -24,6 +25,11 @@ OTHERS = {"max_norm": 0.8, "max_gradient_norm": 0.3, "input_dropout": 0.2, "mixu
 @pytest.fixture(autouse=True)
 def eager_to_record(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiling, "CALLS_BEFORE_RECORDING", 2)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(compiling, "cache_dir", lambda: str(tmp_path))
 
 
 @pytest.fixture
@@ -244,6 +250,40 @@ def test_what_was_compiled_once_is_found_on_disk_by_the_next_process(tmp_path):
         for _ in range(2)
     ]
     assert said == [["0", "1"], ["1", "0"]]
+
+
+def test_what_was_compiled_once_is_compiled_again_after_less_time():
+    queued = []
+    for seconds in (4.0, 6.0, 1.5, 0.5):
+        programs = Programs(compiles=True)
+        program = programs.find("busy", 1, 1)
+        bound = program.bind([busy])
+        for _ in range(4):
+            bound(torch.ones(10))
+        programs.epoch_ended(seconds)
+        queued.append(program.queued)
+        programs.end()
+    assert queued == [False, True, True, False]
+
+
+def test_an_epochs_time_is_shared_out_by_what_calls_have_taken(monkeypatch):
+    """Not by their number: those of a validation take longer than steps, and are fewer."""
+    programs = Programs(compiles=False)
+    clock = [0.0]
+    monkeypatch.setattr(compiling, "perf_counter", lambda: clock[0])
+
+    def taking(seconds: float) -> Callable[[torch.Tensor], torch.Tensor]:
+        def function(x: torch.Tensor) -> torch.Tensor:
+            clock[0] += seconds
+            return x
+
+        return function
+
+    rare, often = (programs.find(name, 1, 1) for name in ("rare", "often"))
+    for program, seconds in ((rare, 3.0), (often, 1.0), (often, 2.0)):
+        program.bind([taking(seconds)])(torch.ones(10))
+    programs.epoch_ended(12.0)
+    assert (rare.seconds, often.seconds) == (6.0, 6.0)
 
 
 ENDS_WHILE_COMPILING = """
