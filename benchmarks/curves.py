@@ -108,6 +108,13 @@ LANDSCAPES = {
             {"max_epochs": 80, "batch_size": 64},
         ),
         Landscape(
+            "mnist-short",
+            mnist,
+            60_000,
+            {"hidden": [128], "norm": "batch"},
+            {"max_epochs": 20, "batch_size": 64},
+        ),
+        Landscape(
             "digits",
             digits,
             1437,

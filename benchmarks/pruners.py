@@ -62,8 +62,9 @@ PRUNERS: Mapping[str, Mapping[str, Any]] = {
 }
 """Optuna's from the first epoch on, then from a third of them on, which is regtune's default."""
 
-MARGINS = (0.5, 0.75, 1.0)
-FIRST_SHARES = (1 / 5, 1 / 4, 1 / 3, 1 / 2)
+MARGINS = (0.75, 1.0, 1.25)
+LEAST_SHARES = (0.7, 0.8, 1.0)
+FIRST_SHARES = (1 / 5, 1 / 4, 1 / 3)
 TARGET = 0.95
 
 MakePruner = Callable[[StudySpec], BasePruner]
@@ -304,16 +305,18 @@ def _make_for(pruner: Mapping[str, Any], spec: StudySpec) -> BasePruner:
     return make_pruner(parse_spec(spec.canonical() | {"pruner": pruner}))
 
 
-def _tuned(margin: float, first_share: float, spec: StudySpec) -> BasePruner:
+def _tuned(margin: float, least_share: float, first_share: float, spec: StudySpec) -> BasePruner:
     epochs = spec.training.max_epochs
-    return ExtrapolationPruner(max(1, int(epochs * first_share)), epochs, noise_margin=margin)
+    return ExtrapolationPruner(max(1, int(epochs * first_share)), epochs, margin, least_share)
 
 
 def candidates() -> dict[str, MakePruner]:
     """Return our pruner with other constants."""
     return {
-        f"margin {margin}, first at {share:.2f}": partial(_tuned, margin, share)
-        for margin, share in product(MARGINS, FIRST_SHARES)
+        f"margin {margin}, share {share}, first at {first:.2f}": partial(
+            _tuned, margin, share, first
+        )
+        for margin, share, first in product(MARGINS, LEAST_SHARES, FIRST_SHARES)
     }
 
 
@@ -348,7 +351,7 @@ def print_tuning(runs: Sequence[Run]) -> None:
         print(f"\n{'with patience as searched' if patience else 'with patience off'}")
         for name in names:
             own = [run for run in runs if run.pruner == name and run.patience == patience]
-            print(f"{name:30}{_cell(own):>24}")
+            print(f"{name:40}{_cell(own):>24}")
     landscapes = list(dict.fromkeys(run.landscape for run in runs))
     left_out: list[Run] = []
     print("\nchosen on the other landscapes, on the one left out:")
@@ -364,7 +367,7 @@ def print_tuning(runs: Sequence[Run]) -> None:
         left_out += own
         for patience in (False, True):
             cell = _cell([run for run in own if run.patience == patience])
-            print(f"{landscape:14}{'patience' if patience else 'off':10}{best:30}{cell:>24}")
+            print(f"{landscape:14}{'patience' if patience else 'off':10}{best:40}{cell:>24}")
     print("all left-out landscapes, patience off:", _cell([r for r in left_out if not r.patience]))
     print("all left-out landscapes, with patience:", _cell([r for r in left_out if r.patience]))
 

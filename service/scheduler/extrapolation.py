@@ -7,6 +7,7 @@ compared with what the best trial has reached already.
 
 from collections.abc import Mapping
 from math import inf, isfinite, log2, sqrt
+from statistics import fmean
 
 import numpy as np
 from optuna import Study
@@ -15,10 +16,15 @@ from optuna.trial import FrozenTrial, TrialState
 
 from service.scheduler.changes import Changes
 
-NOISE_MARGIN = 0.75
+NOISE_MARGIN = 1.25
 """How many standard deviations of an epoch's noise a trial may still gain by luck; tuned."""
-LEAST_EPOCHS = 3
-"""Of the later half of a curve; with fewer, nobody knows its noise."""
+LEAST_SHARE = 0.7
+"""Of what a doubling of the epochs has gained, what the next one is credited with at least; tuned.
+"""
+LEAST_EPOCHS = 4
+"""With fewer, nobody knows a curve's gain and its noise."""
+NOISY_EPOCHS = 3
+"""From so many at least, the latest ones, its noise is told."""
 
 
 class ExtrapolationPruner(BasePruner):
@@ -30,11 +36,16 @@ class ExtrapolationPruner(BasePruner):
     """
 
     def __init__(
-        self, first_epoch: int, max_epochs: int, noise_margin: float = NOISE_MARGIN
+        self,
+        first_epoch: int,
+        max_epochs: int,
+        noise_margin: float = NOISE_MARGIN,
+        least_share: float = LEAST_SHARE,
     ) -> None:
         self._first_epoch = first_epoch
         self._max_epochs = max_epochs
         self._noise_margin = noise_margin
+        self._least_share = least_share
         self._changes = Changes()
         self._best_complete = inf
         self._running: dict[int, float] = {}
@@ -43,7 +54,9 @@ class ExtrapolationPruner(BasePruner):
         """Return whether the trial is not expected to come below the best loss of any trial."""
         if max(trial.intermediate_values, default=0) < self._first_epoch:
             return False
-        prospect = extrapolate(trial.intermediate_values, self._max_epochs, self._noise_margin)
+        prospect = extrapolate(
+            trial.intermediate_values, self._max_epochs, self._noise_margin, self._least_share
+        )
         return prospect is not None and prospect > self._best_loss(study)
 
     def _best_loss(self, study: Study) -> float:
@@ -60,27 +73,56 @@ class ExtrapolationPruner(BasePruner):
 
 
 def extrapolate(
-    losses: Mapping[int, float], max_epochs: int, noise_margin: float = NOISE_MARGIN
+    losses: Mapping[int, float],
+    max_epochs: int,
+    noise_margin: float = NOISE_MARGIN,
+    least_share: float = LEAST_SHARE,
 ) -> float | None:
     """Return how low a trial may still come by ``max_epochs``, judged by its losses by epoch.
 
-    A learning curve gains less with each doubling of the epochs. So for each doubling that is left,
-    the trial is credited with what the latest one has gained: of the best loss, or of the mean if
-    that fell by more, as when a loss that had risen comes down again. On top comes a margin for the
-    noise of single epochs. Losses that are not finite do not count. Returns None where the curve is
-    too short to tell. To stop what will not beat the best is the criterion of Domhan, Springenberg
-    & Hutter (2015); they extrapolate by a mixture of eleven parametric curves instead.
+    A learning curve gains less with each doubling of the epochs. Each one that is left is credited
+    with a share of what the one before it has gained: the latest one's share of its predecessor's
+    gain, but ``least_share`` at the least and all at the most. On top comes a margin for the noise
+    of single epochs. Losses that are not finite do not count. Returns None where the curve is too
+    short to tell. To stop what will not beat the best is the criterion of Domhan, Springenberg &
+    Hutter (2015); they extrapolate by a mixture of eleven parametric curves instead.
     """
-    finite = [(epoch, loss) for epoch, loss in sorted(losses.items()) if isfinite(loss)]
-    if not finite:
+    finite = {epoch: loss for epoch, loss in sorted(losses.items()) if isfinite(loss)}
+    if len(finite) < LEAST_EPOCHS:
         return None
-    now = finite[-1][0]
-    earlier = np.array([loss for epoch, loss in finite if now < 4 * epoch <= 2 * now])
-    later = np.array([loss for epoch, loss in finite if 2 * epoch > now])
-    if not len(earlier) or len(later) < LEAST_EPOCHS:
+    now = max(finite)
+    gain, gain_before = _gain(finite, now), _gain(finite, now / 2)
+    if gain is None:
         return None
-    best = min(loss for _, loss in finite)
-    best_before = min(loss for epoch, loss in finite if 2 * epoch <= now)
-    gain = max(best_before - best, float(earlier.mean() - later.mean()))
-    noise = float(np.diff(later).std()) / sqrt(2)
-    return best - log2(max_epochs / now) * gain - noise_margin * noise
+    share = gain / gain_before if gain_before else 1.0
+    share = min(1.0, max(least_share, share))
+    curve = list(finite.values())
+    latest = curve[-max(NOISY_EPOCHS, sum(2 * epoch > now for epoch in finite)) :]
+    noise = float(np.diff(latest).std()) / sqrt(2)
+    credit = gain * share * _power_sum(share, log2(max_epochs / now))
+    return min(curve) - credit - noise_margin * noise
+
+
+def _gain(losses: Mapping[int, float], end: float) -> float | None:
+    """Return what a doubling of the epochs has gained, by those up to ``end``; None if too few.
+
+    That is by how much the best loss has fallen, or the mean if that fell by more, as when a loss
+    that had risen comes down again. Negative if both have risen. Whole epochs are seldom exactly
+    half of others, so both are measured by how far apart they are.
+    """
+    before = [epoch for epoch in losses if 2 * epoch <= end]
+    earlier = [epoch for epoch in before if end < 4 * epoch]
+    later = [epoch for epoch in losses if end < 2 * epoch <= 2 * end]
+    if not (earlier and later):
+        return None
+    least, least_before = (min(map(losses.__getitem__, some)) for some in (before + later, before))
+    mean, mean_before = (fmean(map(losses.__getitem__, some)) for some in (later, earlier))
+    return max(
+        (least_before - least) / log2(later[-1] / before[-1]),
+        (mean_before - mean) / log2(fmean(later) / fmean(earlier)),
+    )
+
+
+def _power_sum(base: float, terms: float) -> float:
+    """Return 1 + base + base² + … of so many terms, which need not be a whole number."""
+    return terms if base == 1 else (1 - base**terms) / (1 - base)

@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 
 from benchmarks.curves import FOLDER
 from benchmarks.pruners import PRUNERS, Run, Table, built_in, run_study
-from service.scheduler.extrapolation import ExtrapolationPruner, extrapolate
+from service.scheduler.extrapolation import LEAST_SHARE, ExtrapolationPruner, extrapolate
 from service.scheduler.mirror import Mirror
 from tests.builders import spec
 from tests.playing import Step, played, running
@@ -33,7 +33,7 @@ def prospect(curve: Sequence[float], max_epochs: int = EPOCHS) -> float:
     return found
 
 
-@pytest.mark.parametrize("now", [10, 20, 39])
+@pytest.mark.parametrize("now", [4, 10, 20, 39])
 @pytest.mark.parametrize("power", [0.1, 0.5, 1.0, 2.0])
 def test_no_power_law_ends_below_what_was_foreseen(now: int, power: float) -> None:
     curve = [0.2 + epoch**-power for epoch in range(1, EPOCHS + 1)]
@@ -43,6 +43,22 @@ def test_no_power_law_ends_below_what_was_foreseen(now: int, power: float) -> No
 def test_a_loss_that_falls_with_the_logarithm_of_the_epochs_is_foreseen_to_go_on_falling() -> None:
     curve = [10 - log2(epoch) for epoch in range(1, EPOCHS + 1)]
     assert prospect(curve[:20]) == pytest.approx(curve[-1], abs=0.02)
+
+
+@pytest.mark.parametrize("share", [0.5, LEAST_SHARE, 0.9])
+def test_a_curve_that_slows_down_is_credited_with_less_for_each_doubling(share: float) -> None:
+    """The loss falls with each doubling of the epochs by a share of what it fell by before."""
+    curve = [10 - (1 - share ** log2(epoch)) / (1 - share) for epoch in range(1, EPOCHS + 1)]
+    found = extrapolate(by_epoch(curve[:10]), EPOCHS, noise_margin=0.0)
+    assert found is not None
+    latest_gain, credited = curve[4] - curve[9], max(share, LEAST_SHARE)
+    assert credited + credited**2 <= (curve[9] - found) / latest_gain < 2
+
+
+def test_a_curve_that_speeds_up_is_credited_with_no_more_than_it_has_gained() -> None:
+    curve = [10 - 1.5 ** log2(epoch) for epoch in range(1, EPOCHS + 1)]
+    found = extrapolate(by_epoch(curve[:10]), EPOCHS, noise_margin=0.0)
+    assert found == pytest.approx(curve[9] - 2 * (curve[4] - curve[9]))
 
 
 def test_a_flat_curve_is_foreseen_to_stay_where_it_is() -> None:
@@ -62,7 +78,7 @@ def test_a_noisy_curve_may_gain_by_luck() -> None:
     assert prospect([0.5, 0.6] * 10) < prospect([0.5, 0.51] * 10) < 0.5
 
 
-@pytest.mark.parametrize("curve", [[], [1.0], [1.0] * 4, [nan] * 20, [*[nan] * 17, 1.0, 1.0, 1.0]])
+@pytest.mark.parametrize("curve", [[], [1.0], [1.0] * 3, [nan] * 20, [*[nan] * 17, 1.0, 1.0, 1.0]])
 def test_nothing_is_foreseen_of_a_curve_that_is_too_short(curve: list[float]) -> None:
     assert extrapolate(by_epoch(curve), EPOCHS) is None
 
