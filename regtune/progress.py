@@ -10,7 +10,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from regtune.client import Client, Document, is_live
 
-_LOOK_SECONDS = 0.5
+_LOOK_SECONDS, _LONGEST_LOOK_SECONDS, _LOOK_SHARE = 0.5, 5.0, 1 / 50
+"""A study is looked at the more seldom the longer it has been watched: each look costs the service,
+which may share the cores with the training, some 15 ms."""
 _LINE_SECONDS = 3.0
 """Plain lines come at most this often."""
 
@@ -57,12 +59,14 @@ def duration(seconds: float) -> str:
 
 def _looks(api: Client, name: str, pause: Pause) -> Iterator[Document]:
     """Yield a study again and again; last, when it is over."""
+    began = time.monotonic()
     while True:
         study = api.study(name)
         yield study
         if not is_live(study):
             return
-        pause(_LOOK_SECONDS)
+        share = (time.monotonic() - began) * _LOOK_SHARE
+        pause(min(max(share, _LOOK_SECONDS), _LONGEST_LOOK_SECONDS))
 
 
 def _as_bar(looks: Iterable[Document], console: Console) -> Document:

@@ -11,7 +11,7 @@ from regtune.settings import Settings
 from worker.devices import find_device
 from worker.loop import Worker
 from worker.shutdown import Shutdown
-from worker.training.compiling import keep_compiled_in
+from worker.training.compiling import keep_compiled_in, load_compiler_if_used
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         settings = settings.model_copy(update={"lanes": options.lanes})
     logs.configure(settings)
     keep_compiled_in(settings.data_dir / "compiled")
+    load_compiler_if_used()
     shutdown = Shutdown()
     shutdown.install()
     # What is imported stays: to go through it each time that a stack is dropped takes 0.2 s.

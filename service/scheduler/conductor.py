@@ -27,6 +27,11 @@ ACTOR = "scheduler"
 SUGGESTION_SECONDS = 0.1
 """How long a round may think of suggestions, so that the first ones train while the others come."""
 
+SPARE_TRIALS, LANES_PER_SPARE_TRIAL = 2, 4
+"""How many trials wait, at most, and one for how many running ones, in case that a pruner stops
+several at once: else their lanes would be empty for an epoch. More would be more stale than it
+pays."""
+
 _OPTUNA_STATES = {
     "complete": TrialState.COMPLETE,
     "pruned": TrialState.PRUNED,
@@ -99,7 +104,7 @@ class Conductor:
         return (
             glance.open != len(self._mirror.open_numbers)
             or glance.overdue > 0
-            or min(self._room, glance.wanted_lanes - glance.waiting) > 0
+            or min(self._room, self._wanted(glance)) > 0
         )
 
     def has_epochs(self, glance: Glance) -> bool:
@@ -287,7 +292,7 @@ class Conductor:
         """Append what living workers want; return whether some of that is left to suggest."""
         may_append = news.study.state == "active" and not news.out_of_time
         self._room = news.room if may_append else 0
-        count = min(self._room, news.glance.wanted_lanes - news.glance.waiting)
+        count = min(self._room, self._wanted(news.glance))
         if count <= 0:
             return False
         expected = self._mirror.next_number
@@ -305,6 +310,17 @@ class Conductor:
             raise StaleView("the study was changed or halted while its next trials were chosen")
         self._room -= len(appended)
         return len(appended) < count
+
+    def _wanted(self, glance: Glance) -> int:
+        """Return how many trials should be suggested, as far as the budget allows.
+
+        As many as lanes want; with a pruner, which may stop several trials at once, so many at the
+        least that the next few find a successor.
+        """
+        wanted = glance.wanted_lanes
+        if self._prunes and wanted > 0:
+            wanted = max(wanted, min(SPARE_TRIALS, glance.running // LANES_PER_SPARE_TRIAL))
+        return wanted - glance.waiting
 
 
 def _is_out_of_time(study: Study, seconds_spent: float) -> bool:

@@ -172,6 +172,26 @@ def test_no_more_trials_wait_than_workers_want_lanes(engine: Engine, database_ur
     assert builders.states(engine, study) == ["waiting"] * 6
 
 
+@pytest.mark.parametrize(
+    ("pruner", "running", "wanted", "waiting"),
+    [("extrapolation", 8, 1, 2), ("extrapolation", 4, 1, 1), ("extrapolation", 8, 5, 5),
+     ("extrapolation", 8, 0, 0), ("none", 8, 1, 1)],
+)  # fmt: skip
+def test_where_a_pruner_may_stop_several_trials_at_once_a_spare_one_waits(
+    engine: Engine, pruner: str, running: int, wanted: int, waiting: int
+) -> None:
+    study = builders.create(engine, pruner=pruner, budget={"trials": 50})
+    builders.register(engine, "w", running)
+    conductor = Conductor(engine, SETTINGS, study.study_id)
+    conductor.round()
+    assert len(builders.lease(engine, study, running)) == running
+    with transaction(engine) as session:
+        workers.beat(session, "w", wanted_lanes=wanted, study_id=study.study_id)
+    for _ in range(3):
+        conductor.round()
+    assert builders.states(engine, study) == ["running"] * running + ["waiting"] * waiting
+
+
 @pytest.mark.parametrize(("trials", "paused"), [(2, False), (50, True)])
 def test_wishes_that_cannot_be_fulfilled_call_for_no_round(
     engine: Engine, trials: int, paused: bool

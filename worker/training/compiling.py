@@ -13,6 +13,7 @@ compiled before need not run for long.
 
 import atexit
 import hashlib
+import importlib
 import logging
 import os
 import queue
@@ -30,6 +31,7 @@ import structlog
 import torch
 import torch._inductor
 from torch import Tensor
+from torch._inductor.codecache import CacheBase
 from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
@@ -515,6 +517,22 @@ def keep_compiled_in(folder: Path) -> None:
         os.environ[_CACHE_VARIABLE] = str(folder)
 
 
+def load_compiler_if_used() -> None:
+    """Load TorchInductor where it has compiled before: it takes 1.4 s, which nobody waits for now.
+
+    What it keeps on disk it finds by hashing its own files, which takes a part of that.
+    """
+    if _marks().exists():
+        _load_compiler()
+        CacheBase.get_system()
+
+
+def _load_compiler() -> None:
+    # It warns wherever there is a CUDA toolkit and no GPU.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    importlib.import_module("torch._inductor.compile_fx")
+
+
 def record(
     function: Function, spec: pytree.TreeSpec, arguments: Leaves
 ) -> tuple[GraphModule, Leaves]:
@@ -546,7 +564,11 @@ def mark_of(recording: GraphModule, examples: Leaves, threads: int) -> Path:
     """
     shapes = [(one.shape, one.stride(), one.dtype, one.device.type) for one in examples]
     said = repr((torch.__version__, threads, shapes, str(recording.graph)))
-    return Path(cache_dir()) / "recordings" / hashlib.sha256(said.encode()).hexdigest()
+    return _marks() / hashlib.sha256(said.encode()).hexdigest()
+
+
+def _marks() -> Path:
+    return Path(cache_dir()) / "recordings"
 
 
 def compile_recording(recording: GraphModule, examples: Leaves, threads: int) -> Form:
@@ -569,8 +591,7 @@ _COMPILER = threading.Lock()
 
 
 def _compile_for_device(recording: GraphModule, examples: Leaves, threads: int) -> Form:
-    # It warns wherever there is a CUDA toolkit and no GPU.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    _load_compiler()
     options: dict[str, Any] = {"compile_threads": 1}
     if examples[0].device.type != "cpu":
         return _compile(recording, examples, options)

@@ -223,12 +223,15 @@ def test_an_engine_that_expects_a_long_study_compiles_first_what_is_needed_first
 
 
 KEPT_ON_DISK = """
+import sys
 import torch
 from torch._dynamo.utils import counters
 from tests.unit.training.test_compiling import busy
 from torch.utils import _pytree as pytree
 from worker.training import compiling
 
+compiling.load_compiler_if_used()
+print("torch._inductor.compile_fx" in sys.modules)
 x = torch.ones(9)
 recording, examples = compiling.record(busy, pytree.tree_flatten(())[1], [x])
 form = compiling.compile_recording(recording, examples, 1)
@@ -237,7 +240,9 @@ print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_c
 """
 
 
-def test_what_was_compiled_once_is_found_on_disk_by_the_next_process(tmp_path):
+def test_what_was_compiled_once_is_found_by_the_next_process_that_loads_the_compiler_at_once(
+    tmp_path,
+):
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     said = [
         subprocess.run(
@@ -249,7 +254,7 @@ def test_what_was_compiled_once_is_found_on_disk_by_the_next_process(tmp_path):
         ).stdout.split()
         for _ in range(2)
     ]
-    assert said == [["0", "1"], ["1", "0"]]
+    assert said == [["False", "0", "1"], ["True", "1", "0"]]
 
 
 def test_what_was_compiled_once_is_compiled_again_after_less_time():
