@@ -75,11 +75,13 @@ def append(
     *,
     expected: int,
     alive_seconds: float | None = None,
+    turns: int = 1,
     actor: str = "scheduler",
 ) -> Sequence[int]:
     """Append waiting trials to an active study within its budget; return their trial ids.
 
-    Workers that can train them are woken, those that have been silent for ``alive_seconds`` aside.
+    Workers that can train them are woken, those that have been silent for ``alive_seconds`` aside;
+    as many as it takes if each of their lanes gets through so many ``turns``.
     ``expected`` is the number that the first one will get. Raise StaleView if it is taken, that
     is, if another scheduler has appended in the meantime. Return nothing if the study is not
     active any more. Numbers are contiguous: the study's row is locked while they are given out.
@@ -98,6 +100,7 @@ def append(
             "rows": json.dumps(rows),
             "actor": actor,
             "alive_seconds": alive_seconds,
+            "turns": turns,
             "work": WORK,
             "work_for": WORK_FOR,
         },
@@ -342,7 +345,7 @@ WITH row AS (
                 WHERE w.wanted_lanes > 0 AND w.stopped_at IS NULL AND {shares.SUITS}
                   AND coalesce(w.heartbeat_at > now() - make_interval(
                       secs => cast(:alive_seconds AS float)), true)) wanting) counted
-    WHERE before < 2 + (SELECT count(*) FROM row)
+    WHERE :turns * before < 2 + (SELECT count(*) FROM row)
 ), woken AS (
     SELECT pg_notify(:work_for || md5(name), cast(:study_id AS text)) FROM called
     UNION ALL

@@ -54,7 +54,7 @@ def suggestion(study: Study, number: int = 2) -> Suggestion:
     return made
 
 
-def append(engine: Engine, study: Study, count: int) -> Sequence[int]:
+def append(engine: Engine, study: Study, count: int, turns: int = 1) -> Sequence[int]:
     """Waiting trials, as many as the budget allows of ``count``; return their ids."""
     with transaction(engine) as session:
         appended = studies.by_id(session, study.study_id).appended
@@ -64,6 +64,7 @@ def append(engine: Engine, study: Study, count: int) -> Sequence[int]:
             [suggestion(study, appended + i) for i in range(count)],
             expected=appended,
             alive_seconds=30,
+            turns=turns,
         )
 
 

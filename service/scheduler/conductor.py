@@ -5,6 +5,7 @@ what they said in a new one.
 """
 
 import json
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,15 @@ SPARE_TRIALS, LANES_PER_SPARE_TRIAL = 2, 4
 several at once: else their lanes would be empty for an epoch. More would be more stale than it
 pays."""
 
+BUSY_SECONDS, MOST_TURNS = 0.5, 16
+"""No more lanes are called for new trials than these keep busy for so long, by what trials last.
+
+To wake a worker costs it as much as a trial that hardly trains, and to find nothing left as much
+again. A lane may be expected to get through so many trials at most."""
+
+LATEST_TRIALS = 20
+"""From so many it is known what trials last."""
+
 _OPTUNA_STATES = {
     "complete": TrialState.COMPLETE,
     "pruned": TrialState.PRUNED,
@@ -48,6 +58,8 @@ class Ended:
     trial_id: int
     state: str
     value: float | None
+    seconds: float | None
+    """What its last lease has lasted; None if there was none."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +110,7 @@ class Conductor:
         self._mirror.restore(trials)
         self._room = 0
         self._judged_epochs = 0
+        self._lasted: deque[float] = deque(maxlen=LATEST_TRIALS)
 
     def has_ends_or_wants(self, glance: Glance) -> bool:
         """Say whether trials have ended or lost their leases, or some may be suggested now."""
@@ -191,6 +204,7 @@ class Conductor:
     def _tell(self, news: News) -> None:
         """Tell the mirror what has ended, and keep what its pruner has noted on those trials."""
         notes = {}
+        self._lasted.extend(t.seconds for t in news.ended if t.seconds is not None)
         for trial in news.ended:
             self._mirror.report(trial.number, news.epochs.get(trial.number, ()), over=True)
             notes[trial.trial_id] = self._mirror.tell(
@@ -304,12 +318,25 @@ class Conductor:
                 suggestions,
                 expected=expected,
                 alive_seconds=self._settings.lease_seconds,
+                turns=self._turns,
                 actor=ACTOR,
             )
         if len(appended) != len(suggestions):
             raise StaleView("the study was changed or halted while its next trials were chosen")
         self._room -= len(appended)
         return len(appended) < count
+
+    @property
+    def _turns(self) -> int:
+        """How many trials each lane that is called for new ones may be expected to train.
+
+        By what the quicker ones of the latest trials have lasted: many workers at once on few cores
+        keep each other waiting.
+        """
+        if not self._lasted:
+            return 1
+        quick = sorted(self._lasted)[len(self._lasted) // 4]
+        return max(1, min(MOST_TURNS, int(BUSY_SECONDS / max(quick, 1e-3))))
 
     def _wanted(self, glance: Glance) -> int:
         """Return how many trials should be suggested, as far as the budget allows.
@@ -332,7 +359,8 @@ def _time_is_up(study: Study) -> str:
 
 
 _ENDED = text("""
-SELECT number, trial_id, state, value FROM regtune.trials
+SELECT number, trial_id, state, value, extract(epoch FROM finished_at - leased_at)::float AS seconds
+FROM regtune.trials
 WHERE study_id = :study_id AND number = ANY(:open) AND state NOT IN ('waiting', 'running')
 ORDER BY finished_at, number
 """)

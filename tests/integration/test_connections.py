@@ -47,9 +47,11 @@ def test_a_connection_that_was_cut_is_replaced_unseen(database_url: str, engine:
     tried.dispose()
 
 
+@pytest.mark.parametrize(("turns", "woken"), [(1, 3), (2, 2), (16, 1)])
 def test_new_trials_wake_those_who_want_some_and_no_others(
-    database_url: str, engine: Engine
+    database_url: str, engine: Engine, turns: int, woken: int
 ) -> None:
+    """One that is needed, and two more, or as many as get through so many; nobody trains."""
     study = builders.create(engine, budget={"trials": 50})
     for i in range(20):
         builders.register(engine, f"w{i}")
@@ -57,9 +59,9 @@ def test_new_trials_wake_those_who_want_some_and_no_others(
     for i in range(20):
         with of_worker(database_url, f"w{i}") as listener:
             listener.wait(0)
-            builders.append(engine, study, 1)
+            builders.append(engine, study, 1, turns)
             heard += study.study_id in all_that_comes(listener, engine)
-    assert heard == 3  # one that is needed, and two more; nobody trains who may end soon
+    assert heard == woken
 
 
 @pytest.mark.parametrize(("datasets", "silent"), [(["digits"], "1 hour"), (["mnist"], "0 s")])

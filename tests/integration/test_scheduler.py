@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import psycopg
 import pytest
 from sqlalchemy import Engine, text
 
@@ -170,6 +171,34 @@ def test_no_more_trials_wait_than_workers_want_lanes(engine: Engine, database_ur
     for _ in range(3):
         conductor.round()
     assert builders.states(engine, study) == ["waiting"] * 6
+
+
+@pytest.mark.parametrize(("lasted", "most", "least"), [("0 s", 10, 1), ("1 hour", 100, 40)])
+def test_of_trials_that_last_a_moment_each_worker_that_is_called_trains_several(
+    engine: Engine, database_url: str, lasted: str, most: int, least: int
+) -> None:
+    study = builders.create(engine, budget={"trials": 100})
+    for number in range(40):
+        builders.register(engine, f"w{number}")
+    conductor = Conductor(engine, SETTINGS, study.study_id)
+
+    def suggest_forty() -> None:
+        while builders.states(engine, study).count("waiting") < 40:
+            conductor.round()
+
+    suggest_forty()
+    leases = builders.lease(engine, study, 40)
+    with engine.begin() as connection:
+        ago = f"leased_at = leased_at - interval '{lasted}'"
+        connection.execute(text(f"UPDATE regtune.trials SET {ago}"))
+    builders.complete(engine, leases)
+    url = database.normalized(database_url).set(drivername="postgresql")
+    with psycopg.connect(url.render_as_string(hide_password=False), autocommit=True) as listening:
+        for number in range(40):
+            listening.execute(f"LISTEN {database.work_for(f'w{number}')}")
+        suggest_forty()
+        called = len(list(listening.notifies(timeout=0)))
+    assert least <= called <= most
 
 
 @pytest.mark.parametrize(
