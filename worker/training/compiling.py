@@ -281,7 +281,7 @@ class Program:
                 if min(seconds) < CLEARLY_FASTER * seconds[0]:
                     chosen = seconds.index(min(seconds))
             self.recording, self.examples = recordings[chosen]
-            self._known = mark_of(self.recording, self.examples, self.threads).exists()
+            self._known = is_marked(self.recording, self.examples, self.threads)
             self._form = self.recording.forward
             log.debug("recorded", program=self.name, lanes=self.lanes, way=chosen)
         except Exception as error:  # noqa: BLE001 - whatever it is, the function itself still works
@@ -520,11 +520,13 @@ def keep_compiled_in(folder: Path) -> None:
 def load_compiler_if_used() -> None:
     """Load TorchInductor where it has compiled before: it takes 1.4 s, which nobody waits for now.
 
-    What it keeps on disk it finds by hashing its own files, which takes a part of that.
+    What it keeps on disk it finds by hashing its own files, which takes a part of that. Whatever
+    keeps it from being loaded is told when something is to be compiled.
     """
-    if _marks().exists():
-        _load_compiler()
-        CacheBase.get_system()
+    with suppress(Exception):
+        if _marks().exists():
+            _load_compiler()
+            CacheBase.get_system()
 
 
 def _load_compiler() -> None:
@@ -556,12 +558,26 @@ def record(
     return make_fx(flat)(*examples), examples
 
 
-def mark_of(recording: GraphModule, examples: Leaves, threads: int) -> Path:
-    """Return the file that says that this recording has been compiled before, if it is there.
+def is_marked(recording: GraphModule, examples: Leaves, threads: int) -> bool:
+    """Say whether this recording has been compiled before, as far as can be seen.
 
-    It lies where TorchInductor keeps what it has compiled. Should that have gone, or not fit this
-    machine, compiling takes its time again.
+    A file says so where TorchInductor keeps what it has compiled. Should that have gone, or not fit
+    this machine, compiling takes its time again.
     """
+    with suppress(OSError):
+        return _mark_of(recording, examples, threads).exists()
+    return False
+
+
+def mark(recording: GraphModule, examples: Leaves, threads: int) -> None:
+    """Note that this recording has been compiled, if there is room for a note."""
+    with suppress(OSError):
+        file = _mark_of(recording, examples, threads)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+
+
+def _mark_of(recording: GraphModule, examples: Leaves, threads: int) -> Path:
     shapes = [(one.shape, one.stride(), one.dtype, one.device.type) for one in examples]
     said = repr((torch.__version__, threads, shapes, str(recording.graph)))
     return _marks() / hashlib.sha256(said.encode()).hexdigest()
@@ -580,9 +596,7 @@ def compile_recording(recording: GraphModule, examples: Leaves, threads: int) ->
     """
     with _COMPILER:
         form = _compile_for_device(recording, examples, threads)
-    mark = mark_of(recording, examples, threads)
-    mark.parent.mkdir(parents=True, exist_ok=True)
-    mark.touch()
+    mark(recording, examples, threads)
     return form
 
 

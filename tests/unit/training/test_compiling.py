@@ -271,6 +271,25 @@ def test_what_was_compiled_once_is_compiled_again_after_less_time():
     assert queued == [False, True, True, False]
 
 
+def test_where_no_note_can_be_made_of_it_things_are_recorded_and_compiled_as_before(
+    monkeypatch, tmp_path, lines
+):
+    file = tmp_path / "no folder"
+    file.touch()
+    monkeypatch.setattr(compiling, "cache_dir", lambda: str(file))
+    compiling.load_compiler_if_used()
+    programs = Programs(compiles=True)
+    program = programs.find("busy", 1, 1)
+    bound = program.bind([busy])
+    for _ in range(4):
+        bound(torch.ones(10))
+    programs.epoch_ended(compiling.SECONDS_BEFORE_COMPILING)
+    programs.settle()
+    assert program.challenger is not None
+    assert told(lines) == []
+    programs.end()
+
+
 def test_an_epochs_time_is_shared_out_by_what_calls_have_taken(monkeypatch):
     """Not by their number: those of a validation take longer than steps, and are fewer."""
     programs = Programs(compiles=False)
