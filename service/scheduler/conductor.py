@@ -29,9 +29,8 @@ SUGGESTION_SECONDS = 0.1
 """How long a round may think of suggestions, so that the first ones train while the others come."""
 
 SPARE_TRIALS, LANES_PER_SPARE_TRIAL = 2, 4
-"""How many trials wait, at most, and one for how many running ones, in case that a pruner stops
-several at once: else their lanes would be empty for an epoch. More would be more stale than it
-pays."""
+"""One trial for every four that run, two at most, waits in case that a pruner stops several at
+once: else their lanes would be empty for an epoch. More would be more stale than it pays."""
 
 BUSY_SECONDS, MOST_TURNS = 0.5, 16
 """No more lanes are called for new trials than these keep busy for so long, by what trials last.

@@ -107,12 +107,12 @@ def _gain(losses: Mapping[int, float], end: float) -> float | None:
     """Return what a doubling of the epochs has gained, by those up to ``end``; None if too few.
 
     That is by how much the best loss has fallen, or the mean if that fell by more, as when a loss
-    that had risen comes down again. Negative if both have risen. Whole epochs are seldom exactly
-    half of others, so both are measured by how far apart they are.
+    that had risen comes down again; nothing where neither has. Whole epochs are seldom exactly half
+    of others, so both are measured by how far apart they are.
     """
     before = [epoch for epoch in losses if 2 * epoch <= end]
     earlier = [epoch for epoch in before if end < 4 * epoch]
-    later = [epoch for epoch in losses if end < 2 * epoch <= 2 * end]
+    later = [epoch for epoch in losses if epoch <= end < 2 * epoch]
     if not (earlier and later):
         return None
     least, least_before = (min(map(losses.__getitem__, some)) for some in (before + later, before))
