@@ -7,18 +7,19 @@ something; nothing is lost with it.
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from math import inf
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import Row, text
 from sqlalchemy.orm import Session
 
 from regtune.leasing import Suggestion
 from regtune.spec import StudySpec
+from service.scheduler.outlook import OutlookStorage
 from service.scheduler.pruning import keeps_notes, make_pruner
 from service.scheduler.suggestion import (
     as_suggestion,
@@ -36,7 +37,7 @@ class Mirror:
 
     def __init__(self, spec: StudySpec) -> None:
         self.spec = spec
-        self._storage = InMemoryStorage()
+        self._storage = OutlookStorage(spec.training.max_epochs)
         # Hyperband hashes the study's name, so the mirror bears the same.
         self._study = optuna.create_study(
             study_name=spec.name, storage=self._storage, pruner=make_pruner(spec)
@@ -119,12 +120,17 @@ class Mirror:
         if point is not None:
             self._study.enqueue_trial(point)
         self._study.sampler = make_sampler(self.spec, number)
-        trial = self._study.ask(self._common)
-        suggest_rest(self.spec, trial)
+        with self._outlook():
+            trial = self._study.ask(self._common)
+            suggest_rest(self.spec, trial)
         self._next += 1
         self._open[number] = trial
         self._known_notes[number] = dict(self._notes(number))
         return as_suggestion(self.spec, number, trial.params, self._known_notes[number])
+
+    def _outlook(self) -> AbstractContextManager[None]:
+        """Return how the sampler sees the trials; CMA-ES counts those that have ended."""
+        return self._storage.looking_ahead() if self.spec.sampler.name == "tpe" else nullcontext()
 
     def _reopen(self, trial: FrozenTrial) -> None:
         """Add an open trial, and show the pruner its epochs again, one by one, as it saw them."""
