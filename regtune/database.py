@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import select
 import shutil
 import subprocess
 import time
@@ -167,9 +168,9 @@ class Listener:
         """Wait for notifications; return the ids of the studies they name, empty on time-out."""
         try:
             connection = self._connected()
-            heard = list(connection.notifies(timeout=seconds, stop_after=1))
-            if heard:  # and whatever else has come by now: a storm is one awakening
-                heard += connection.notifies(timeout=0)
+            heard = list(connection.notifies(timeout=0))
+            if not heard and _readable(connection, seconds):
+                heard = list(connection.notifies(timeout=0))  # a storm is one awakening
             return {int(notify.payload) for notify in heard if notify.payload.isdecimal()}
         except (psycopg.Error, OSError):
             self.close()
@@ -199,6 +200,13 @@ class Listener:
             for channel in self._channels:
                 self._connection.execute(f"LISTEN {channel}")
         return self._connection
+
+
+def _readable(connection: psycopg.Connection[Any], seconds: float) -> bool:
+    """Wait until the server has sent something; the driver would look ten times a second."""
+    poll = select.poll()
+    poll.register(connection.fileno(), select.POLLIN)
+    return bool(poll.poll(1000 * seconds))
 
 
 class EmbeddedServer:

@@ -63,6 +63,15 @@ def choose(
     ).scalar()
 
 
+def longest_waiting(session: Session) -> int | None:
+    """Return the trial that has waited longest for a worker, of any study; None if none waits.
+
+    It asks far less than whose turn it is.
+    """
+    trial_id: int | None = session.execute(_LONGEST_WAITING).scalar()
+    return trial_id
+
+
 SUITS = """
 CASE WHEN jsonb_exists(s.spec -> 'task', 'name')
      THEN jsonb_exists(w.tasks, s.spec -> 'task' ->> 'name')
@@ -166,3 +175,11 @@ WITH clock AS (
 """The study that a worker's free lanes should go to, for a statement to begin with."""
 
 _CHOOSE = text(f"{TURN} SELECT study_id FROM turn")
+
+_LONGEST_WAITING = text("""
+SELECT min(first.trial_id)
+FROM regtune.studies s, LATERAL (
+    SELECT t.trial_id FROM regtune.trials t
+    WHERE t.study_id = s.study_id AND t.state = 'waiting' ORDER BY t.number LIMIT 1) first
+WHERE s.state = 'active'
+""")

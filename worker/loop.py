@@ -84,6 +84,7 @@ class Worker:
         )
         self._stack: Stack | None = None
         self._idle_beat = 0.0
+        self._waiting: int | None = None
         # Not all workers of a fleet at once.
         self._sweep_due = time.monotonic() + random.uniform(0, settings.sweep_seconds)
         self._sweeping: threading.Thread | None = None
@@ -316,8 +317,29 @@ class Worker:
             heartbeat.stop()
 
     def _wait(self) -> None:
-        """Wait until there may be something to train, for one poll at most."""
-        due = time.monotonic() + self._settings.poll_seconds
-        while not self._shutdown.requested and time.monotonic() < due:
-            if self._listener.wait(min(_SLICE_SECONDS, self._settings.poll_seconds)):
+        """Wait until there may be something to train, or until the worker must be heard of again.
+
+        Whoever is not called looks at every poll whether some trial is left over: one that waited
+        at the poll before as well. To ask whose turn it is costs several times as much, most of a
+        fleet may be idle, and in a busy study some trial waits at any moment.
+        """
+        heard_until = self._stack.beat_due if self._stack else self._idle_beat
+        poll_seconds = self._settings.poll_seconds
+        due = time.monotonic() + poll_seconds
+        while not self._shutdown.requested:
+            if self._listener.wait(min(_SLICE_SECONDS, poll_seconds)):
                 return
+            if time.monotonic() >= due:
+                due = time.monotonic() + poll_seconds
+                if time.monotonic() >= heard_until or self._sees_left_over():
+                    return
+
+    def _sees_left_over(self) -> bool:
+        """Say whether the same trial waits as at the last look, or whether that cannot be told."""
+        before = self._waiting
+        try:
+            with transaction(self._database) as session:
+                self._waiting = shares.longest_waiting(session)
+        except DBAPIError:
+            return True
+        return self._waiting is not None and self._waiting == before

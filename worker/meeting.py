@@ -136,7 +136,8 @@ class Meetings:
         self._leased: Sequence[Lease] = ()
         self._renewal: Future[None] | None = None
         self._said: tuple[int, int | None] | None = None
-        self._beat_due = 0.0
+        self.beat_due = 0.0
+        """When a beat is due though it says nothing new, on the monotonic clock."""
 
     @property
     def unanswered(self) -> Report | None:
@@ -312,10 +313,10 @@ class Meetings:
 
     def _beat(self, session: Session, report: Report, wanted: int, study_id: int | None) -> None:
         """Say that the worker lives and how many lanes it wants filled, if that is news."""
-        if (wanted, study_id) == self._said and time.monotonic() < self._beat_due:
+        if (wanted, study_id) == self._said and time.monotonic() < self.beat_due:
             return
         self._said = wanted, study_id
-        self._beat_due = time.monotonic() + self._settings.lease_seconds / BEATS_A_LEASE
+        self.beat_due = time.monotonic() + self._settings.lease_seconds / BEATS_A_LEASE
         workers.beat(
             session,
             self._worker,

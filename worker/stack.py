@@ -140,6 +140,11 @@ class Stack:
         """Whether it neither trains nor has anything left to report or to hear."""
         return not self._leases and self._meetings.unanswered is None
 
+    @property
+    def beat_due(self) -> float:
+        """When the worker must be heard of again, on the monotonic clock, if nothing changes."""
+        return self._meetings.beat_due
+
     def train_epoch(self, progress: Callable[[], None]) -> None:
         """Train every lane for one epoch; keep what it measured until the next meeting.
 
