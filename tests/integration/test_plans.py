@@ -109,6 +109,7 @@ def test_what_is_asked_all_the_time_reads_no_big_table_from_end_to_end(
         flush,
         finish,
         lambda session: shares.choose(session, "w", current=id_),
+        shares.longest_waiting,
         lambda session: shapes.choose(session, id_, "w", current="{}", suspect_from=2),
         lambda session: leasing.take(
             session,

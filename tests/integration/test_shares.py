@@ -288,3 +288,21 @@ def worker_seconds(engine: Engine) -> dict[int, float]:
     query = "SELECT study_id, worker_seconds FROM regtune.shares"
     with engine.connect() as connection:
         return {row.study_id: row.worker_seconds for row in connection.execute(text(query))}
+
+
+def test_of_all_studies_that_are_trained_the_trial_that_has_waited_longest_is_seen(
+    engine: Engine,
+) -> None:
+    def seen() -> int | None:
+        with transaction(engine) as session:
+            return shares.longest_waiting(session)
+
+    first, second = builders.create(engine, "first"), builders.create(engine, "second")
+    assert seen() is None
+    ids = [*builders.append(engine, first, 2), *builders.append(engine, second, 2)]
+    assert seen() == ids[0]
+    builders.lease(engine, first, 1)
+    assert seen() == ids[1]
+    with transaction(engine) as session:
+        studies.act(session, "first", "pause", "test")
+    assert seen() == ids[2]

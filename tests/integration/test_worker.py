@@ -120,6 +120,27 @@ def test_a_study_may_be_streamed_and_says_so(engine, run):
     assert audit(engine) == {}
 
 
+def test_an_idle_worker_finds_a_trial_that_nobody_has_called_it_for(
+    engine: Engine, database_url: str, tmp_path: Path
+) -> None:
+    study = builders.create(engine, **SHORT)
+    builders.append(engine, study, 2)
+    builders.lease(engine, study, 1, "somebody else")
+    # Nobody has to hear of this worker for longer than the test takes.
+    settings = Settings(data_dir=tmp_path, poll_seconds=0.1, lanes=2, lease_seconds=3600)
+    with working(database_url, settings):
+        wait_until(lambda: builders.states(engine, study) == ["running", "complete"], 60)
+        with engine.begin() as connection:
+            connection.execute(text(_GIVE_BACK_UNHEARD))
+        wait_until(lambda: builders.states(engine, study) == ["complete", "complete"], 60)
+
+
+_GIVE_BACK_UNHEARD = """
+UPDATE regtune.trials SET state = 'waiting', token = NULL, lease_expires_at = NULL
+WHERE state = 'running'
+"""
+
+
 def two_lanes(data_dir: Path) -> Settings:
     return Settings(data_dir=data_dir, poll_seconds=0.1, lanes=2)
 
