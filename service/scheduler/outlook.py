@@ -50,8 +50,11 @@ class OutlookStorage(InMemoryStorage):
         if not self._looking_ahead or states == (TrialState.WAITING,):
             return super().get_all_trials(study_id, deepcopy, states)
         trials = super().get_all_trials(study_id, deepcopy=False)
-        running = {trial.number: trial for trial in trials if trial.state is TrialState.RUNNING}
-        self._expected = {number: self._expect(trial) for number, trial in running.items()}
+        self._expected = {
+            trial.number: self._expect(trial)
+            for trial in trials
+            if trial.state is TrialState.RUNNING
+        }
         for number, (_, ahead) in self._expected.items():
             trials[number] = ahead
         return trials if states is None else [trial for trial in trials if trial.state in states]
