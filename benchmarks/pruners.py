@@ -36,9 +36,9 @@ import numpy as np
 import optuna
 from numpy.typing import NDArray
 from optuna.pruners import BasePruner
-from optuna.trial import TrialState
 
 from benchmarks.curves import FOLDER, LANDSCAPES, SEEDS, Curves, path_of
+from benchmarks.replaying import play
 from regtune.spec import REFERENCE_TRIALS, StudySpec, parse_spec
 from service.scheduler import mirror as mirror_module
 from service.scheduler.extrapolation import ExtrapolationPruner
@@ -47,8 +47,6 @@ from service.scheduler.pruning import make_pruner
 from worker.training.early_stopping import replay
 
 LANES = 16
-HEEDED_AFTER = 1
-"""Epochs that a trial still trains when its verdict has been reached."""
 
 PRUNERS: Mapping[str, Mapping[str, Any]] = {
     "none": {"name": "none"},
@@ -93,6 +91,11 @@ class Table:
             for curve, point in zip(losses, curves.points, strict=True)
         ]
         return cls(landscape, seed, patience, losses, ends)
+
+    def curve(self, point: int) -> list[float]:
+        """Return the losses of a point's trial, to its end."""
+        curve: list[float] = self.losses[point, : self.ends[point]].tolist()
+        return curve
 
     @cached_property
     def values(self) -> NDArray[np.float64]:
@@ -222,7 +225,9 @@ def run_study(table: Table, error: float, name: str, make: MakePruner, order: in
     )
     with patch.object(mirror_module, "make_pruner", make):
         mirror = Mirror(spec)
-    trained, kept = Replay(table, mirror, _shuffled(len(table.losses), order)).run()
+    points = _shuffled(len(table.losses), order)
+    played = play(mirror, lambda number, _: table.curve(points[number]), len(points), LANES)
+    kept = {points[number] for number in played.complete}
     lowest = table.values.min()
     return Run(
         pruner=name,
@@ -230,70 +235,13 @@ def run_study(table: Table, error: float, name: str, make: MakePruner, order: in
         patience=table.patience,
         kept_winner=int(table.values.argmin()) in kept,
         lost=float(min(table.values[point] for point in kept) - lowest) / error,
-        saved=1 - trained / sum(table.ends),
+        saved=1 - played.epochs / sum(table.ends),
     )
 
 
 def _shuffled(points: int, order: int) -> list[int]:
     suggested = np.random.default_rng(order).permutation(np.arange(REFERENCE_TRIALS, points))
     return [*range(REFERENCE_TRIALS), *map(int, suggested)]
-
-
-@dataclass
-class Lane:
-    """A trial in training; ``stops_at`` is the epoch at which a verdict reaches it."""
-
-    number: int
-    point: int
-    epoch: int = 0
-    stops_at: float = math.inf
-
-
-class Replay:
-    """A study whose epochs are read from a table; trial n trains the point ``points[n]``."""
-
-    def __init__(self, table: Table, mirror: Mirror, points: Sequence[int]) -> None:
-        self._table = table
-        self._mirror = mirror
-        self._points = points
-        self._lanes: list[Lane] = []
-        self._trained = 0
-        self._kept: set[int] = set()
-
-    def run(self) -> tuple[int, set[int]]:
-        """Return how many epochs were trained, and which points ran to their end."""
-        self._refill()
-        while self._lanes:
-            for lane in list(self._lanes):
-                self._train_epoch(lane)
-            self._refill()
-        return self._trained, self._kept
-
-    def _refill(self) -> None:
-        room = min(LANES - len(self._lanes), len(self._points) - self._mirror.next_number)
-        first = self._mirror.next_number
-        self._mirror.suggest(room)
-        self._lanes += [Lane(n, self._points[n]) for n in range(first, first + room)]
-
-    def _train_epoch(self, lane: Lane) -> None:
-        lane.epoch += 1
-        self._trained += 1
-        loss = float(self._table.losses[lane.point, lane.epoch - 1])
-        pruned = self._mirror.report(lane.number, [(lane.epoch, loss)]) is not None
-        if lane.epoch == self._table.ends[lane.point]:
-            self._end(lane, TrialState.COMPLETE if math.isfinite(loss) else TrialState.PRUNED)
-        elif lane.epoch >= lane.stops_at:
-            self._end(lane, TrialState.PRUNED)
-        elif pruned and lane.stops_at == math.inf:
-            lane.stops_at = lane.epoch + HEEDED_AFTER
-
-    def _end(self, lane: Lane, state: TrialState) -> None:
-        complete = state is TrialState.COMPLETE
-        value = float(self._table.values[lane.point]) if complete else None
-        self._mirror.tell(lane.number, state, value)
-        self._lanes.remove(lane)
-        if complete:
-            self._kept.add(lane.point)
 
 
 def built_in(pruner: Mapping[str, Any]) -> MakePruner:

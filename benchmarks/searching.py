@@ -21,7 +21,7 @@ epochs were trained.
 
 import argparse
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -32,11 +32,10 @@ from unittest.mock import patch
 import numpy as np
 import optuna
 from numpy.typing import NDArray
-from optuna.trial import TrialState
 from scipy.interpolate import RBFInterpolator
 
 from benchmarks.curves import FOLDER, LANDSCAPES, SEEDS, Curves, path_of
-from benchmarks.pruners import HEEDED_AFTER
+from benchmarks.replaying import play
 from benchmarks.study import suggest
 from regtune.space import Fixed
 from regtune.spec import StudySpec, parse_spec
@@ -144,44 +143,8 @@ def stock(search: Search) -> Found:
 def ours(search: Search, lanes: int = LANES) -> Found:
     """Search as the scheduler does, with so many lanes."""
     terrain, mirror = Terrain(search), Mirror(search.spec)
-    running: list[Lane] = []
-    seen: list[float] = []
-    while True:
-        first = mirror.next_number
-        made = mirror.suggest(min(lanes - len(running), search.trials - first))
-        running += [Lane(first + i, terrain.curve(one.params)) for i, one in enumerate(made)]
-        if not running:
-            return Found(min(seen), len(seen))
-        seen += [lane.train_epoch(mirror) for lane in running]
-        running = [lane for lane in running if not lane.ended]
-
-
-@dataclass
-class Lane:
-    """A trial in training; ``stops_at`` is the epoch at which a verdict reaches it."""
-
-    number: int
-    curve: Sequence[float]
-    epoch: int = 0
-    stops_at: float = math.inf
-    ended: bool = False
-
-    def train_epoch(self, mirror: Mirror) -> float:
-        """Train for an epoch, report it, and end if it was the last one; return its loss."""
-        loss = self.curve[self.epoch]
-        self.epoch += 1
-        pruned = mirror.report(self.number, [(self.epoch, loss)]) is not None
-        if self.epoch == len(self.curve):
-            self._end(mirror, TrialState.COMPLETE, min(self.curve))
-        elif self.epoch >= self.stops_at:
-            self._end(mirror, TrialState.PRUNED, None)
-        elif pruned and self.stops_at == math.inf:
-            self.stops_at = self.epoch + HEEDED_AFTER
-        return loss
-
-    def _end(self, mirror: Mirror, state: TrialState, value: float | None) -> None:
-        mirror.tell(self.number, state, value)
-        self.ended = True
+    played = play(mirror, lambda _, one: terrain.curve(one.params), search.trials, lanes)
+    return Found(played.best_loss, played.epochs)
 
 
 def blind(search: Search) -> Found:
