@@ -1,6 +1,7 @@
 """The command line: ``regtune …``."""
 
 import json
+import math
 import signal
 import sys
 from datetime import datetime
@@ -252,7 +253,7 @@ def change(
 
 @app.command()
 def delete(name: Name) -> None:
-    """Delete a study that is over, with all its records."""
+    """Delete a study that is over, with all its trials; its history stays."""
     with _client() as api:
         api.delete(name)
     _out.out(f"study {name} is deleted")
@@ -511,9 +512,12 @@ def _limit(text: str, number: type[int] | type[float], option: str) -> float | N
     if text == "none":
         return None
     try:
-        return number(text)
+        value = number(text)
+        if math.isfinite(value):
+            return value
     except ValueError:
-        raise typer.BadParameter(f"a number or none, not {text!r}", param_hint=option) from None
+        pass
+    raise typer.BadParameter(f"a number or none, not {text!r}", param_hint=option)
 
 
 def _watch(api: Client, name: str, as_json: bool) -> None:

@@ -52,13 +52,16 @@ class Refused(RegtuneError):
 class Client:
     """Talks to a service; ``url`` is its address, by default ``REGTUNE_URL``.
 
-    Every method raises ServiceUnreachable or Refused.
+    Every method raises ServiceUnreachable or Refused, and an address that is none the former.
     """
 
     def __init__(self, url: str | None = None) -> None:
         self.url = (url or Settings().url).rstrip("/")
         # A proxy that is set for the outside world has no way to this machine itself.
-        local = httpx.URL(self.url).host in ("127.0.0.1", "::1", "localhost")
+        try:
+            local = httpx.URL(self.url).host in ("127.0.0.1", "::1", "localhost")
+        except httpx.InvalidURL as error:
+            raise self._unreachable(error) from None
         self._http = httpx.Client(base_url=self.url, timeout=_TIMEOUT, trust_env=not local)
 
     def submit(self, spec: Mapping[str, Any] | Path | str) -> tuple[Document, bool]:
@@ -111,7 +114,7 @@ class Client:
         return document
 
     def delete(self, name: str) -> None:
-        """Delete a study that is over, with all its records."""
+        """Delete a study that is over, with all its trials; its history stays."""
         self._request("DELETE", _path(name))
 
     def history(self, name: str, trials: bool = False) -> Iterator[Document]:
@@ -192,13 +195,16 @@ class Client:
         try:
             response = self._http.request(method, path, **options)
         except (httpx.TransportError, httpx.InvalidURL) as error:
-            raise ServiceUnreachable(
-                f"the service cannot be reached at {self.url} ({error}); "
-                "is it running (`regtune up`), and is REGTUNE_URL right?"
-            ) from None
+            raise self._unreachable(error) from None
         if response.is_error:
             raise _refused(response)
         return response
+
+    def _unreachable(self, error: Exception) -> ServiceUnreachable:
+        return ServiceUnreachable(
+            f"the service cannot be reached at {self.url} ({error}); "
+            "is it running (`regtune up`), and is REGTUNE_URL right?"
+        )
 
 
 def is_live(study: Mapping[str, Any]) -> bool:

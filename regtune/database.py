@@ -121,9 +121,9 @@ def normalized(url: str) -> URL:
     """Return the address with the driver that regtune uses; raise DatabaseUnavailable if broken."""
     try:
         parsed = make_url(url)
-    except ArgumentError:
+    except (ArgumentError, ValueError):  # the latter for a port that is no number
         raise DatabaseUnavailable(
-            "REGTUNE_DATABASE_URL must look like postgresql://user:password@host:port/database"
+            "REGTUNE_DATABASE_URL must look like postgresql://user:password@host:5432/database"
         ) from None
     if parsed.get_backend_name() not in {"postgresql", "postgres"}:
         raise DatabaseUnavailable(
@@ -375,6 +375,10 @@ def reachable() -> Iterator[None]:
         raise DatabaseUnavailable(
             f"the database cannot be reached: {str(error.orig).splitlines()[0]}"
         ) from error
+
+
+FAULTS = (DBAPIError, TimeoutError)
+"""What the database, or the pool of connections to it, may raise; an outage or not."""
 
 
 def is_outage(error: BaseException) -> bool:

@@ -45,7 +45,14 @@ class Settings(BaseSettings):
         description="Tasks of one's own that are not installed by an entry point, as "
         "name=package.module:Class, with commas between.",
     )
-    pool_size: int = Field(5, ge=1, le=1000, description="Most database connections of a process.")
+    pool_size: int = Field(
+        5,
+        ge=1,
+        le=1000,
+        description="Most connections of a pool. A service has two pools, for requests and for the "
+        "dashboard, and three connections beside them; a worker has one, of two connections at the "
+        "most, and one connection beside it.",
+    )
     lease_seconds: float = Field(30.0, gt=0, description="How long a lease lasts unrenewed.")
     flush_seconds: float = Field(0.5, ge=0, description="Epochs are recorded at most this often.")
     poll_seconds: float = Field(2.0, gt=0, description="Slow poll behind the notifications.")
@@ -70,13 +77,21 @@ class Settings(BaseSettings):
     hung_seconds: float = Field(
         120.0, gt=0, description="A worker that takes no step for so long ends, for a new one."
     )
-    max_attempts: int = Field(3, ge=1, description="A trial that loses more leases fails.")
+    max_attempts: int = Field(3, ge=1, description="A trial that has lost so many leases fails.")
     max_consecutive_failures: int = Field(
         10, ge=1, description="A study with so many failed trials in a row fails."
     )
     max_body_bytes: int = Field(MAX_BODY_BYTES, ge=1024, description="Largest request body.")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["console", "json"] = "console"
+
+    @property
+    def suspect_from(self) -> int:
+        """How many lost leases make a trial a suspect, which trains alone, and so fails alone.
+
+        One whose next lost lease would be its last.
+        """
+        return max(1, self.max_attempts - 1)
 
     @field_validator("data_roots", mode="before")
     @classmethod

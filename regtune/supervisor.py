@@ -184,10 +184,11 @@ class Site:
     def _start_database(self) -> None:
         """Start the embedded database, unless another is named, and apply the migrations."""
         try:
+            direct = self._settings.direct_database_url
             if self._embedded:
-                self.database_url = self._embedded.start()
+                self.database_url = direct = self._embedded.start()
             self._signals.check()
-            database.upgrade(self.database_url)
+            database.upgrade(direct or self.database_url)
         except RegtuneError:
             self._signals.check()  # Ctrl-C reaches PostgreSQL's own commands too
             raise

@@ -30,10 +30,11 @@ DESCRIPTION = (
 )
 
 _GRACE_SECONDS = 5
+"""What a request in progress has left to end when the service stops."""
+
 _SWITCH_SECONDS = 0.001
 """How long a sampler that thinks may keep the interpreter from a request; 0.005 is its default, and
 a request gives it back several times."""
-"""What a request in progress has left to end when the service stops."""
 
 
 def create_app(settings: Settings, *, schedule: bool = True) -> FastAPI:

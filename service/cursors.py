@@ -25,6 +25,14 @@ def read(cursor: str, count: int) -> list[str]:
     return parts
 
 
+def whole(cursor: str, part: str, limit: int) -> int:
+    """Return a part of a cursor as a number from 0 to below ``limit``; raise as ``read`` does."""
+    digits = part.isascii() and part.isdigit() and len(part) <= len(str(limit))
+    if not digits or int(part) >= limit:
+        raise invalid(cursor)
+    return int(part)
+
+
 def invalid(cursor: str) -> RequestValidationError:
     """Return what to raise for a cursor that did not come from the list that it is given to."""
     return invalid_query("cursor", "is not the `next` of a page of this very list", cursor)

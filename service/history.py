@@ -101,8 +101,6 @@ def _write_cursor(query: HistoryQuery, last: Event) -> str:
 def _read_cursor(query: HistoryQuery) -> int:
     cursor = query.cursor or ""
     direction, event_id = cursors.read(cursor, 2)
-    if direction != query.direction or not event_id.isascii() or not event_id.isdigit():
+    if direction != query.direction:
         raise cursors.invalid(cursor)
-    if int(event_id) >= 2**63:
-        raise cursors.invalid(cursor)
-    return int(event_id)
+    return cursors.whole(cursor, event_id, 2**63)

@@ -364,6 +364,4 @@ def _summary(study: Study, stands: Standing) -> dict[str, Any]:
 
 def _read_cursor(cursor: str) -> int:
     (study_id,) = cursors.read(cursor, 1)
-    if not study_id.isascii() or not study_id.isdigit() or int(study_id) >= 2**31:
-        raise cursors.invalid(cursor)
-    return int(study_id)
+    return cursors.whole(cursor, study_id, 2**31)

@@ -254,9 +254,7 @@ def _read_cursor(query: TrialsQuery) -> After:
     if (order_by, direction) != (query.order_by, query.direction):
         raise cursors.invalid(cursor)
     try:
-        after = After(number=int(number), value=float(value) if value else None)
+        loss = float(value) if value else None
     except ValueError:
         raise cursors.invalid(cursor) from None
-    if not 0 <= after.number < 2**31:
-        raise cursors.invalid(cursor)
-    return after
+    return After(number=cursors.whole(cursor, number, 2**31), value=loss)

@@ -48,7 +48,7 @@ class WorkerDetail(Document):
     )
     host: str = Field(description="The machine that it runs on.", examples=["gpu-7"])
     pid: int = Field(description="Its process there.", examples=[3141])
-    device: str = Field(description="What it trains on.", examples=["cuda:0"])
+    device: str = Field(description="What it trains on.", examples=["NVIDIA H100 80GB HBM3"])
     device_kind: str = Field(
         description="What kind of device that is, in PyTorch's words.", examples=["cuda"]
     )

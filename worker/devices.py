@@ -21,4 +21,6 @@ def describe(device: torch.device) -> str:
     """Return the name of a device, as people know it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"cpu ({torch.get_num_threads()} threads)"
+    if device.type == "cpu":
+        return f"cpu ({torch.get_num_threads()} threads)"
+    return str(device)

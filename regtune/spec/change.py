@@ -10,7 +10,7 @@ from regtune.spec.parts import SpecModel, with_computed_defaults
 
 
 class BudgetChange(SpecModel):
-    """What is to change of a budget; null takes a limit away."""
+    """What is to change of a budget; null takes the limit of seconds or trial-epochs away."""
 
     model_config = ConfigDict(
         json_schema_extra=with_computed_defaults("trials", "seconds", "trial_epochs")

@@ -158,7 +158,7 @@ class Pruner(SpecModel):
         examples=[16],
     )
     startup_trials: int = Field(
-        5, ge=0, description="median: trials that are never pruned.", examples=[5]
+        5, ge=0, description="median: prunes none before so many have completed.", examples=[5]
     )
     reduction_factor: int = Field(
         3,

@@ -1,3 +1,4 @@
+import base64
 import json
 import socket
 import threading
@@ -204,6 +205,13 @@ def test_a_sender_who_hangs_up_is_no_internal_error(client: httpx.Client) -> Non
     assert logs == []
 
 
+def _cursor(*parts: str) -> str:
+    return base64.urlsafe_b64encode("\n".join(parts).encode()).decode().rstrip("=")
+
+
+DIGITS = "9" * 4400
+"""More than Python turns into a number."""
+
 WRONG_PARAMETERS = [
     ("/v1/studies?limit=-1", "limit"),
     ("/v1/studies?limit=0", "limit"),
@@ -217,6 +225,10 @@ WRONG_PARAMETERS = [
     ("/v1/studies?cursor=LTE", "cursor"),  # -1
     ("/v1/studies?cursor=OTk5OTk5OTk5OTk", "cursor"),  # 99999999999
     ("/v1/studies?cursor=2ak", "cursor"),  # a digit, but an Arabic one
+    (f"/v1/studies?cursor={_cursor(DIGITS)}", "cursor"),
+    (f"/v1/studies/study/history?cursor={_cursor('asc', DIGITS)}", "cursor"),
+    (f"/v1/studies/study/history?cursor={_cursor('asc', str(2**63))}", "cursor"),
+    (f"/v1/studies/study/trials?cursor={_cursor('number', 'asc', '', DIGITS)}", "cursor"),
     ("/v1/studies?colour=red", "colour"),
     ("/v1/studies/study/trials?order_by=test_score", "order_by"),
     ("/v1/studies/study/trials?direction=up", "direction"),

@@ -103,6 +103,7 @@ def test_a_file_that_is_not_there_is_a_usage_error(run: Run, arguments: list[str
         (["worker", "--gpu", "first"], "a number or free, not 'first'"),
         (["worker", "--lanes", "0"], "greater than or equal to 1"),
         (["up", "--workers", "0", "--study", "study.yaml"], "at least one worker"),
+        (["change", "x", "--seconds", "inf"], "a number or none, not 'inf'"),
         (["best"], "Missing argument"),
         (["frobnicate"], "No such command"),
     ],
@@ -131,6 +132,23 @@ def test_what_needs_a_database_says_which_setting_names_it(run: Run, arguments: 
     code, _, err = run(*arguments)
     assert code == 2
     assert "REGTUNE_DATABASE_URL" in err
+
+
+@pytest.mark.parametrize(
+    ("setting", "address", "arguments"),
+    [
+        ("REGTUNE_URL", "http://127.0.0.1:port", ["list"]),
+        ("REGTUNE_DATABASE_URL", "postgresql://user:password@host:port/database", ["db", "check"]),
+    ],
+)
+def test_an_address_without_a_number_for_its_port_is_said_in_one_line(
+    run: Run, monkeypatch: pytest.MonkeyPatch, setting: str, address: str, arguments: list[str]
+) -> None:
+    monkeypatch.setenv(setting, address)
+    code, _, err = run(*arguments)
+    assert code == 3
+    assert setting in err
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("arguments", [["db", "check"], ["db", "upgrade"], ["worker", "--check"]])

@@ -268,8 +268,27 @@ def test_a_model_that_vmap_refuses_is_told_why(run: Any) -> None:
     assert any("no dropout site" in remark for remark in verdict["remarks"])
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("study.yaml", "--set", "width=3"),
+        ("Good", "--model", "mlp"),
+        ("digits", "--data", "digits"),
+        ("mlp", "--model", "mlp"),
+    ],
+)
+def test_an_option_that_means_nothing_here_is_refused(
+    run: Any, name: str, option: str, value: str
+) -> None:
+    code, _, said = run("check", name, option, value)
+    assert code == USAGE
+    assert f"{option}: means nothing for a" in said
+
+
 def test_unknown_names_and_settings_end_with_codes_of_their_own(run: Any) -> None:
     assert run("check", "nothing")[0] == NOT_FOUND
+    assert run("check", "mlp", "--data", "nothing")[0] == NOT_FOUND
+    assert run("check", "digits", "--model", "nothing")[0] == NOT_FOUND
     assert run("show", "mlp", "--set", "hidden")[0] == USAGE
     code, verdict, _ = run("check", "Good", "--set", "depth=3")
     assert code == WRONG

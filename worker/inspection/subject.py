@@ -45,24 +45,47 @@ def find_subject(
 
     ``sets`` are settings of it, as ``name=value``; ``data`` is what a model is built for, and
     ``model`` what is trained on a data set. Raises NotFound for a name that stands for nothing, and
-    InvalidSpec.
+    InvalidSpec for what cannot be read or does not go with such a name.
     """
+    given = [
+        option for option, value in (("--set", sets), ("--data", data), ("--model", model)) if value
+    ]
     if name.endswith(_STUDIES):
+        _refuse(given, "a study's file, which says it all")
         return Subject("study", name, parse_text(_read(name)))
     own = dict(_setting(text) for text in sets)
     task: dict[str, Any]
     if name in points(TASKS, settings.tasks):
+        _refuse([option for option in given if option != "--set"], "a task")
         kind, task = "task", {"name": name, **own}
     elif name in points(DATASETS, {}):
-        kind, task = "data set", {"dataset": name, "data": own, "model": model or MODEL_FOR_DATA}
+        _refuse([option for option in given if option == "--data"], "a data set")
+        model = _known(model or MODEL_FOR_DATA, MODELS, "model")
+        kind, task = "data set", {"dataset": name, "data": own, "model": model}
     elif name in points(MODELS, {}):
-        kind, task = "model", {"dataset": data or DATA_FOR_MODELS, "model": name, **own}
+        _refuse([option for option in given if option == "--model"], "a model")
+        data = _known(data or DATA_FOR_MODELS, DATASETS, "data set")
+        kind, task = "model", {"dataset": data, "model": name, **own}
     else:
-        raise NotFound(
-            f"there is no task, data set or model {name!r}; `regtune task list` shows those that "
-            "there are"
-        )
+        raise _unknown(name, "task, data set or model")
     return Subject(kind, name, parse_spec({"name": "task", "task": task, "budget": {"trials": 2}}))  # type: ignore[arg-type]
+
+
+def _refuse(options: Sequence[str], kind: str) -> None:
+    if options:
+        raise InvalidSpec(
+            tuple(FieldError(option, f"means nothing for {kind}") for option in options)
+        )
+
+
+def _known(name: str, group: str, kind: str) -> str:
+    if name not in points(group, {}):
+        raise _unknown(name, kind)
+    return name
+
+
+def _unknown(name: str, kind: str) -> NotFound:
+    return NotFound(f"there is no {kind} {name!r}; `regtune task list` shows those that there are")
 
 
 def _setting(text: str) -> tuple[str, Any]:
