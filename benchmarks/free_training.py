@@ -29,7 +29,7 @@ from regtune.settings import Settings
 from worker.loop import Worker
 from worker.shutdown import Shutdown
 from worker.training.checkpoint import Checkpoint
-from worker.training.lanes import LaneEpoch, LaneResult, LaneTrial
+from worker.training.lanes import Ended, LaneEpoch, LaneResult, LaneTrial
 from worker.training.residence import Residence
 
 EPOCHS = 20
@@ -118,7 +118,12 @@ class FreeEngine:
             tick()
         return [self._next_epoch(trial) for trial in self._trials.values()]
 
-    def results(self, keys: Sequence[int]) -> list[LaneResult]:
+    @property
+    def ended(self) -> dict[int, Ended]:
+        """Why trials train no more that have not left, by key."""
+        return {key: "finished" for key, epoch in self._epochs.items() if epoch == EPOCHS}
+
+    def results(self, keys: Sequence[int], tick: Any) -> list[LaneResult]:
         """Return what trials reached in their last epoch."""
         return [LaneResult(key, EPOCHS, self._loss(key), 0.9, 1.0, 0.9) for key in keys]
 

@@ -6,6 +6,15 @@ HTTP status codes are the service's business: see ``service/problems.py``.
 from dataclasses import dataclass
 
 
+def storable(text: str) -> str:
+    """Return a text as PostgreSQL can keep it: it knows neither NUL nor half a surrogate pair.
+
+    What a user's code raises may hold both, as a word from a field of fixed width does, or a file's
+    name that is not UTF-8.
+    """
+    return text.encode(errors="replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
+
+
 class RegtuneError(Exception):
     """Something that regtune refuses to do."""
 

@@ -3,8 +3,9 @@
 A lease is a fresh token on a trial's row. Every later write carries it and touches no row once the
 lease is gone. Expiry goes by the database's clock; ``now`` is a parameter so that tests own it.
 
-Locks are always taken in one order, study before trials and trials by id, so that no two of these
-statements can wait for each other in a ring.
+Locks are always waited for in one order, study before trials and trials by id, so that no two
+transactions can wait for each other in a ring. Who holds trials already, as a worker does that has
+just recorded their epochs, does not wait for the study; it asks again in another transaction.
 """
 
 import json
@@ -60,12 +61,13 @@ class Taken:
 
     ``turn`` is the study that its free lanes should go to, None if none has a trial for it.
     ``more_to_come`` says whether its own study has trials that no worker has begun, or may still
-    get some.
+    get some. ``busy`` says that the study was locked, and should be asked again.
     """
 
     turn: int | None
     leases: Sequence[Lease]
     more_to_come: bool
+    busy: bool = False
 
 
 def append(
@@ -191,14 +193,16 @@ def take(
     alone: bool,
     stay_seconds: float,
     refused: Collection[int] = (),
+    waits: bool = True,
     now: datetime | None = None,
 ) -> Taken:
     """Ask whose turn it is, as ``shares.choose`` does, and if it is this study's, lease trials.
 
-    Otherwise as ``lease``, and in one statement as that.
+    Otherwise as ``lease``, and in one statement as that. ``waits`` says whether to wait while
+    somebody else has locked the study, which nobody may who has locked any of its trials.
     """
     rows = session.execute(
-        _TAKE,
+        _TAKE if waits else _TAKE_WITHOUT_WAITING,
         {
             "study_id": study_id,
             "worker": worker,
@@ -215,7 +219,7 @@ def take(
         },
     ).all()
     leases = _leases(row for row in rows if row.trial_id is not None)
-    return Taken(rows[0].turn, leases, bool(rows[0].more_to_come))
+    return Taken(rows[0].turn, leases, bool(rows[0].more_to_come), rows[0].busy)
 
 
 def _leases(rows: Iterable[Row[Any]]) -> Sequence[Lease]:
@@ -228,15 +232,16 @@ def release(
 ) -> Sequence[int]:
     """Give trials back that their worker was told to leave; return the ids that were still its.
 
-    They wait again, at no cost in attempts; in a study that is stopping they are cancelled.
+    They wait again, without having lost a lease; in a study that is stopping they are cancelled.
     """
     by_study: dict[int, list[Lease]] = {}
     for lease in leases:
         by_study.setdefault(lease.study_id, []).append(lease)
     given_up: list[int] = []
     for study_id, held in sorted(by_study.items()):
-        _share_study(session, study_id)
-        given_up += _give_up(session, _tokens(held), f"released by {worker}", 0, None, now)
+        share_study(session, study_id)
+        reason = f"released by {worker}"
+        given_up += _give_up(session, _tokens(held), reason, worker, 0, None, now)
     return given_up
 
 
@@ -247,18 +252,19 @@ def expire(
 
     The trials wait again under the same numbers; one that has lost ``max_attempts`` leases fails.
     """
-    _share_study(session, study_id)
+    share_study(session, study_id)
     rows = session.execute(_EXPIRED, {"study_id": study_id, "now": now}).all()
     if not rows:
         return []
     tokens = json.dumps([{"trial_id": row.trial_id, "token": str(row.token)} for row in rows])
-    return _give_up(session, tokens, "its lease ran out", 1, max_attempts, now)
+    return _give_up(session, tokens, "its lease ran out", "scheduler", 1, max_attempts, now)
 
 
-def _share_study(session: Session, study_id: int) -> None:
+def share_study(session: Session, study_id: int) -> None:
     """Hold off whoever wants to stop the study until this transaction has given its trials back.
 
-    Else a trial could go back to waiting just after the waiting ones were withdrawn.
+    Else a trial could go back to waiting just after the waiting ones were withdrawn. Who is to give
+    trials back and to record epochs of others does this first, for the order of locks.
     """
     session.execute(
         text("SELECT FROM regtune.studies WHERE study_id = :study_id FOR SHARE"),
@@ -270,6 +276,7 @@ def _give_up(
     session: Session,
     tokens: str,
     reason: str,
+    actor: str,
     lost: int,
     max_attempts: int | None,
     now: datetime | None,
@@ -279,6 +286,7 @@ def _give_up(
         {
             "tokens": tokens,
             "reason": reason,
+            "actor": actor,
             "lost": lost,
             "max_attempts": max_attempts,
             "now": now,
@@ -360,7 +368,7 @@ SELECT trial_id, (SELECT count(*) FROM woken) FROM trial
 _LEASING = """
 study AS MATERIALIZED (
     SELECT study_id FROM regtune.studies
-    WHERE study_id = :study_id AND state = 'active' {and_more} FOR SHARE
+    WHERE study_id = :study_id AND state = 'active' {and_more} FOR SHARE {or_what}
 ), harmless AS (
     SELECT t.trial_id FROM regtune.trials t
     WHERE t.study_id = (SELECT study_id FROM study) AND t.shape = :shape AND t.state = 'waiting'
@@ -397,21 +405,26 @@ study AS MATERIALIZED (
 """
 
 _LEASE = text(f"""
-WITH {_LEASING.format(and_more="")}
+WITH {_LEASING.format(and_more="", or_what="")}
 SELECT trial_id, study_id, number, attempt, token, params, lost_leases FROM leased
 """)
 
-_TAKE = text(f"""
-{shares.TURN}, {_LEASING.format(and_more="AND study_id = (SELECT study_id FROM turn)")}, more AS (
+_TAKING = f"""
+{shares.TURN}, {_LEASING}, more AS (
     SELECT s.state = 'active' AND (s.appended < s.budget_trials OR EXISTS (
         SELECT FROM regtune.trials t WHERE t.study_id = s.study_id AND t.state = 'waiting'
            AND t.trial_id NOT IN (SELECT trial_id FROM picked))) AS more_to_come
     FROM regtune.studies s WHERE s.study_id = :study_id
 )
 SELECT turn.study_id AS turn, more.more_to_come,
+       cast(:count AS int) > 0 AND coalesce(turn.study_id = :study_id, false)
+       AND NOT EXISTS (SELECT FROM study) AS busy,
        leased.trial_id, leased.study_id, number, attempt, token, params, lost_leases
 FROM (VALUES (1)) one LEFT JOIN turn ON true LEFT JOIN more ON true LEFT JOIN leased ON true
-""")
+"""
+_IF_ITS_TURN = "AND study_id = (SELECT study_id FROM turn)"
+_TAKE = text(_TAKING.format(and_more=_IF_ITS_TURN, or_what=""))
+_TAKE_WITHOUT_WAITING = text(_TAKING.format(and_more=_IF_ITS_TURN, or_what="SKIP LOCKED"))
 
 # A worker that is renewing right now holds the lock, and its lease is alive after all.
 _EXPIRED = text("""
@@ -471,7 +484,7 @@ WITH token AS (
 ), told AS (
     INSERT INTO regtune.events (study_id, number, kind, actor, detail)
     SELECT study_id, number, 'trial_' || CASE state WHEN 'waiting' THEN 'given_back' ELSE state END,
-           'leasing', json_build_object('reason', coalesce(reason, cast(:reason AS text)))
+           :actor, json_build_object('reason', coalesce(reason, cast(:reason AS text)))
     FROM given_up ORDER BY number
 )
 SELECT trial_id, study_id FROM given_up

@@ -16,6 +16,7 @@ from typing import Any, Self
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
+from regtune.errors import storable
 from regtune.leasing import Lease
 
 
@@ -71,8 +72,8 @@ class Failed:
     def by(cls, error: Exception) -> Self:
         """Return the outcome of a trial whose task raised ``error``."""
         return cls(
-            reason=f"{type(error).__name__}: {error}",
-            error="".join(traceback.format_exception(error)),
+            reason=storable(f"{type(error).__name__}: {error}"),
+            error=storable("".join(traceback.format_exception(error))),
         )
 
 
@@ -390,7 +391,13 @@ SELECT trial_id FROM ended
 """)
 
 _REQUEST_STOP = text("""
-UPDATE regtune.trials t SET stop_request = v.reason
-FROM json_to_recordset(cast(:verdicts AS json)) AS v(trial_id int, attempt int, reason text)
-WHERE t.trial_id = v.trial_id AND t.attempt = v.attempt AND t.state = 'running'
+WITH judged AS (
+    SELECT t.trial_id, v.reason
+    FROM regtune.trials t
+    JOIN json_to_recordset(cast(:verdicts AS json)) AS v(trial_id int, attempt int, reason text)
+      ON t.trial_id = v.trial_id AND t.attempt = v.attempt AND t.state = 'running'
+    ORDER BY t.trial_id FOR UPDATE OF t
+)
+UPDATE regtune.trials t SET stop_request = judged.reason
+FROM judged WHERE t.trial_id = judged.trial_id
 """)

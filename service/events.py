@@ -9,8 +9,6 @@ import structlog
 from fastapi import APIRouter, Header, Query
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import text
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
@@ -94,7 +92,7 @@ async def _tell(context: Context, study_id: int, after: str) -> AsyncIterator[Se
         while True:
             try:
                 batch, is_over = await run_in_threadpool(_read, context, study_id, after)
-            except (DBAPIError, PoolTimeout):
+            except database.FAULTS:
                 # It has begun, so it can only end; its reader comes back with its last id.
                 log.warning("stream_lost_database", study_id=study_id)
                 return

@@ -12,8 +12,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from sqlalchemy import Engine
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from regtune import database, events
 
@@ -77,7 +75,7 @@ class Newsroom:
             with self._lock:
                 watched = {watch.study_id for watch in self._watches}
             # A look that fails is left out: those who watch read for themselves, and find out.
-            with suppress(DBAPIError, PoolTimeout):
+            with suppress(*database.FAULTS):
                 self._wake(self._newest(watched) if watched else {})
 
     def _newest(self, study_ids: Iterable[int]) -> Mapping[int, str]:

@@ -9,12 +9,12 @@ The attempt is part of the name, so a worker that has lost its lease overwrites 
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any
+from functools import partial
 
 import fsspec
 import structlog
@@ -82,7 +82,8 @@ class CheckpointStore:
         self._put(f"{folder}/{key}-{_digest(content)}{_SUFFIX}", content)
         older = [path for path in self._files_of(folder) if _name(path) < key]
         for path in older[KEPT - 1 :]:
-            self._files.rm_file(path)
+            with suppress(FileNotFoundError):
+                self._files.rm_file(path)
 
     def newest(self, study: Study, lease: Lease) -> Saved | None:
         """Return the last checkpoint of a trial's earlier attempts that is whole, if there is one.
@@ -188,16 +189,13 @@ class CheckpointWriter:
     def write(self, study: Study, saved: Sequence[tuple[Lease, Saved]]) -> None:
         """Write checkpoints of trials."""
 
-        def work() -> None:
-            for lease, one in saved:
-                self._store.write(study, lease, one)
-
-        self._submit(work, "checkpoint_failed", study)
+        for lease, one in saved:
+            self._submit(partial(self._store.write, study, lease, one), "checkpoint_failed", study)
 
     def remove(self, study: Study, trial_ids: Collection[int]) -> None:
         """Remove all checkpoints of trials that are over."""
         self._submit(
-            lambda: self._store.remove(study, trial_ids), "checkpoint_removal_failed", study
+            partial(self._store.remove, study, trial_ids), "checkpoint_removal_failed", study
         )
 
     def wait(self, seconds: float) -> None:
@@ -209,7 +207,7 @@ class CheckpointWriter:
         """Let go of the thread."""
         self._pool.shutdown(wait=False)
 
-    def _submit(self, work: Any, failure: str, study: Study) -> None:
+    def _submit(self, work: Callable[[], None], failure: str, study: Study) -> None:
         def attempt() -> None:
             try:
                 work()

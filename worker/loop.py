@@ -11,7 +11,7 @@ from collections.abc import Callable
 import structlog
 import torch
 from sqlalchemy import Engine as Database
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
 
 from regtune import database, events, leasing, reporting, shapes, shares, studies, task, workers
 from regtune.database import transaction
@@ -24,6 +24,7 @@ from regtune.errors import (
     NoRoomForModel,
     NotFound,
     RegtuneError,
+    storable,
 )
 from regtune.reporting import Failed
 from regtune.settings import Settings
@@ -32,7 +33,7 @@ from regtune.studies import Study
 from worker.checkpoints import CheckpointStore
 from worker.devices import describe
 from worker.heartbeat import BEATS_A_LEASE, Heartbeat
-from worker.meeting import Turn, suspect_from
+from worker.meeting import Turn
 from worker.refusals import Refusals
 from worker.shutdown import Interrupted, Shutdown
 from worker.stack import Stack
@@ -118,8 +119,8 @@ class Worker:
         try:
             with transaction(self._database) as session:
                 workers.leave(session, self.name)
-        except DBAPIError as error:
-            log.warning("database_lost", worker=self.name, error=str(error.orig).splitlines()[0])
+        except database.FAULTS as error:
+            log.warning("database_lost", worker=self.name, error=str(error).splitlines()[0])
         self._database.dispose()
         log.info("worker_stopped", worker=self.name)
 
@@ -127,6 +128,7 @@ class Worker:
         """Train the study whose turn it is for as long as it has trials; say if another's came.
 
         A stack that is there asks whose turn it is as it meets, and leases in the same transaction.
+        One whose meeting was refused for good gives its trials back: nobody would train them here.
         """
         try:
             if self._stack is None:
@@ -142,8 +144,11 @@ class Worker:
             study, shape = self._read(turn)
             self._stack = None if shape is None else self._build_stack(study, shape)
             return self._stack is not None
-        except (DBAPIError, DatabaseUnavailable, NotFound) as error:
+        except (*database.FAULTS, DatabaseUnavailable, NotFound) as error:
             log.warning("database_lost", worker=self.name, error=str(error).splitlines()[0])
+            if self._stack is not None and not self._stack.idle:
+                self._stack.release()
+                self._drop_stack()
             return False
 
     def _drop_stack(self) -> None:
@@ -201,8 +206,7 @@ class Worker:
                 self._idle_beat = 0.0
                 return Turn(study_id)
             if time.monotonic() >= self._idle_beat:
-                workers.beat(session, self.name, wanted_lanes=self._lanes, study_id=None)
-                self._idle_beat = time.monotonic() + self._settings.lease_seconds / BEATS_A_LEASE
+                self._beat(session)
             return None
 
     def _read(self, turn: Turn) -> tuple[Study, str | None]:
@@ -212,7 +216,7 @@ class Worker:
             if turn.shape is not None or not study.spec.search.shaping():
                 return study, turn.shape or NO_SHAPE
             shape = shapes.choose(
-                session, study.study_id, self.name, suspect_from=suspect_from(self._settings)
+                session, study.study_id, self.name, suspect_from=self._settings.suspect_from
             )
             return study, shape
 
@@ -236,7 +240,7 @@ class Worker:
             self._record_refusal(study, difference)
         except NoRoom as lack:
             self._leave_to_others(study, shape, lack)
-        except (DBAPIError, NotFound):  # the database
+        except (*database.FAULTS, NotFound):  # the database
             raise
         except Exception as error:  # noqa: BLE001 - a user's crash is data
             if capacity.is_out_of_memory(error):
@@ -271,7 +275,7 @@ class Worker:
                 study.study_id,
                 "study_refused",
                 self.name,
-                detail={"reason": str(reason), **detail},
+                detail={"reason": storable(str(reason)), **detail},
             )
 
     def _fail_one(self, study: Study, shape: str, error: Exception) -> None:
@@ -288,7 +292,7 @@ class Worker:
             )
             reporting.finish(session, [(lease, failed) for lease in leases], self.name)
             if isinstance(error, InvalidData | InvalidSpec) and study.model is None:
-                studies.fail(session, study.study_id, str(error), self.name)
+                studies.fail(session, study.study_id, storable(str(error)), self.name)
 
     def _train(self, stack: Stack) -> None:
         """Train until the study has no trial left for this worker."""
@@ -317,29 +321,43 @@ class Worker:
             heartbeat.stop()
 
     def _wait(self) -> None:
-        """Wait until there may be something to train, or until the worker must be heard of again.
+        """Wait until there may be something to train; beat and sweep when that is due meanwhile.
 
         Whoever is not called looks at every poll whether some trial is left over: one that waited
         at the poll before as well. To ask whose turn it is costs several times as much, most of a
-        fleet may be idle, and in a busy study some trial waits at any moment.
+        fleet may be idle, and in a busy study some trial waits at any moment. For the same reason a
+        beat that is due is a beat and no more.
         """
-        heard_until = self._stack.beat_due if self._stack else self._idle_beat
-        poll_seconds = self._settings.poll_seconds
-        due = time.monotonic() + poll_seconds
+        due = time.monotonic() + self._settings.poll_seconds
         while not self._shutdown.requested:
-            if self._listener.wait(min(_SLICE_SECONDS, poll_seconds)):
+            if self._listener.wait(min(_SLICE_SECONDS, self._settings.poll_seconds)):
                 return
             if time.monotonic() >= due:
-                due = time.monotonic() + poll_seconds
-                if time.monotonic() >= heard_until or self._sees_left_over():
-                    return
+                due = time.monotonic() + self._settings.poll_seconds
+                self._sweep_in_time()
+                try:
+                    if self._sees_left_over():
+                        return
+                    self._beat_in_time()
+                except database.FAULTS:
+                    return  # whoever asks next waits for the database as it should be waited for
 
     def _sees_left_over(self) -> bool:
-        """Say whether the same trial waits as at the last look, or whether that cannot be told."""
+        """Say whether the same trial waits for a worker as at the last look."""
         before = self._waiting
-        try:
-            with transaction(self._database) as session:
-                self._waiting = shares.longest_waiting(session)
-        except DBAPIError:
-            return True
+        with transaction(self._database) as session:
+            self._waiting = shares.longest_waiting(session)
         return self._waiting is not None and self._waiting == before
+
+    def _beat_in_time(self) -> None:
+        """Say that the worker lives and that all its lanes are free, if it must be heard of."""
+        if self._stack:
+            self._stack.beat_in_time()
+        elif time.monotonic() >= self._idle_beat:
+            with transaction(self._database) as session:
+                self._beat(session)
+
+    def _beat(self, session: Session) -> None:
+        """Say that a worker without a stack lives."""
+        workers.beat(session, self.name, wanted_lanes=self._lanes, study_id=None)
+        self._idle_beat = time.monotonic() + self._settings.lease_seconds / BEATS_A_LEASE

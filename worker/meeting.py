@@ -1,7 +1,8 @@
 """Meetings with the database, held in a thread, so that training never waits for it.
 
 A meeting is one transaction: it records epochs, ends what has ended, gives back and leases trials,
-and says how many lanes still want one. While the database is away it is tried again, ever more
+and says how many lanes still want one; it leases in a second one if the study is locked just then.
+While the database is away it is tried again, ever more
 slowly, and training goes on. All that it writes is fenced by leases and may be written twice, so a
 meeting whose answer was lost does no harm.
 """
@@ -39,6 +40,9 @@ log = structlog.get_logger()
 
 MOST_SECONDS_BETWEEN_TRIES = 5.0
 """How long after an outage a worker may be silent; less than a lease lasts."""
+
+MEETING_SECONDS = 1.0
+"""Ample time for a meeting to end that has begun, if the database is there."""
 
 FLUSH_SECONDS = 30.0
 """What checkpoints may take to be written before others may lease their trials."""
@@ -83,7 +87,8 @@ class Turn:
 class Answer:
     """What a stack takes home; ``resumed`` are those of ``joining`` that need not start anew.
 
-    ``turn`` is whose trials free lanes should go to, None if there is none for them.
+    ``turn`` is whose trials free lanes should go to, None if there is none for them. ``busy`` says
+    that the study was locked, so that nothing could be leased yet.
     """
 
     held: frozenset[int]
@@ -92,11 +97,16 @@ class Answer:
     resumed: Mapping[int, Saved]
     turn: Turn | None
     more_to_come: bool
+    busy: bool = False
 
     @property
     def staying(self) -> frozenset[int]:
         """The trials that the worker may train on."""
         return self.held - self.ended
+
+
+class Leaving(Exception):
+    """The worker was told to stop while a meeting leased trials."""
 
 
 class Meetings:
@@ -136,8 +146,7 @@ class Meetings:
         self._leased: Sequence[Lease] = ()
         self._renewal: Future[None] | None = None
         self._said: tuple[int, int | None] | None = None
-        self.beat_due = 0.0
-        """When a beat is due though it says nothing new, on the monotonic clock."""
+        self._beat_due = 0.0
 
     @property
     def unanswered(self) -> Report | None:
@@ -161,6 +170,20 @@ class Meetings:
         self._leased = ()
         return answer
 
+    def beat_in_time(self, report: Report) -> None:
+        """Say that an idle worker lives and all its lanes are free, if a beat is due.
+
+        Raise what the database may.
+        """
+        if time.monotonic() < self._beat_due:
+            return
+        try:
+            with database.transaction(self._database) as session:
+                self._beat(session, report, report.slots, None)
+        except database.FAULTS:
+            self._said = None  # it may not have been heard
+            raise
+
     def renew(self, leases: Sequence[Lease], slots: int) -> None:
         """Renew leases in the middle of an epoch; the verdicts wait for its end."""
         if self._renewal is None or self._renewal.done():
@@ -175,13 +198,17 @@ class Meetings:
         self._closing.set()
         given_up = threading.Event()
         pool = ThreadPoolExecutor(1, "parting")
-        parting = pool.submit(
-            self._transact, lambda session: self._leave(session, report), given_up
-        )
+        parting = pool.submit(self._part, report, given_up)
         done = wait([parting], seconds).done
         given_up.set()
         pool.shutdown(wait=False)
         return parting.result() if done and parting.exception() is None else None
+
+    def _part(self, report: Report, given_up: threading.Event) -> int:
+        """Leave, once a meeting that is under way has ended: what it leases is given back too."""
+        if self._answer is not None:
+            wait([self._answer], MEETING_SECONDS)
+        return self._transact(lambda session: self._leave(session, report), given_up)
 
     def close(self) -> None:
         """Let go of the threads, and of a meeting that is under way."""
@@ -192,9 +219,18 @@ class Meetings:
         if report.given_back:
             self._writer.wait(FLUSH_SECONDS)
         answer = self._transact(lambda session: self._meet(session, report), self._closing)
+        if answer.busy:
+            answer = self._lease_apart(report, answer)
         self._leased = answer.joining
         again = [lease for lease in answer.joining if lease.attempt > 1]
         return self._resume(answer, again) if again else answer
+
+    def _lease_apart(self, report: Report, first: Answer) -> Answer:
+        """Lease, holding nothing, once whoever has locked the study is done with it."""
+        return self._transact(
+            lambda session: self._lease(session, report, first.held, first.ended, waits=True),
+            self._closing,
+        )
 
     def _transact(self, work: Callable[[Session], T], stop: threading.Event) -> T:
         """Do work in a transaction, again and again until the database is there; or stop."""
@@ -219,11 +255,14 @@ class Meetings:
         log.warning("meeting_failed", study=self._study.name, error=said)
 
     def _meet(self, session: Session, report: Report) -> Answer:
+        if report.given_back:
+            leasing.share_study(session, self._study.study_id)
         verdicts = self._flush(session, report)
         ended = self._finish(session, report, verdicts)
         given_back = [lease for lease in report.leases if lease.trial_id in report.given_back]
         leasing.release(session, given_back, self._worker)
-        return self._lease(session, report, verdicts.held - report.given_back, ended)
+        kept = verdicts.held - report.given_back
+        return self._lease(session, report, kept, ended, waits=not report.leases)
 
     def _flush(self, session: Session, report: Report) -> Verdicts:
         return reporting.flush(session, report.leases, report.epochs, self._settings.lease_seconds)
@@ -241,32 +280,42 @@ class Meetings:
         return frozenset(outcomes)
 
     def _lease(
-        self, session: Session, report: Report, held: frozenset[int], ended: frozenset[int]
+        self,
+        session: Session,
+        report: Report,
+        held: frozenset[int],
+        ended: frozenset[int],
+        *,
+        waits: bool,
     ) -> Answer:
         """Lease trials for the free slots, if it is this study's turn; say how many more it wants.
 
         Those are the slots that stay free, and those whose trials may end before the scheduler
-        could answer.
+        could answer. A worker that leaves leases nothing.
         """
         study_id = self._study.study_id
         staying = [lease for lease in report.leases if lease.trial_id in held - ended]
         free = max(0, report.slots - len(staying))
-        if any(self._is_suspect(lease) for lease in staying):
+        if any(self._is_suspect(lease) for lease in staying) or self._closing.is_set():
             free = 0
         turn: Turn | None = self._own_turn
-        joining: Sequence[Lease] = []
-        more_to_come = True
+        taken = leasing.Taken(study_id, [], more_to_come=True)
         if free:
-            turn, joining, more_to_come = self._take(session, free, report, alone=not staying)
+            turn, taken = self._take(session, free, report, alone=not staying, waits=waits)
+        joining = taken.leases
+        if any(self._is_suspect(lease) for lease in joining):
+            free = len(joining)
         wanted = free - len(joining) + self._ending_soon(report, staying, len(joining))
-        has_part = bool(staying or joining or more_to_come)
+        has_part = bool(staying or joining or taken.more_to_come)
         self._beat(session, report, wanted, study_id if has_part else None)
-        return Answer(held, ended, joining, {}, turn, more_to_come)
+        if joining and self._closing.is_set():
+            raise Leaving  # nothing of this meeting stands; its report is made again in parting
+        return Answer(held, ended, joining, {}, turn, taken.more_to_come, taken.busy)
 
     def _take(
-        self, session: Session, free: int, report: Report, *, alone: bool
-    ) -> tuple[Turn | None, Sequence[Lease], bool]:
-        """Return whose turn it is, trials for the free slots if it is its own, and if more come.
+        self, session: Session, free: int, report: Report, *, alone: bool, waits: bool
+    ) -> tuple[Turn | None, leasing.Taken]:
+        """Return whose turn it is, and trials for the free slots if it is its own.
 
         That is this study and shape, another shape of it, or another study.
         """
@@ -279,16 +328,17 @@ class Meetings:
             self._settings.lease_seconds,
             shape=self._shape,
             slots=report.slots,
-            suspect_from=suspect_from(self._settings),
+            suspect_from=self._settings.suspect_from,
             alone=alone,
             stay_seconds=self._settings.stay_seconds,
             refused=self._refused,
+            waits=waits,
         )
         if taken.turn != study_id:
             turn = None if taken.turn is None else Turn(taken.turn)
         else:
             turn = None if shape is None else Turn(study_id, shape)
-        return turn, taken.leases, taken.more_to_come
+        return turn, taken
 
     def _choose_shape(self, session: Session) -> str | None:
         """Return the shape whose turn it is in this study; None if no trial waits."""
@@ -299,7 +349,7 @@ class Meetings:
             self._study.study_id,
             self._worker,
             current=self._shape_to_keep,
-            suspect_from=suspect_from(self._settings),
+            suspect_from=self._settings.suspect_from,
         )
 
     @property
@@ -313,10 +363,10 @@ class Meetings:
 
     def _beat(self, session: Session, report: Report, wanted: int, study_id: int | None) -> None:
         """Say that the worker lives and how many lanes it wants filled, if that is news."""
-        if (wanted, study_id) == self._said and time.monotonic() < self.beat_due:
+        if (wanted, study_id) == self._said and time.monotonic() < self._beat_due:
             return
         self._said = wanted, study_id
-        self.beat_due = time.monotonic() + self._settings.lease_seconds / BEATS_A_LEASE
+        self._beat_due = time.monotonic() + self._settings.lease_seconds / BEATS_A_LEASE
         workers.beat(
             session,
             self._worker,
@@ -387,22 +437,15 @@ class Meetings:
         self._transact(work, self._closing)
 
     def _leave(self, session: Session, report: Report) -> int:
+        leasing.share_study(session, self._study.study_id)
         verdicts = self._flush(session, report)
         ended = self._finish(session, report, verdicts)
         left = [lease for lease in report.leases if lease.trial_id not in ended]
         return len(leasing.release(session, [*left, *self._leased], self._worker))
 
     def _is_suspect(self, lease: Lease) -> bool:
-        return lease.lost_leases >= suspect_from(self._settings)
+        return lease.lost_leases >= self._settings.suspect_from
 
     @property
     def _judged(self) -> bool:
         return self._study.spec.pruner.name != "none"
-
-
-def suspect_from(settings: Settings) -> int:
-    """Return how many lost leases make a trial a suspect.
-
-    One whose next lost lease would be its last trains alone, and fails alone.
-    """
-    return max(1, settings.max_attempts - 1)

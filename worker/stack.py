@@ -30,7 +30,7 @@ from worker.training import capacity
 from worker.training.capacity import Capacity
 from worker.training.checkpoint import Checkpoint
 from worker.training.engine import KNOBS, DeviceLost, Engine
-from worker.training.lanes import LaneEpoch, LaneResult, LaneTrial
+from worker.training.lanes import Ended, LaneEpoch, LaneResult, LaneTrial
 
 log = structlog.get_logger()
 
@@ -140,17 +140,15 @@ class Stack:
         """Whether it neither trains nor has anything left to report or to hear."""
         return not self._leases and self._meetings.unanswered is None
 
-    @property
-    def beat_due(self) -> float:
-        """When the worker must be heard of again, on the monotonic clock, if nothing changes."""
-        return self._meetings.beat_due
-
     def train_epoch(self, progress: Callable[[], None]) -> None:
         """Train every lane for one epoch; keep what it measured until the next meeting.
 
-        What the task's own code raises ends the trial that raised it. Interrupted and DeviceLost go
-        through.
+        A trial that was left between its last epoch and its test is tested instead. What the task's
+        own code raises ends the trial that raised it. Interrupted and DeviceLost go through.
         """
+        if over := self._engine.ended:
+            self._end_lanes(over, progress)
+            return
         try:
             # When a study ends, it is too late for an experiment to pay.
             epochs = self._engine.train_epoch(progress, trying=self._more_to_come)
@@ -165,7 +163,7 @@ class Stack:
             for curves in (self._curves, self._epochs):
                 curves.setdefault(epoch.key, []).append(_as_epoch(epoch))
         self._occupancy.note(epochs, self._engine.slots, self._more_to_come)
-        self._end_lanes([epoch for epoch in epochs if epoch.ended])
+        self._end_lanes({epoch.key: epoch.ended for epoch in epochs if epoch.ended}, progress)
         self._checkpoint_in_time()
 
     def meet(self) -> bool:
@@ -180,11 +178,19 @@ class Stack:
             self._epochs = {}
             patience = ANSWER_SECONDS
         report = self._meetings.unanswered
-        answer = self._meetings.answer(patience)
+        try:
+            answer = self._meetings.answer(patience)
+        except Exception:
+            self._take_back(report)
+            raise
         if report is None or answer is None:
             return False
         self._apply(report, answer)
         return True
+
+    def beat_in_time(self) -> None:
+        """Say that the worker lives, if it is idle and must be heard of."""
+        self._meetings.beat_in_time(self._report())
 
     def renew(self) -> None:
         """Renew the leases, in the middle of an epoch; from any thread."""
@@ -205,15 +211,19 @@ class Stack:
         report, answer = self._meetings.unanswered, self._meetings.answer(ANSWER_SECONDS)
         if report and answer:
             self._apply(report, answer)
-        elif report:  # whether it was recorded or not, it may be recorded again
-            for id_, epochs in report.epochs.items():
-                self._epochs[id_] = [*epochs, *self._epochs.get(id_, [])]
+        else:
+            self._take_back(report)
         released = self._meetings.part(self._report(), PARTING_SECONDS)
         if released is None:
             log.warning("not_released", study=self.study.name, trials=len(self._leases))
         else:
             log.info("released", study=self.study.name, trials=released)
         self._leases.clear()
+
+    def _take_back(self, report: Report | None) -> None:
+        """Keep the epochs of a report whose answer has not come: they may be recorded again."""
+        for id_, epochs in report.epochs.items() if report else ():
+            self._epochs[id_] = [*epochs, *self._epochs.get(id_, [])]
 
     def _build_engine(self, make_engine: Callable[..., Engine]) -> Engine:
         spec = self._spec
@@ -357,7 +367,8 @@ class Stack:
         """
         keys = self._engine.lanes
         log.warning("training_raised", study=self.study.name, error=str(error), trials=len(keys))
-        states = dict(zip(keys, self._engine.checkpoint(keys), strict=True))
+        before = dict(zip(keys, self._engine.checkpoint(keys), strict=True))
+        states = dict(before)
         epochs: list[LaneEpoch] = []
         parts = _halves(keys) or [keys]
         self._engine.leave(keys)
@@ -369,6 +380,7 @@ class Stack:
                     epochs += self._engine.train_epoch(progress, trying=False)
                     states |= zip(part, self._engine.checkpoint(part), strict=True)
                 except (Interrupted, DeviceLost):
+                    states = before  # nobody will hear of the epochs since
                     raise
                 except Exception as own:  # noqa: BLE001 - a user's crash is data
                     parts = _halves(part) + parts
@@ -385,13 +397,13 @@ class Stack:
         lanes = [_as_lane(self._leases[key], self._spec, self.shape) for key in keys]
         self._engine.join(lanes, states)
 
-    def _end_lanes(self, ended: Sequence[LaneEpoch]) -> None:
+    def _end_lanes(self, ended: Mapping[int, Ended], progress: Callable[[], None]) -> None:
         """Take ended trials out of the engine, with what they reached at their best weights."""
-        for epoch in ended:
-            if epoch.ended == "diverged":
-                self._outcomes[epoch.key] = Pruned("diverged")
-        reasons = {e.key: str(e.ended) for e in ended if e.ended != "diverged"}
-        for result in self._test(list(reasons)):
+        for key, reason in ended.items():
+            if reason == "diverged":
+                self._outcomes[key] = Pruned("diverged")
+        reasons = {key: reason for key, reason in ended.items() if reason != "diverged"}
+        for result in self._test(list(reasons), progress):
             self._outcomes[result.key] = Completed(
                 validation_loss=result.validation_loss,
                 validation_loss_spread=result.validation_loss_spread,
@@ -401,18 +413,20 @@ class Stack:
                 test_score=result.test_score,
                 reason=reasons[result.key],
             )
-        self._engine.leave([epoch.key for epoch in ended])
+        self._engine.leave(list(ended))
 
-    def _test(self, keys: Sequence[int]) -> list[LaneResult]:
+    def _test(self, keys: Sequence[int], progress: Callable[[], None]) -> list[LaneResult]:
         """Return the trials' results; whoever raises is found by halves, and fails."""
         if not keys:
             return []
         try:
-            return self._engine.results(keys)
+            return self._engine.results(keys, progress)
+        except (Interrupted, DeviceLost):
+            raise
         except Exception as error:  # noqa: BLE001 - a user's crash is data
             if len(keys) == 1:
                 self._outcomes[keys[0]] = Failed.by(error)
-            return [result for half in _halves(keys) for result in self._test(half)]
+            return [result for half in _halves(keys) for result in self._test(half, progress)]
 
     def _report(self) -> Report:
         horizon = self._epochs_ahead()
@@ -458,6 +472,10 @@ class Stack:
         for id_, saved in answer.resumed.items():
             self._curves[id_] = list(saved.epochs)
         joining = [lease.trial_id for lease in answer.joining]
+        # There may be fewer slots than when it was asked for them.
+        room = self._engine.free_slots
+        joining, too_many = joining[:room], joining[room:]
+        self._given_back |= set(too_many)
         try:
             self._join(joining, {id_: one.checkpoint for id_, one in answer.resumed.items()})
         except Exception as error:

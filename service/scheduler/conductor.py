@@ -153,7 +153,12 @@ class Conductor:
 
     def _news(self, session: Session) -> News:
         study = studies.by_id(session, self._study_id)
-        glance = glances.of(session, self._study_id, self._settings.lease_seconds)
+        glance = glances.of(
+            session,
+            self._study_id,
+            self._settings.lease_seconds,
+            self._settings.suspect_from,
+        )
         ended = self._read_ended(session)
         epochs = self._read_epochs(session, ended) if self._prunes or ended else []
         by_number: dict[int, list[tuple[int, float]]] = {}
@@ -341,12 +346,13 @@ class Conductor:
         """Return how many trials should be suggested, as far as the budget allows.
 
         As many as lanes want; with a pruner, which may stop several trials at once, so many at the
-        least that the next few find a successor.
+        least that the next few find a successor. Suspects wait until nothing else does, so they
+        are none.
         """
         wanted = glance.wanted_lanes
         if self._prunes and wanted > 0:
             wanted = max(wanted, min(SPARE_TRIALS, glance.running // LANES_PER_SPARE_TRIAL))
-        return wanted - glance.waiting
+        return wanted - (glance.waiting - glance.suspects)
 
 
 def _is_out_of_time(study: Study, seconds_spent: float) -> bool:

@@ -20,6 +20,8 @@ class Glance:
     """How a study's open trials stand, and what workers want of it, at one moment."""
 
     waiting: int
+    suspects: int
+    """Of those that wait, the ones that train alone, when nothing else is left to train."""
     running: int
     overdue: int
     """Running trials whose leases have run out."""
@@ -34,23 +36,29 @@ class Glance:
         return self.waiting + self.running
 
 
-def of(session: Session, study_id: int, alive_seconds: float) -> Glance:
+def of(session: Session, study_id: int, alive_seconds: float, suspect_from: int) -> Glance:
     """Return a glance at one study; raise NotFound if it has been deleted."""
     try:
-        return of_each(session, [study_id], alive_seconds)[study_id]
+        return of_each(session, [study_id], alive_seconds, suspect_from)[study_id]
     except KeyError:
         raise NotFound("the study has been deleted") from None
 
 
 def of_each(
-    session: Session, study_ids: Iterable[int], alive_seconds: float
+    session: Session, study_ids: Iterable[int], alive_seconds: float, suspect_from: int
 ) -> Mapping[int, Glance]:
     """Return a glance at each study, by id; those that have been deleted are left out.
 
-    Workers that have been silent for ``alive_seconds`` want nothing.
+    Workers that have been silent for ``alive_seconds`` want nothing. Trials that have lost
+    ``suspect_from`` leases are suspects.
     """
     rows = session.execute(
-        _GLANCES, {"study_ids": list(study_ids), "alive_seconds": alive_seconds}
+        _GLANCES,
+        {
+            "study_ids": list(study_ids),
+            "alive_seconds": alive_seconds,
+            "suspect_from": suspect_from,
+        },
     ).mappings()
     return {
         row["study_id"]: Glance(**{key: row[key] for key in row if key != "study_id"})
@@ -63,6 +71,8 @@ _GLANCES = text(f"""
 SELECT s.study_id, counted.*, wanted.*
 FROM regtune.studies s, LATERAL (
     SELECT count(*) FILTER (WHERE t.state = 'waiting') AS waiting,
+           count(*) FILTER (WHERE t.state = 'waiting' AND t.lost_leases >= :suspect_from)
+               AS suspects,
            count(*) FILTER (WHERE t.state = 'running') AS running,
            count(*) FILTER (WHERE t.state = 'running' AND t.lease_expires_at < now()) AS overdue,
            coalesce(sum(t.epochs), 0) AS epochs

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 
 import structlog
 from sqlalchemy import Engine
-from sqlalchemy.exc import DBAPIError, TimeoutError
 
 from regtune import database, shares, studies
-from regtune.errors import NotFound, StaleView
+from regtune.errors import NotFound, StaleView, storable
 from regtune.settings import Settings
 from service.scheduler import glances
 from service.scheduler.conductor import Conductor
@@ -67,6 +66,19 @@ class Scheduler:
         self._thread.join()
 
     def _run(self) -> None:
+        """Conduct until told to stop; what nobody has foreseen costs a pause and what is known."""
+        try:
+            while not self._stopping.is_set():
+                try:
+                    self._conduct_until_stopped()
+                except Exception:
+                    log.exception("scheduler_failed")
+                    self._let_go()
+                    self._stopping.wait(self._settings.poll_seconds)
+        finally:
+            self._leadership.give_up()
+
+    def _conduct_until_stopped(self) -> None:
         with database.Listener(self._url, database.NEWS, program="scheduler") as listener:
             due = 0.0
             news = listener.wait(0)  # listening before anything is read
@@ -79,7 +91,6 @@ class Scheduler:
                 patience = max(0.0, min(due, self._glance_due) - time.monotonic())
                 news = listener.wait(0 if self._unfinished else patience) | self._unfinished
                 news |= self._glance()
-        self._leadership.give_up()
 
     def _glance(self) -> set[int]:
         """Return which of the studies that it leads want a round, if it is time for a glance."""
@@ -99,8 +110,13 @@ class Scheduler:
     def _seen_now(self) -> Mapping[int, Glance]:
         try:
             with database.transaction(self._engine) as session:
-                return glances.of_each(session, self._conductors, self._settings.lease_seconds)
-        except (DBAPIError, TimeoutError) as error:
+                return glances.of_each(
+                    session,
+                    self._conductors,
+                    self._settings.lease_seconds,
+                    self._settings.suspect_from,
+                )
+        except database.FAULTS as error:
             self._lose_touch(error)
             return {}
 
@@ -115,7 +131,7 @@ class Scheduler:
             with database.transaction(self._engine) as session:
                 live = studies.live_ids(session)
             led = self._leadership.claim(live)
-        except (DBAPIError, TimeoutError) as error:
+        except database.FAULTS as error:
             self._lose_touch(error)
             return
         self._conductors = {id_: c for id_, c in self._conductors.items() if id_ in led}
@@ -147,13 +163,18 @@ class Scheduler:
         if count < MAX_ERRORS:
             return
         reason = f"the scheduler failed {count} times: {type(error).__name__}: {error}"
-        with database.transaction(self._engine) as session:
-            if studies.lock(session, study_id).live:
-                studies.cancel_open(session, study_id, reason, "scheduler")
-                studies.end(session, study_id, "failed", reason, "scheduler")
+        try:
+            with database.transaction(self._engine) as session:
+                studies.fail(session, study_id, storable(reason), "scheduler")
+        except Exception:
+            # It may be its very row that cannot be read; the other studies go on.
+            log.exception("study_not_failed", study_id=study_id)
 
     def _lose_touch(self, error: Exception) -> None:
         """Forget everything that rested on the database connection; the next poll starts anew."""
         log.warning("database_lost", error=str(error).splitlines()[0])
+        self._let_go()
+
+    def _let_go(self) -> None:
         self._leadership.give_up()
         self._conductors.clear()

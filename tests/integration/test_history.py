@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
@@ -69,6 +70,22 @@ def test_what_happened_to_trials_is_told_if_it_is_asked_for(
         ("trial_cancelled", 1, "somebody"),
         ("study_ended", None, "somebody"),
     ]
+
+
+def test_who_gave_a_trial_back_is_told(client: httpx.Client, engine: Engine) -> None:
+    study = builders.create(engine)
+    builders.append(engine, study, 2)
+    released, lost = builders.lease(engine, study, 2, worker="gpu-7")
+    with transaction(engine) as session:
+        leasing.release(session, [released], "gpu-7")
+        later = datetime.now(UTC) + timedelta(days=1)
+        assert leasing.expire(session, study.study_id, 3, now=later) == [lost.trial_id]
+    everything = client.get(HISTORY, params={"trials": True}).json()["items"]
+    assert [
+        (entry["number"], entry["actor"], entry["detail"]["reason"])
+        for entry in everything
+        if entry["kind"] == "trial_given_back"
+    ] == [(0, "gpu-7", "released by gpu-7"), (1, "scheduler", "its lease ran out")]
 
 
 @pytest.mark.parametrize("direction", ["asc", "desc"])

@@ -5,14 +5,16 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
 
-from regtune import leasing, studies
+from regtune import leasing, reporting, studies
 from regtune.database import transaction
 from regtune.errors import StaleView
 from regtune.spec import NO_SHAPE, STRENGTHS
 from regtune.studies import Study
 from tests import builders
 from tests.audit import audit
+from tests.locking import wait_for_waiters
 
 LATER = datetime.now(UTC) + timedelta(hours=1)
 
@@ -136,6 +138,50 @@ def test_a_trial_given_back_to_a_stopping_study_is_cancelled(engine: Engine) -> 
     assert builders.states(engine, study) == ["cancelled"] * 2
 
 
+def test_who_holds_trials_does_not_wait_for_their_study(engine: Engine) -> None:
+    """Whoever cancels it holds it, and waits for the trials: that would be a ring."""
+    study = builders.create(engine)
+    builders.append(engine, study, 2)
+    (held,) = builders.lease(engine, study)
+    builders.register(engine, lanes=2)
+
+    def cancel() -> None:
+        with transaction(engine) as session:
+            studies.act(session, study.name, "cancel", "test")
+
+    with ThreadPoolExecutor(1) as pool:
+        with transaction(engine) as session:
+            reporting.flush(session, [held], {}, 30)
+            cancelled = pool.submit(cancel)
+            wait_for_waiters(engine)
+            taken = taken_in(session, study, 1, waits=False)
+            assert (taken.leases, taken.busy) == ([], True)
+        cancelled.result()
+    assert builders.states(engine, study) == ["cancelled"] * 2
+
+
+def test_stops_are_asked_for_in_the_order_of_the_trials(engine: Engine) -> None:
+    """As a worker's report locks them, whatever order the verdicts come in."""
+    study = builders.create(engine)
+    builders.append(engine, study, 2)
+    first, second = builders.lease(engine, study, 2)
+    verdicts = {second.trial_id: (1, "bad"), first.trial_id: (1, "bad")}
+
+    def judge() -> None:
+        with transaction(engine) as session:
+            reporting.request_stop(session, verdicts)
+
+    with ThreadPoolExecutor(1) as pool:
+        with transaction(engine) as session:
+            reporting.flush(session, [first], {}, 30)
+            judged = pool.submit(judge)
+            wait_for_waiters(engine)
+            assert reporting.flush(session, [second], {}, 30).held == {second.trial_id}
+        judged.result()
+    with transaction(engine) as session:
+        assert set(reporting.flush(session, [first, second], {}, 30).stop) == set(verdicts)
+
+
 def test_suspects_are_leased_apart(engine: Engine) -> None:
     study = builders.create(engine)
     builders.append(engine, study, 3)
@@ -157,18 +203,23 @@ def test_suspects_are_leased_apart(engine: Engine) -> None:
 
 def take(engine: Engine, study: Study, count: int) -> leasing.Taken:
     with transaction(engine) as session:
-        return leasing.take(
-            session,
-            study.study_id,
-            "w",
-            count,
-            30,
-            shape=NO_SHAPE,
-            slots=4,
-            suspect_from=2,
-            alone=False,
-            stay_seconds=0,
-        )
+        return taken_in(session, study, count)
+
+
+def taken_in(session: Session, study: Study, count: int, *, waits: bool = True) -> leasing.Taken:
+    return leasing.take(
+        session,
+        study.study_id,
+        "w",
+        count,
+        30,
+        shape=NO_SHAPE,
+        slots=4,
+        suspect_from=2,
+        alone=False,
+        stay_seconds=0,
+        waits=waits,
+    )
 
 
 def test_a_worker_takes_what_waits_and_hears_whether_more_is_to_come(engine: Engine) -> None:

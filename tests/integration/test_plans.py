@@ -124,7 +124,7 @@ def test_what_is_asked_all_the_time_reads_no_big_table_from_end_to_end(
             stay_seconds=10,
         ),
         lambda session: workers.beat(session, "w", wanted_lanes=1, study_id=id_),
-        lambda session: glances.of(session, id_, 30),
+        lambda session: glances.of(session, id_, 30, 2),
         lambda session: session.execute(
             conductor._ENDED, {"study_id": id_, "open": list(range(100))}
         ),

@@ -152,7 +152,7 @@ def test_a_task_goes_by_its_name_to_a_worker_that_has_it(
     study = builders.find(engine, "study")
     builders.append(engine, study, 1)
     with transaction(engine) as session:
-        assert glances.of(session, study.study_id, 30).wanted_lanes == 2
+        assert glances.of(session, study.study_id, 30, 2).wanted_lanes == 2
         assert shares.choose(session, "other") is None
         assert shares.choose(session, "w") == study.study_id
         workers.leave(session, "w")

@@ -4,11 +4,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import psycopg
 import pytest
 from sqlalchemy import Engine, text
+from sqlalchemy.orm import Session
+from structlog.testing import capture_logs
 
 from regtune import database, leasing, reporting, shares, studies, workers
 from regtune.database import transaction
@@ -235,9 +238,56 @@ def test_wishes_that_cannot_be_fulfilled_call_for_no_round(
         workers.beat(session, "idle", wanted_lanes=6, study_id=None)
     conductor.round()
     with transaction(engine) as session:
-        glance = glances.of(session, study.study_id, SETTINGS.lease_seconds)
+        glance = glances.of(session, study.study_id, SETTINGS.lease_seconds, 2)
     assert (glance.waiting, glance.wanted_lanes) == (2, 6)
     assert not conductor.has_ends_or_wants(glance)
+
+
+def test_a_suspect_that_waits_keeps_no_lane_empty(engine: Engine) -> None:
+    """It trains alone, after all others; they are suggested meanwhile."""
+    study = builders.create(engine)
+    builders.append(engine, study, 1)
+    for _ in range(SETTINGS.suspect_from):
+        builders.lease(engine, study)
+        with transaction(engine) as session:
+            later = datetime.now(UTC) + timedelta(days=1)
+            leasing.expire(session, study.study_id, SETTINGS.max_attempts, now=later)
+    builders.register(engine, "busy", 2)
+    Conductor(engine, SETTINGS, study.study_id).round()
+    assert builders.states(engine, study) == ["waiting"] * 3
+
+
+def test_a_study_that_cannot_be_read_stops_no_other(engine: Engine, database_url: str) -> None:
+    """As one that a newer version has left behind."""
+    builders.create(engine, "unknown")
+    with engine.begin() as connection:
+        newer = """UPDATE regtune.studies SET spec = spec || '{"newer": 1}'"""
+        connection.execute(text(newer))
+    often = SETTINGS.model_copy(update={"poll_seconds": 0.02})
+    with capture_logs() as logs, scheduler(engine, database_url, often):
+        wait_until(lambda: [e for e in logs if e["event"] == "study_not_failed"], DEADLINE_SECONDS)
+        study = builders.create(engine, budget={"trials": 3})
+        with HandWorker(engine, "a", 2):
+            wait_until(over(engine, study), DEADLINE_SECONDS)
+    assert builders.study_state(engine, study) == "completed"
+
+
+def test_what_nobody_has_foreseen_does_not_end_the_scheduler(
+    engine: Engine, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = builders.create(engine, budget={"trials": 3})
+    settle, faults = shares.settle, [RuntimeError("out of the blue")]
+
+    def settle_or_raise(session: Session) -> None:
+        if faults:
+            raise faults.pop()
+        settle(session)
+
+    monkeypatch.setattr(shares, "settle", settle_or_raise)
+    with scheduler(engine, database_url), HandWorker(engine, "a", 2):
+        wait_until(over(engine, study), DEADLINE_SECONDS)
+    assert not faults
+    assert builders.study_state(engine, study) == "completed"
 
 
 def run_one_by_one(engine: Engine, url: str, study: Study, rebuild: bool) -> list[Any]:

@@ -239,7 +239,7 @@ def test_only_workers_with_the_device_that_a_study_requires_train_it(
     for name, kind, gigabytes in devices:
         builders.register(engine, name, device_kind=kind, memory_bytes=gigabytes * 10**9)
     with transaction(engine) as session:
-        assert glances.of(session, study.study_id, 60).wanted_lanes == len(can)
+        assert glances.of(session, study.study_id, 60, 2).wanted_lanes == len(can)
     builders.append(engine, study, 1)
     with transaction(engine) as session:
         chosen = [name for name, _, _ in devices if shares.choose(session, name)]

@@ -1,6 +1,7 @@
 """A real worker and a real scheduler, in threads, on a real database."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, get_args
 
@@ -8,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 from sqlalchemy import Engine, text
+from structlog.testing import capture_logs
 
-from regtune import studies, workers
+from regtune import leasing, studies, workers
 from regtune.database import transaction
 from regtune.settings import Settings
 from regtune.spec.preset import PresetName
@@ -43,10 +45,14 @@ def trials(engine: Engine, study: Study) -> list[Any]:
         return list(connection.execute(text(query), {"id": study.study_id}))
 
 
-def the_worker(engine: Engine) -> workers.Worker:
+def workers_of(engine: Engine) -> Sequence[workers.Worker]:
     with transaction(engine) as session:
-        (worker,) = workers.everyone(session, 30)
-        return worker
+        return workers.everyone(session, 30)
+
+
+def the_worker(engine: Engine) -> workers.Worker:
+    (worker,) = workers_of(engine)
+    return worker
 
 
 def test_a_data_set_that_cannot_be_read_fails_its_trials_with_the_reason(engine, run, tmp_path):
@@ -71,6 +77,8 @@ BROKEN = {"broken": "tests.plugins.broken:Broken"}
         ("data", "FileNotFoundError: no recordings", "in data"),
         ("model", "ValueError: no such width", "in model"),
         ("loss", "ZeroDivisionError: nothing to divide by", "in loss"),
+        # What PostgreSQL cannot keep.
+        ("label", "ValueError: unknown label 'cat\ufffd\ufffd' in ?.csv", "in loss"),
     ],
 )
 def test_own_code_that_raises_fails_its_trials_with_reason_and_place(
@@ -89,7 +97,10 @@ def test_own_code_that_raises_fails_its_trials_with_reason_and_place(
     ("task", "reason"),
     [
         ({"fault": "rows"}, "1 of 90 training inputs are no numbers"),
-        ({"fault": "storm"}, "task.fault: should be 'data', 'model', 'loss', 'rows', 'memory'"),
+        (
+            {"fault": "storm"},
+            "task.fault: should be 'data', 'model', 'loss', 'label', 'rows', 'memory'",
+        ),
         ({}, "task.fault: is required"),
         ({"fault": "none", "class_weights": "balanced"}, "task.class_weights weigh the cross"),
     ],
@@ -133,6 +144,57 @@ def test_an_idle_worker_finds_a_trial_that_nobody_has_called_it_for(
         with engine.begin() as connection:
             connection.execute(text(_GIVE_BACK_UNHEARD))
         wait_until(lambda: builders.states(engine, study) == ["complete", "complete"], 60)
+
+
+def test_an_idle_worker_is_heard_of_and_wants_all_its_lanes_filled(
+    engine: Engine, database_url: str, tmp_path: Path
+) -> None:
+    """Before its first study, and while one that it has trained may still get trials."""
+    settings = Settings(data_dir=tmp_path, poll_seconds=0.1, lanes=2, lease_seconds=1)
+    with working(database_url, settings):
+        wait_until(lambda: workers_of(engine), 60)
+        hear_again_of_the_worker(engine)
+        study = builders.create(engine, **SHORT)
+        builders.append(engine, study, 1)
+        wait_until(lambda: builders.states(engine, study) == ["complete"], 60)
+        hear_again_of_the_worker(engine)
+        hear_again_of_the_worker(engine)
+        worker = the_worker(engine)
+        assert (worker.wanted_lanes, worker.study, worker.alive) == (2, None, True)
+
+
+def test_a_worker_whose_report_is_refused_gives_its_trials_back_and_goes_on(
+    engine: Engine, database_url: str, tmp_path: Path
+) -> None:
+    """As while the database may only be read: no lane is left lying until the worker restarts."""
+    study = builders.create(engine, **{**SHORT, "training": {"max_epochs": 40}})
+    builders.append(engine, study, 2)
+    with working(database_url, two_lanes(tmp_path)):
+        wait_until(lambda: trials(engine, study)[1].epochs > 0, 60)
+        with capture_logs() as logs:
+            with engine.begin() as connection:
+                connection.execute(text(_REFUSE))
+            wait_until(lambda: {"database_lost", "stack_closed"} <= {e["event"] for e in logs}, 60)
+            with engine.begin() as connection:
+                connection.execute(text("DROP TRIGGER refuse ON regtune.epochs"))
+        assert builders.states(engine, study) == ["running"] * 2
+        with transaction(engine) as session:
+            later = datetime.now(UTC) + timedelta(days=1)
+            leasing.expire(session, study.study_id, 3, now=later)
+        wait_until(lambda: builders.states(engine, study) == ["complete"] * 2, 60)
+    assert audit(engine) == {}
+
+
+_REFUSE = """
+CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+    'BEGIN RAISE read_only_sql_transaction; END';
+CREATE TRIGGER refuse BEFORE INSERT ON regtune.epochs EXECUTE FUNCTION refuse();
+"""
+
+
+def hear_again_of_the_worker(engine: Engine) -> None:
+    before = the_worker(engine).heartbeat_at
+    wait_until(lambda: the_worker(engine).heartbeat_at > before, 60)
 
 
 _GIVE_BACK_UNHEARD = """

@@ -46,6 +46,6 @@ def test_lanes_are_wanted_by_the_living_who_have_the_task(engine: Engine) -> Non
     builders.register(engine, "w", lanes=2)
     builders.register(engine, "other", lanes=4, datasets=("mnist",))
     with transaction(engine) as session:
-        assert glances.of(session, study.study_id, 30).wanted_lanes == 2
+        assert glances.of(session, study.study_id, 30, 2).wanted_lanes == 2
     with transaction(engine) as session:
-        assert glances.of(session, study.study_id, 0).wanted_lanes == 0
+        assert glances.of(session, study.study_id, 0, 2).wanted_lanes == 0

@@ -11,7 +11,7 @@ from regtune.task import Data, Storage
 
 @dataclass
 class Broken:
-    fault: Literal["data", "model", "loss", "rows", "memory", "none"]
+    fault: Literal["data", "model", "loss", "label", "rows", "memory", "none"]
 
     def data(self, storage: Storage) -> Data:
         if self.fault == "data":
@@ -31,4 +31,6 @@ class Broken:
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         if self.fault == "loss":
             raise ZeroDivisionError("nothing to divide by")
+        if self.fault == "label":
+            raise ValueError("unknown label 'cat\0\0' in \udcff.csv")
         return nn.functional.cross_entropy(output, target, reduction="none")

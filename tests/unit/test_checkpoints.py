@@ -188,6 +188,23 @@ def test_a_full_disk_costs_a_warning_and_leaves_the_last_checkpoint_whole(
     assert "No space left on device" in logs[0]["error"]
 
 
+def test_a_checkpoint_that_cannot_be_written_keeps_none_of_the_others_from_it(
+    tmp_path: Path,
+) -> None:
+    store = CheckpointStore(str(tmp_path))
+    store.write(STUDY, LEASE, saved(1))
+    (first,) = files(tmp_path)
+    in_the_way = first.parent.parent / "4"
+    in_the_way.write_text("no folder")
+    fourth, fifth = (replace(LEASE, trial_id=id_, number=id_) for id_ in (4, 5))
+    writer = CheckpointWriter(store)
+    with capture_logs() as logs:
+        writer.write(STUDY, [(LEASE, saved(2)), (fourth, saved(1)), (fifth, saved(1))])
+        writer.wait(30)
+    assert [log["event"] for log in logs] == ["checkpoint_failed"]
+    assert store.newest(STUDY, replace(NEXT, trial_id=5, number=5)) is not None
+
+
 def test_an_address_that_nothing_is_installed_for_is_refused() -> None:
     with pytest.raises(RegtuneError, match="REGTUNE_CHECKPOINTS is 'nothing://here'"):
         CheckpointStore("nothing://here")

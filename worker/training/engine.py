@@ -35,6 +35,7 @@ from worker.training.compiling import Program, first_line
 from worker.training.cores import synchronize
 from worker.training.epoch import Epochs, Tick
 from worker.training.lanes import (
+    Ended,
     Lane,
     LaneEpoch,
     LaneResult,
@@ -212,6 +213,11 @@ class Engine:
         """The name of the score beside the loss."""
         return self.model.objective.score.name
 
+    @property
+    def ended(self) -> dict[int, Ended]:
+        """Why trials train no more that are still in the stack, by key."""
+        return {lane.key: lane.ended for lane in self._lanes if lane.ended}
+
     def epochs_left(self) -> dict[int, int]:
         """Return the fewest epochs after which each trial may end of itself, by key."""
         return {
@@ -239,6 +245,7 @@ class Engine:
         for place, lane in enumerate(lanes):
             if checkpoints and lane.key in checkpoints:
                 checkpoints[lane.key].restore(lane, joining.slice(self._span(place)))
+                lane.end_if_over(self._training.max_epochs)
         self._epochs_start = None
         self._epochs.programs.forget_captures()
         self._tensors = self._tensors.join(joining)
@@ -303,16 +310,22 @@ class Engine:
         self._epochs.ended(seconds, max(self.epochs_left().values()))
         return epochs
 
-    def results(self, keys: Sequence[int]) -> list[LaneResult]:
+    def results(self, keys: Sequence[int], tick: Tick = lambda: None) -> list[LaneResult]:
         """Return what these trials reached at their best weights, tested once; in this order.
 
-        Raises KeyError for a key that is not in the stack, ValueError for a trial without an
-        epoch of finite validation loss.
+        ``tick`` is called after every batch, from any thread. Raises KeyError for a key that is not
+        in the stack, ValueError for a trial without an epoch of finite validation loss, DeviceLost
+        when the device answers no more.
         """
         places = self._places(keys)
-        parameters, buffers = self._tensors.best_of(self._lanes_at(places))
         members = list(range(self._members)) * len(places)
-        tested_K2 = self._epochs.test(parameters, buffers, members).cpu()
+        try:
+            parameters, buffers = self._tensors.best_of(self._lanes_at(places))
+            tested_K2 = self._epochs.test(parameters, buffers, members, tick).cpu()
+        except Exception as error:
+            with _device_lost_by(error):
+                synchronize(self._device)
+            raise
         tested = tested_K2.view(len(places), self._members, 2).mean(1).tolist()
         return [
             _result(self._lanes[place], loss, score)
@@ -411,11 +424,9 @@ class Engine:
         try:
             yield
         except BaseException as error:
-            try:
+            with _device_lost_by(error):
                 _copy_(changing, self._epochs_start)
                 synchronize(self._device)
-            except Exception:  # noqa: BLE001 - whatever the driver raises
-                raise DeviceLost(f"{type(error).__name__}: {error}") from error
             raise
 
     def _close_epoch(self, measured_TM5: Tensor, seconds: float) -> list[LaneEpoch]:
@@ -477,6 +488,15 @@ def _build_members(
             model: nn.Module = task.model(prepared.rows.input_shape, prepared.outputs)
         models.append(model.to(dtype))
     return models
+
+
+@contextmanager
+def _device_lost_by(error: BaseException) -> Iterator[None]:
+    """Raise DeviceLost, for this reason, if the block cannot do what asks little of a device."""
+    try:
+        yield
+    except Exception:  # noqa: BLE001 - whatever the driver raises
+        raise DeviceLost(f"{type(error).__name__}: {error}") from error
 
 
 def _copy_(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:

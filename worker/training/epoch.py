@@ -213,8 +213,13 @@ class Epochs:
 
         return self._cores.run(self._with_replica(work), len(tensors), trying=trying)
 
-    def test(self, parameters: Tensors, buffers: Tensors, members: Sequence[int]) -> Tensor:
-        """Return each lane's mean loss and score on the test rows: ``(K, 2)``."""
+    def test(
+        self, parameters: Tensors, buffers: Tensors, members: Sequence[int], tick: Tick
+    ) -> Tensor:
+        """Return each lane's mean loss and score on the test rows: ``(K, 2)``.
+
+        ``tick`` is called after every batch, from any thread.
+        """
 
         def work(step: LaneStep, chunk: Chunk) -> Tensor:
             return self._measure(
@@ -224,7 +229,7 @@ class Epochs:
                 {name: buffer[chunk.lanes] for name, buffer in buffers.items()},
                 members[chunk.lanes],
                 self._test,
-                lambda: None,
+                tick,
             )
 
         return self._cores.run(self._with_replica(work), len(members))

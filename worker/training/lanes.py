@@ -119,7 +119,12 @@ class Lane:
             self.best_spread = stdev(validation_losses) if len(validation_losses) > 1 else None
         if not (isfinite(train_loss) and isfinite(validation_loss)):
             self.ended = "diverged"
-        elif self.epoch >= max_epochs:
+        else:
+            self.end_if_over(max_epochs)
+
+    def end_if_over(self, max_epochs: int) -> None:
+        """End if no epoch is left, or no patience, as where it was left before it was tested."""
+        if self.epoch >= max_epochs:
             self.ended = "finished"
         elif self.stopping.stops:
             self.ended = "early_stopped"

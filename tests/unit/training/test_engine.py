@@ -170,7 +170,7 @@ def test_the_result_is_that_of_the_best_weights_which_were_copied_when_they_were
     train(stopped_there, best.epoch)
     now = stopped_there._tensors
     ((test_loss, test_score),) = stopped_there._epochs.test(
-        now.parameters, now.buffers, [0]
+        now.parameters, now.buffers, [0], lambda: None
     ).tolist()
     assert result.test_loss == pytest.approx(test_loss, rel=1e-8)
     assert result.test_score == test_score
