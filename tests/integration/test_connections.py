@@ -6,7 +6,8 @@ from select import select
 import pytest
 from sqlalchemy import Engine, text
 
-from regtune import database
+from regtune import database, workers
+from regtune.database import transaction
 from tests import builders
 
 LAST = 77
@@ -62,6 +63,24 @@ def test_new_trials_wake_those_who_want_some_and_no_others(
             builders.append(engine, study, 1, turns)
             heard += study.study_id in all_that_comes(listener, engine)
     assert heard == woken
+
+
+def test_whoever_has_built_the_study_is_called_before_others(
+    database_url: str, engine: Engine
+) -> None:
+    """They would have to build it first, though they were heard of later."""
+    study = builders.create(engine, budget={"trials": 50})
+    for name, study_id in (("here", study.study_id), ("other", None)):
+        builders.register(engine, name)
+        with transaction(engine) as session:
+            workers.beat(session, name, wanted_lanes=1, study_id=study_id)
+    heard = {}
+    for name in ("here", "other"):
+        with of_worker(database_url, name) as listener:
+            listener.wait(0)
+            builders.append(engine, study, 1, turns=16)
+            heard[name] = study.study_id in all_that_comes(listener, engine)
+    assert heard == {"here": True, "other": False}
 
 
 @pytest.mark.parametrize(("datasets", "silent"), [(["digits"], "1 hour"), (["mnist"], "0 s")])
