@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from psycopg.errors import DeadlockDetected
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from regtune import database
-from regtune.studies import Study
+from regtune import database, studies
+from regtune.errors import StudyOver
+from regtune.studies import Study, Verb
 from tests import builders
 from tests.audit import audit
 from tests.proxy import Proxy
@@ -36,6 +38,7 @@ PARTING_SECONDS = 10.5
 WORKERS, LANES = 3, 3
 LIVE_STUDIES = 2
 SETTLING_SECONDS = 240.0
+HALTING: Sequence[Verb] = ("stop", "cancel")
 
 _PLUGINS = Path(__file__).parent / "plugins"
 _ENVIRONMENT = {
@@ -217,6 +220,16 @@ class Attack:
                     short = self.random.random() < 0.5
                     path.write_bytes(bytes(content[:-20] if short else content))
 
+    def pause_study(self) -> None:
+        if live := self._live():
+            study = self.random.choice(live)
+            self._ask(study, "pause")
+            self._later(2.0, lambda: self._ask(study, "resume"))
+
+    def halt_study(self) -> None:
+        if live := self._live():
+            self._ask(self.random.choice(live), self.random.choice(HALTING))
+
     # How it goes.
 
     def go_on(self, seconds: float) -> None:
@@ -228,7 +241,7 @@ class Attack:
             time.sleep(0.05)
 
     def keep_studies_going(self) -> None:
-        for _ in range(LIVE_STUDIES - (len(self.studies) - len(self._over()))):
+        for _ in range(LIVE_STUDIES - len(self._live())):
             number = len(self.studies)
             self.studies.append(
                 builders.create(
@@ -304,9 +317,27 @@ class Attack:
     def _led_by_others(self, name: str) -> set[int]:
         return {id_ for other, ids in self._led().items() if other != name for id_ in ids}
 
+    def _live(self) -> list[Study]:
+        over = self._over()
+        return [study for study in self.studies if study.study_id not in over]
+
     def _over(self) -> set[int]:
-        over = (s for s in self.studies if builders.study_state(self.engine, s) != "active")
-        return {study.study_id for study in over}
+        with database.transaction(self.engine) as session:
+            live = studies.live_ids(session)
+        return {study.study_id for study in self.studies} - set(live)
+
+    def _ask(self, study: Study, verb: Verb) -> None:
+        """Do to a study what a client asks, as the service does; later, while that cannot be."""
+        try:
+            with database.transaction(self.engine) as session:
+                studies.act(session, study.name, verb, "client")
+        except StudyOver:  # it has ended in this moment
+            pass
+        except DBAPIError as error:
+            if not database.is_outage(error) or isinstance(error.orig, DeadlockDetected):
+                self._find("the database refused what a client asked", (verb, str(error.orig)))
+            else:
+                self._later(1.0, lambda: self._ask(study, verb))
 
     def _replace(self, name: str) -> None:
         self._workers.pop(name)
@@ -402,6 +433,8 @@ FAULTS: dict[str, tuple[int, Callable[[Attack], None]]] = {
     "network silent": (1, Attack.silence_network),
     "checkpoint disk full": (1, Attack.fill_disk),
     "checkpoints cut short or changed": (2, Attack.harm_checkpoints),
+    "a study paused by a client, and resumed": (1, Attack.pause_study),
+    "a study stopped or cancelled by a client": (1, Attack.halt_study),
 }
 """How often each is done, in proportion, and what."""
 
@@ -501,7 +534,12 @@ _ILLICIT = {
         SELECT s.name, s.state, s.budget_trials, count(t.trial_id)
         FROM regtune.studies s LEFT JOIN regtune.trials t USING (study_id)
         GROUP BY s.study_id
-        HAVING s.state <> 'completed' OR count(t.trial_id) <> s.budget_trials""",
+        HAVING s.state = 'completed' AND count(t.trial_id) <> s.budget_trials""",
+    "a study ended in a way that nobody had asked for": """
+        SELECT s.name, s.state, s.reason FROM regtune.studies s
+        WHERE s.state <> 'completed' AND NOT EXISTS (
+            SELECT FROM regtune.events e WHERE e.study_id = s.study_id AND e.actor = 'client'
+            AND (s.state, e.kind) IN (('stopped', 'study_stop'), ('cancelled', 'study_cancel')))""",
 }
 
 _FACTS = {
