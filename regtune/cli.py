@@ -515,7 +515,7 @@ def _limit(text: str, number: type[int] | type[float], option: str) -> float | N
         value = number(text)
         if math.isfinite(value):
             return value
-    except ValueError:
+    except (ValueError, OverflowError):  # the latter for more digits than a float has
         pass
     raise typer.BadParameter(f"a number or none, not {text!r}", param_hint=option)
 

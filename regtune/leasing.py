@@ -340,14 +340,16 @@ WITH row AS (
     WHERE s.state IN ('active', 'paused', 'stopping') AND t.state = 'running' GROUP BY t.worker
 ), called AS (
     -- As many as it takes, not a whole fleet for a few trials: those with room first, and of them
-    -- those that have built the study, then those that may get some before this commits, who would
-    -- find nothing and then hear of it too late.
+    -- those that have built the study and were heard of lately, then those that may get some before
+    -- this commits, who would find nothing and then hear of it too late.
     -- A killed worker still wants lanes, and once its leases have run out it has room.
     SELECT name
     FROM (SELECT name, sum(lanes) OVER (ORDER BY free DESC, here DESC, heartbeat_at DESC, name)
                        - lanes AS before
           FROM (SELECT w.name, w.heartbeat_at, coalesce(trials, 0) < w.lanes AS free,
-                       coalesce(w.study_id = s.study_id, false) AS here,
+                       coalesce(w.study_id = s.study_id AND w.heartbeat_at > now()
+                           - make_interval(secs => cast(:alive_seconds AS float) / 2), false)
+                           AS here,
                        CASE WHEN coalesce(trials, 0) < w.lanes THEN w.lanes - coalesce(trials, 0)
                        ELSE least(w.lanes, w.wanted_lanes) END AS lanes
                 FROM regtune.workers w JOIN regtune.studies s ON s.study_id = :study_id

@@ -519,9 +519,9 @@ _OF_TRIALS = "(SELECT trial_id FROM public.trials WHERE study_id = :study_id)"
 _DELETIONS = (
     f"DELETE FROM regtune.epochs WHERE trial_id IN {_OF_TRIALS}",
     "DELETE FROM regtune.trials WHERE study_id = :study_id",
+    "DELETE FROM regtune.shares WHERE study_id = :study_id",  # before its charges, as settled
     "DELETE FROM regtune.charges WHERE study_id = :study_id",
     "DELETE FROM regtune.shapes WHERE study_id = :study_id",
-    "DELETE FROM regtune.shares WHERE study_id = :study_id",
     "DELETE FROM regtune.studies WHERE study_id = :study_id",
     "DELETE FROM regtune.events WHERE study_id = :study_id AND number IS NOT NULL",
     *(

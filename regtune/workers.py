@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
+from regtune import tables
 from regtune.task import Offer
 
 
@@ -83,7 +84,7 @@ def beat(
     occupancy: float | None = None,
     capacity: Mapping[str, Any] | None = None,
 ) -> None:
-    """Say that a worker lives, how many lanes it wants filled and which study it trains.
+    """Say that a worker lives, how many lanes it wants filled and which live study it trains.
 
     ``lanes``, ``occupancy`` and ``capacity`` stay as they are where they are None. The fields of
     ``capacity`` are ``lanes``, ``reason`` and, where they are known, ``bytes_per_lane``,
@@ -156,9 +157,11 @@ SET host = excluded.host, pid = excluded.pid, device = excluded.device,
     occupancy = NULL, capacity = NULL
 """)
 
-_BEAT = text("""
+_BEAT = text(f"""
 UPDATE regtune.workers
-SET heartbeat_at = now(), wanted_lanes = :wanted_lanes, study_id = :study_id,
+SET heartbeat_at = now(), wanted_lanes = :wanted_lanes,
+    study_id = (SELECT s.study_id FROM regtune.studies s
+                WHERE s.study_id = :study_id AND {tables.IS_LIVE}),
     lanes = coalesce(cast(:lanes AS int), lanes),
     occupancy = coalesce(cast(:occupancy AS double precision), occupancy),
     capacity = coalesce(cast(:capacity AS jsonb), capacity)

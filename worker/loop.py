@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import structlog
 import torch
+from pydantic import ValidationError
 from sqlalchemy import Engine as Database
 from sqlalchemy.orm import Session
 
@@ -141,15 +142,25 @@ class Worker:
             if turn is None or self._shutdown.requested:
                 return False
             self._drop_stack()
-            study, shape = self._read(turn)
-            self._stack = None if shape is None else self._build_stack(study, shape)
-            return self._stack is not None
+            return self._begin(turn)
         except (*database.FAULTS, DatabaseUnavailable, NotFound) as error:
             log.warning("database_lost", worker=self.name, error=str(error).splitlines()[0])
-            if self._stack is not None and not self._stack.idle:
+            if self._stack is not None:
                 self._stack.release()
                 self._drop_stack()
             return False
+
+    def _begin(self, turn: Turn) -> bool:
+        """Build the stack of what is to be trained next, if that can be; say if it is there."""
+        try:
+            study, shape = self._read(turn)
+        except ValidationError as error:  # of another version, which others may know
+            seconds = self._refused.postpone(turn.study_id)
+            reason = f"the study cannot be read by this version of regtune: {error}"
+            log.error("study_unread", study_id=turn.study_id, reason=reason, seconds=seconds)
+            return False
+        self._stack = None if shape is None else self._build_stack(study, shape)
+        return self._stack is not None
 
     def _drop_stack(self) -> None:
         if self._stack is not None:

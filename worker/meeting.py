@@ -105,10 +105,6 @@ class Answer:
         return self.held - self.ended
 
 
-class Leaving(Exception):
-    """The worker was told to stop while a meeting leased trials."""
-
-
 class Meetings:
     """Holds the meetings of one stack, one at a time."""
 
@@ -175,11 +171,13 @@ class Meetings:
 
         Raise what the database may.
         """
-        if time.monotonic() < self._beat_due:
+        if self._said is not None and time.monotonic() < self._beat_due:
             return
+        study_id = self._said[1] if self._said else None
         try:
             with database.transaction(self._database) as session:
-                self._beat(session, report, report.slots, None)
+                self._said = None
+                self._beat(session, report, report.slots, study_id)
         except database.FAULTS:
             self._said = None  # it may not have been heard
             raise
@@ -196,19 +194,17 @@ class Meetings:
         None if the database could not be reached in time; then the leases run out.
         """
         self._closing.set()
+        if self._answer is not None:  # what a meeting leases that is under way is given back too
+            wait([self._answer], MEETING_SECONDS)
         given_up = threading.Event()
         pool = ThreadPoolExecutor(1, "parting")
-        parting = pool.submit(self._part, report, given_up)
+        parting = pool.submit(
+            self._transact, lambda session: self._leave(session, report), given_up
+        )
         done = wait([parting], seconds).done
         given_up.set()
         pool.shutdown(wait=False)
         return parting.result() if done and parting.exception() is None else None
-
-    def _part(self, report: Report, given_up: threading.Event) -> int:
-        """Leave, once a meeting that is under way has ended: what it leases is given back too."""
-        if self._answer is not None:
-            wait([self._answer], MEETING_SECONDS)
-        return self._transact(lambda session: self._leave(session, report), given_up)
 
     def close(self) -> None:
         """Let go of the threads, and of a meeting that is under way."""
@@ -308,8 +304,9 @@ class Meetings:
         wanted = free - len(joining) + self._ending_soon(report, staying, len(joining))
         has_part = bool(staying or joining or taken.more_to_come)
         self._beat(session, report, wanted, study_id if has_part else None)
-        if joining and self._closing.is_set():
-            raise Leaving  # nothing of this meeting stands; its report is made again in parting
+        if self._closing.is_set():  # meanwhile
+            leasing.release(session, joining, self._worker)
+            joining = []
         return Answer(held, ended, joining, {}, turn, taken.more_to_come, taken.busy)
 
     def _take(
@@ -432,6 +429,8 @@ class Meetings:
             reporting.flush(session, leases, {}, self._settings.lease_seconds)
             self._said = None
             free = max(0, slots - len(leases))
+            if any(self._is_suspect(lease) for lease in leases):
+                free = 0
             workers.beat(session, self._worker, wanted_lanes=free, study_id=self._study.study_id)
 
         self._transact(work, self._closing)

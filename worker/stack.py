@@ -14,7 +14,7 @@ import torch
 from sqlalchemy import Engine as Database
 
 from regtune import shapes, studies
-from regtune.database import Listener, transaction
+from regtune.database import FAULTS, Listener, transaction
 from regtune.errors import DataDiffer
 from regtune.leasing import Lease
 from regtune.reporting import Completed, Epoch, Failed, Outcome, Pruned
@@ -208,7 +208,11 @@ class Stack:
         """Checkpoint what is in training, report what has ended, and give everything else back."""
         self._checkpoint(self._engine.lanes)
         self._writer.wait(CHECKPOINT_SECONDS)
-        report, answer = self._meetings.unanswered, self._meetings.answer(ANSWER_SECONDS)
+        report, answer = self._meetings.unanswered, None
+        try:
+            answer = self._meetings.answer(ANSWER_SECONDS)
+        except FAULTS as error:  # which the last report may not meet
+            log.warning("database_lost", error=str(error).splitlines()[0])
         if report and answer:
             self._apply(report, answer)
         else:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from sqlalchemy import Engine, text
 
+from regtune import studies
+from regtune.database import transaction
 from regtune.settings import Settings
 from regtune.spec import NO_SHAPE
 from regtune.studies import Study
@@ -97,6 +99,26 @@ def test_what_is_leased_while_the_worker_leaves_is_given_back(
     assert builders.states(engine, study) == ["waiting"] * 3
     assert column(engine, "SELECT lost_leases FROM regtune.trials") == [0] * 3
     assert audit(engine) == {}
+
+
+@pytest.mark.parametrize("how", ["all", "some"])
+def test_who_gives_trials_back_locks_the_study_first(
+    engine: Engine, build: BuildStack, how: str
+) -> None:
+    """Whoever holds the study, to cancel it, waits for none of the trials."""
+    stack = begun(engine, build)
+    with ThreadPoolExecutor(1) as pool:
+        with transaction(engine) as session:
+            studies.lock(session, stack.study.study_id)
+            if how == "all":
+                giving = pool.submit(stack.release)
+            else:
+                stack._take_fewer_lanes()
+                giving = pool.submit(stack.meet)
+            wait_for_waiters(engine)
+            studies.cancel_open(session, stack.study.study_id, "cancelled", "test")
+        giving.result()
+    assert builders.states(engine, stack.study) == ["cancelled"] * 4
 
 
 def test_trials_for_which_there_are_no_slots_any_more_are_given_back(

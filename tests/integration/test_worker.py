@@ -157,10 +157,13 @@ def test_an_idle_worker_is_heard_of_and_wants_all_its_lanes_filled(
         study = builders.create(engine, **SHORT)
         builders.append(engine, study, 1)
         wait_until(lambda: builders.states(engine, study) == ["complete"], 60)
-        hear_again_of_the_worker(engine)
-        hear_again_of_the_worker(engine)
+        for _ in range(2):
+            hear_again_of_the_worker(engine)
         worker = the_worker(engine)
-        assert (worker.wanted_lanes, worker.study, worker.alive) == (2, None, True)
+        assert (worker.wanted_lanes, worker.study, worker.alive) == (2, "study", True)
+        with transaction(engine) as session:
+            studies.act(session, "study", "cancel", "test")
+        wait_until(lambda: the_worker(engine).study is None, 60)
 
 
 def test_a_worker_whose_report_is_refused_gives_its_trials_back_and_goes_on(
@@ -190,6 +193,22 @@ CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
     'BEGIN RAISE read_only_sql_transaction; END';
 CREATE TRIGGER refuse BEFORE INSERT ON regtune.epochs EXECUTE FUNCTION refuse();
 """
+
+
+def test_a_study_of_another_version_keeps_no_worker_from_the_others(
+    engine: Engine, database_url: str, tmp_path: Path
+) -> None:
+    unknown, study = (builders.create(engine, name, **SHORT) for name in ("unknown", "study"))
+    for one in (unknown, study):
+        builders.append(engine, one, 2)
+    with engine.begin() as connection:
+        newer = (
+            """UPDATE regtune.studies SET spec = spec || '{"newer": 1}' WHERE name = 'unknown'"""
+        )
+        connection.execute(text(newer))
+    with working(database_url, two_lanes(tmp_path)):
+        wait_until(lambda: builders.states(engine, study) == ["complete"] * 2, 60)
+    assert builders.states(engine, unknown) == ["waiting"] * 2
 
 
 def hear_again_of_the_worker(engine: Engine) -> None:
