@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from sqlalchemy import Engine, text
+from structlog.testing import capture_logs
 
 from regtune import studies
 from regtune.database import transaction
@@ -107,7 +108,7 @@ def test_who_gives_trials_back_locks_the_study_first(
 ) -> None:
     """Whoever holds the study, to cancel it, waits for none of the trials."""
     stack = begun(engine, build)
-    with ThreadPoolExecutor(1) as pool:
+    with capture_logs() as logs, ThreadPoolExecutor(1) as pool:
         with transaction(engine) as session:
             studies.lock(session, stack.study.study_id)
             if how == "all":
@@ -119,6 +120,7 @@ def test_who_gives_trials_back_locks_the_study_first(
             studies.cancel_open(session, stack.study.study_id, "cancelled", "test")
         giving.result()
     assert builders.states(engine, stack.study) == ["cancelled"] * 4
+    assert [log["error"] for log in logs if log["event"] == "meeting_failed"] == []
 
 
 def test_trials_for_which_there_are_no_slots_any_more_are_given_back(
