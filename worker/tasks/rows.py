@@ -63,9 +63,12 @@ class Standardization:
 
     def write(self, stored: Tensor, to: Tensor) -> None:
         """Write to ``to`` what these stored inputs become."""
-        to.copy_(stored)
-        if self.center is not None and self.factor is not None:
-            to.sub_(self.center).mul_(self.factor)
+        if self.center is None or self.factor is None:
+            to.copy_(stored)
+        elif self.center.dtype == to.dtype:
+            to.copy_(stored).sub_(self.center).mul_(self.factor)
+        else:  # rounded once it is done: seconds since 1970 have more digits than float32
+            to.copy_((stored.to(self.center.dtype) - self.center) * self.factor)
 
 
 @dataclass(frozen=True)

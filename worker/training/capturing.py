@@ -8,6 +8,7 @@ to step is copied to where the graph looks for it.
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from math import nan
 from typing import Any, Protocol
 
 import torch
@@ -58,6 +59,7 @@ def capture(form: Form, fixed: Leaves, copies: Leaves, varying: Leaves) -> Captu
     # Threads that bring rows call CUDA meanwhile; only this one's calls belong to the capture.
     with torch.cuda.graph(graph, pool=_shared_memory(), capture_error_mode="thread_local"):
         (output,) = form(*fixed, *inputs)
+    output.fill_(nan)  # what a graph does not write there is no result
     return Captured(graph, inputs, output)
 
 

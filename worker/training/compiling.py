@@ -20,7 +20,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from math import inf
 from pathlib import Path
@@ -602,6 +602,17 @@ def compile_recording(recording: GraphModule, examples: Leaves, threads: int) ->
 
 _COMPILER = threading.Lock()
 """TorchInductor compiles one thing at a time; an engine that is closed may still be at its last."""
+
+
+@contextmanager
+def nothing_compiles() -> Iterator[None]:
+    """Hold compiling off, after what is being compiled now.
+
+    When TorchInductor is done it puts torch's one generator of random numbers back to where it was
+    as it began, whoever has seeded it meanwhile.
+    """
+    with _COMPILER:
+        yield
 
 
 def _compile_for_device(recording: GraphModule, examples: Leaves, threads: int) -> Form:

@@ -72,7 +72,7 @@ class Cores:
         """``threads`` are the CPU cores to use."""
         self.threads = threads
         self._on_cpu = device.type == "cpu"
-        self._pool = ThreadPoolExecutor(threads, "lanes", _prepare_thread)
+        self._pool = ThreadPoolExecutor(threads, "lanes", prepare_thread, (device,))
         self._spread = Spread()
 
     def run(self, work: Callable[[Chunk], Tensor], lanes: int, *, trying: bool = True) -> Tensor:
@@ -149,6 +149,13 @@ def chunk_sizes(lanes: int, threads: int) -> list[int]:
     return [size] * (lanes // size) + rest
 
 
-def _prepare_thread() -> None:
-    """Take numbers for zero that are so small that a CPU would compute with them in microcode."""
+def prepare_thread(device: torch.device) -> None:
+    """Let a new thread compute for a device.
+
+    Numbers are taken for zero that are so small that a CPU would compute with them in microcode.
+    CUDA's current device is a thread's own, the first one at the beginning; streams and graphs are
+    made on it, whatever the tensors are on.
+    """
     torch.set_flush_denormal(True)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)

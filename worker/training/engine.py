@@ -31,7 +31,7 @@ from worker.tasks.preparation import Prepared, prepare
 from worker.training.batches import Place
 from worker.training.capacity import Footprint, free_bytes, is_out_of_memory, readable
 from worker.training.checkpoint import Checkpoint
-from worker.training.compiling import Program, first_line
+from worker.training.compiling import Program, first_line, nothing_compiles
 from worker.training.cores import synchronize
 from worker.training.epoch import Epochs, Tick
 from worker.training.lanes import (
@@ -135,18 +135,19 @@ class Engine:
         self._dtype = dtype
         self._optimizer = find_optimizer(training)
         _set_precision(training, device)
-        models = _build_members(own, prepared, training.seed, dtype)
-        for model in models:
-            arrange_weights(model, prepared.rows.input_shape, device)
-        self.model = LaneModel(
-            models[0],
-            prepared.rows.first(SAMPLE_ROWS).on(torch.device("cpu")),
-            _objective(task, own, data, prepared, knobs),
-            penalize=training.penalized,
-            knobs=knobs,
-            augment=_augmentations(training, prepared),
-            autocast=torch.bfloat16 if training.precision == "bf16" else None,
-        ).to(device)
+        with nothing_compiles():  # else the weights might be drawn from another state
+            models = _build_members(own, prepared, training.seed, dtype)
+            for model in models:
+                arrange_weights(model, prepared.rows.input_shape, device)
+            self.model = LaneModel(
+                models[0],
+                prepared.rows.first(SAMPLE_ROWS).on(torch.device("cpu")),
+                _objective(task, own, data, prepared, knobs),
+                penalize=training.penalized,
+                knobs=knobs,
+                augment=_augmentations(training, prepared),
+                autocast=torch.bfloat16 if training.precision == "bf16" else None,
+            ).to(device)
         self._initial = _stacked([self.model.parameters_of(m) for m in models], device)
         self._initial_buffers = _stacked([self.model.buffers_of(m) for m in models], device)
         memory_format = memory_format_of_rows(models[0], prepared.rows.input_shape, device)

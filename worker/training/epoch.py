@@ -27,7 +27,7 @@ from worker.training.compiling import (
     HEAD_START_SHARE,
     Programs,
 )
-from worker.training.cores import Chunk, Cores, synchronize
+from worker.training.cores import Chunk, Cores, prepare_thread, synchronize
 from worker.training.lanes import LaneTensors
 from worker.training.memory import peak_bytes
 from worker.training.model import LaneModel
@@ -130,7 +130,9 @@ class Epochs:
         Rows that are not ``resident`` on the device are streamed, images in this memory format.
         """
         self._device = model.device
-        self._pool = ThreadPoolExecutor(threads_that_bring(threads), "rows")
+        self._pool = ThreadPoolExecutor(
+            threads_that_bring(threads), "rows", prepare_thread, (self._device,)
+        )
         self._supply, tested = (
             Resident(rows) if resident else Streamed(rows, self._device, memory_format, self._pool)
             for rows in (prepared.rows, prepared.test)
@@ -162,7 +164,7 @@ class Epochs:
             epsilon=torch.finfo(torch.bfloat16).eps if training.precision == "bf16" else 0.0,
         )
         self._replicas: queue.LifoQueue[LaneStep] = queue.LifoQueue()
-        for _ in range(threads):
+        for _ in range(threads if self._device.type == "cpu" else 1):  # as many chunks at a time
             self._replicas.put(
                 LaneStep(
                     model.replica(),

@@ -275,9 +275,18 @@ class LaneModel:
         return self._output(parameters, buffers, x, {})
 
     def _output(self, parameters: Tensors, buffers: Tensors, x: Tensor, noise: Tensors) -> Tensor:
-        """Return the model's output, in the precision of ``x``."""
+        """Return the model's output, in the precision of ``x``.
+
+        In training, what the model puts in the place of a buffer is written to ``buffers``, as what
+        it writes into one.
+        """
+        state = {**parameters, **buffers, **noise}
         with self._precision(x.device):
-            output: Tensor = functional_call(self._model, {**parameters, **buffers, **noise}, (x,))
+            output: Tensor = functional_call(self._model, state, (x,))
+        if self._model.training:
+            for name, buffer in buffers.items():
+                if state[name] is not buffer:
+                    buffer.copy_(state[name].detach())
         return output.to(x.dtype)
 
     def _precision(self, device: torch.device) -> AbstractContextManager[object]:

@@ -84,12 +84,14 @@ class DropoutSite(nn.Module):
 def install_dropout_sites(model: nn.Module) -> dict[str, DropoutSite]:
     """Replace every dropout module of ``model`` by a site; return them by name.
 
-    A module that stands in several places of the model stays one, under its first name.
+    A module that stands in several places of the model stays one, under its first name. One that
+    drops in a way of its own stays what it is, and is refused for the numbers that it draws.
     """
     found = [
         (name, module)
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, _ELEMENTWISE + _CHANNELWISE)
+        and type(module).forward in {one.forward for one in _ELEMENTWISE + _CHANNELWISE}
     ]
     sites: dict[nn.Module, DropoutSite] = {}
     names: dict[str, DropoutSite] = {}

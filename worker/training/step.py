@@ -101,6 +101,7 @@ class LaneStep:
         gradients, loss_K = self._model.gradients(
             parameters, buffers, strengths, Batch(x, y, keys, per_lane)
         )
+        gradients = _apart(gradients)
         if self._clips:
             regularizers.clip_(list(gradients.values()), strengths["max_gradient_norm"])
         per_lane_numbers = torch.stack([strengths["decay"], strengths["l1"], rate_K])
@@ -175,3 +176,21 @@ def gather(source: Source, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor, boo
 def _shaped_like(weights_K: Tensor, numbers_CK: Tensor) -> Sequence[Tensor]:
     """Return C numbers of each lane with as many dimensions as the weights: ``(K, 1, …)`` each."""
     return numbers_CK.view(*numbers_CK.shape, *(1 for _ in weights_K.shape[1:])).unbind()
+
+
+def _apart(gradients: Tensors) -> Tensors:
+    """Return gradients that may each be changed in place, copies where they share memory.
+
+    Those of two parameters that are added are one tensor, and that of a sum is a number expanded.
+    """
+    seen: set[int] = set()
+    apart = {}
+    for name, gradient_K in gradients.items():
+        storage = gradient_K.untyped_storage()._cdata
+        repeats = any(
+            size > 1 and stride == 0
+            for size, stride in zip(gradient_K.shape, gradient_K.stride(), strict=True)
+        )
+        apart[name] = gradient_K.clone() if storage in seen or repeats else gradient_K
+        seen.add(storage)
+    return apart

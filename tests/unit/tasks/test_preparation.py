@@ -242,3 +242,13 @@ def test_rows_that_differ_in_a_bit_or_in_their_order_have_another_hash():
     hashes = {d.content_hash() for d in (data, *others, replace(data, classes=3))}
     assert len(hashes) == 4
     assert replace(data, train_x=data.train_x.copy()).content_hash() in hashes
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.float64])
+def test_inputs_with_more_digits_than_float32_keep_them_until_they_are_standardized(kind):
+    """Moments of one hour, in seconds since 1970: float32 knows one every 128 seconds."""
+    seconds = (1_700_000_000 + np.arange(100)).astype(kind)[:, None]
+    y = np.arange(100) % 2
+    data = Data(seconds, y, seconds, y, classes=2)
+    rows = prepare(data, Validation(), 0, torch.float32).rows.on(torch.device("cpu")).x
+    assert len(rows.unique()) == 100

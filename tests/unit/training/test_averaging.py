@@ -65,7 +65,7 @@ def test_the_best_weights_and_the_test_are_the_averages_of_the_best_epoch(make_e
     assert result.validation_loss == curve[result.best_epoch - 1].validation_loss
     for name, kept in tensors.best_parameters.items():
         assert torch.equal(kept, best[name])
-    ((loss, score),) = engine._epochs.test(best, buffers, [0]).tolist()
+    ((loss, score),) = engine._epochs.test(best, buffers, [0], lambda: None).tolist()
     assert (result.test_loss, result.test_score) == (pytest.approx(loss), score)
 
 

@@ -25,6 +25,18 @@ def saturating_at(lanes: int) -> Callable[[int], float]:
     return lambda k: float(min(k, lanes))
 
 
+@pytest.mark.parametrize(
+    ("says", "is_lack"),
+    [
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(…)`", False),
+    ],
+)
+def test_a_librarys_lack_of_memory_is_one(says: str, is_lack: bool):
+    assert capacity.is_out_of_memory(RuntimeError(says)) == is_lack
+
+
 def test_lanes_are_doubled_until_that_is_no_longer_faster():
     found = measure(saturating_at(16), SMALL, CPU)
     assert found.lanes == 16

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from regtune.spec import Validation
 from tests.unit.training.conftest import losses, train, trial
@@ -174,6 +175,32 @@ def test_the_result_is_that_of_the_best_weights_which_were_copied_when_they_were
     ).tolist()
     assert result.test_loss == pytest.approx(test_loss, rel=1e-8)
     assert result.test_score == test_score
+
+
+class Added(nn.Module):
+    """Two parameters of one gradient, and one whose gradient is a single number."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.shared, self.own = (nn.Parameter(torch.randn(outputs, inputs)) for _ in range(2))
+        self.offset = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x.flatten(1), self.shared + self.own) + self.offset.sum()
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", "rmsprop"])
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_parameters_of_one_gradient_move_alike(make_engine, optimizer, lanes):
+    engine = make_engine(
+        model=lambda settings, shape, outputs: Added(6, outputs), settings={}, optimizer=optimizer
+    )
+    engine.join([trial(key) for key in range(lanes)])
+    before = {name: part.clone() for name, part in engine._tensors.parameters.items()}
+    train(engine, 2)
+    moved = {name: part - before[name] for name, part in engine._tensors.parameters.items()}
+    assert moved["own"].abs().min() > 0
+    torch.testing.assert_close(moved["shared"], moved["own"])
 
 
 def test_results_come_in_the_order_asked_for_and_change_nothing(make_engine):

@@ -59,6 +59,30 @@ class FunctionalDropout(Branching):
         return nn.functional.dropout(y, 0.1, self.training)
 
 
+class OwnDropout(nn.Dropout):
+    """One mask for all rows, which is not what nn.Dropout does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.bernoulli(torch.full_like(x[0], 0.9)) if self.training else x
+
+
+class Centred(nn.Module):
+    """Takes a running mean off, which it keeps as one would write it down."""
+
+    running: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("running", torch.zeros(64))
+        self.head = nn.Linear(64, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.flatten(1)
+        if self.training:
+            self.running = 0.9 * self.running + 0.1 * x.mean(0).detach()
+        return self.head(x - self.running)
+
+
 class CalledTwice(nn.Module):
     """A user's own module, which uses one dropout in two places."""
 
@@ -205,6 +229,20 @@ def test_a_lane_is_the_model_that_autograd_would_train():
         torch.testing.assert_close(buffers[name][0], expected_buffer)
 
 
+@pytest.mark.parametrize("over_lanes", [loop, vmap])
+def test_a_buffer_that_the_model_replaces_is_kept(over_lanes):
+    model = lane_model(Centred())
+    model._over_lanes = over_lanes
+    parameters, buffers = stack(model, 2)
+    for _ in range(2):
+        model.gradients(parameters, buffers, strengths(RATES[:2]), batch(2, model, per_lane=False))
+    mean = rows().x.flatten(1).mean(0)
+    for running in buffers["running"]:
+        torch.testing.assert_close(running, 0.19 * mean)
+    measured(model, parameters, buffers)
+    torch.testing.assert_close(buffers["running"][0], 0.19 * mean)
+
+
 def test_evaluation_leaves_running_statistics_and_weights_as_they_are():
     model = lane_model(cnn())
     parameters, buffers = stack(model, 2)
@@ -253,7 +291,14 @@ def test_a_model_that_vmap_refuses_runs_in_a_loop_and_says_so_once(lines):
     assert len(lines) == 1
 
 
-@pytest.mark.parametrize("build", [FunctionalDropout, lambda: Attention(dropout=0.1)])
+@pytest.mark.parametrize(
+    "build",
+    [
+        FunctionalDropout,
+        lambda: Attention(dropout=0.1),
+        lambda: nn.Sequential(nn.Flatten(), OwnDropout(), nn.Linear(64, CLASSES)),
+    ],
+)
 def test_a_model_with_noise_of_its_own_is_refused(build):
     with pytest.raises(UnsupportedModel, match="dropout modules"):
         lane_model(build())
