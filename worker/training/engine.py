@@ -512,7 +512,9 @@ def _objective(
     own_loss, own_score = (getattr(task, name, None) for name in ("loss", "score"))
     weights_C = prepared.class_weights if spec.class_weights == "balanced" else None
     if data.classes is None:
-        objective = regression(spec.score, prepared.unit)
+        # What a loss of the task's own is trained on stays as it is.
+        center = 0.0 if own_loss is None else prepared.rows.y.double().mean().item()
+        objective = regression(spec.score, prepared.unit, center)
     else:
         objective = classification(data.classes, spec.score, weights_C)
     if own_loss is not None:

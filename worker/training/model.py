@@ -1,7 +1,7 @@
 """K copies of one model, computed together."""
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -339,20 +339,31 @@ def lanes_of(parameters: Tensors) -> int:
 
 
 def _names_of_statistics(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the running statistics of all batch and instance norms."""
+    """Return the names of the running statistics of the batch and instance norms that train."""
+    norms = _training_norms(model)
     return tuple(
         f"{path}.{name}".lstrip(".")
         for path, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._NormBase)
+        if module in norms
         for name, buffer in module.named_buffers(recurse=False)
         if name in ("running_mean", "running_var") and buffer is not None
     )
 
 
+def _training_norms(model: nn.Module) -> Sequence[nn.modules.batchnorm._NormBase]:
+    """Return the norms that keep statistics and train with the model, which may freeze some."""
+    model.train()
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.training
+    ]
+
+
 @contextmanager
 def _norms_keep_the_latest_batch(model: nn.Module) -> Iterator[None]:
     """Let batch norms alone train, with the latest batch's statistics as running ones."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    norms = _training_norms(model)
     momenta = [norm.momentum for norm in norms]
     model.eval()
     for norm in norms:

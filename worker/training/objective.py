@@ -7,6 +7,7 @@ RMSE, is left to the end. A score that compares rows with one another gets them 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -184,16 +185,17 @@ def classification(
     raise InvalidData(_wrong_score(score, "a classification", CLASSIFICATION_SCORES))
 
 
-def regression(score: ScoreName | None = None, unit: float = 1.0) -> Objective:
+def regression(score: ScoreName | None = None, unit: float = 1.0, center: float = 0.0) -> Objective:
     """Return squared error of outputs ``(B, 1)``, and a score; by default R².
 
-    Targets are measured in ``unit``, and so is the loss; an RMSE is told in the target's own.
+    Targets are measured in ``unit``, and so is the loss; an RMSE is told in the target's own. They
+    lie about ``center``: the sums of R² would cancel if that were far from zero.
     Raises InvalidData for a score that numbers do not have.
     """
     loss = LossOfRows(_squared_error)
     match score or "r2":
         case "r2":
-            return Objective(loss, Score("r2", 3, _moments, _r2))
+            return Objective(loss, Score("r2", 3, partial(_moments, center), _r2))
         case "rmse":
             return Objective(
                 loss,
@@ -261,8 +263,9 @@ def _squared_error(output_B1: Tensor, y_B: Tensor) -> Tensor:
     return (output_B1[:, 0] - y_B).square()
 
 
-def _moments(output_B1: Tensor, y_B: Tensor) -> Sequence[Tensor]:
-    return [_squared_error(output_B1, y_B), y_B, y_B.square()]
+def _moments(center: float, output_B1: Tensor, y_B: Tensor) -> Sequence[Tensor]:
+    from_center_B = y_B - center
+    return [_squared_error(output_B1, y_B), from_center_B, from_center_B.square()]
 
 
 def _r2(sums_3K: Tensor, rows_K: Tensor) -> Tensor:

@@ -52,6 +52,27 @@ def test_a_lane_is_validated_by_the_average_that_torch_would_have(make_engine, o
     assert (expected[EPOCHS // 2 + 1 :, 1] != plain[EPOCHS // 2 + 1 :, 1]).all()
 
 
+class Frozen(nn.Sequential):
+    """A batch norm that keeps the statistics that it came with, as in fine-tuning."""
+
+    def train(self, mode: bool = True) -> "Frozen":
+        super().train(mode)
+        self[2].eval()
+        return self
+
+
+def test_what_a_frozen_norm_knows_is_not_found_anew(make_engine):
+    def build(settings, shape, outputs):
+        return Frozen(nn.Flatten(), nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, outputs))
+
+    engine = make_engine(model=build, settings={}, **SWA | {"averaging_start": 0.0})
+    engine.join([trial(0)])
+    train(engine, 3)
+    _, buffers = engine._tensors.evaluated
+    assert torch.equal(buffers["2.running_mean"], torch.zeros(1, 4, dtype=torch.float64))
+    assert torch.equal(buffers["2.running_var"], torch.ones(1, 4, dtype=torch.float64))
+
+
 def test_the_best_weights_and_the_test_are_the_averages_of_the_best_epoch(make_engine):
     engine = make_engine(**SWA | {"averaging_start": 0.0})
     engine.join([trial(0)])

@@ -158,6 +158,17 @@ def test_a_score_of_the_other_kind_is_refused(
         make(wrong)
 
 
+def test_r2_of_targets_far_from_zero_is_scikit_learns():
+    """In float32, with sums of squares that agree in their first eight digits."""
+    generator = torch.Generator().manual_seed(1)
+    y_B = 1e6 + 100 * torch.randn(ROWS, generator=generator)
+    output_KB1 = (y_B + 30 * torch.randn(LANES, ROWS, generator=generator))[..., None]
+    figures_K2 = measured(regression("r2", center=float(y_B.mean())), output_KB1, y_B)
+    for lane, output_B1 in enumerate(output_KB1):
+        expected = metrics.r2_score(y_B.numpy(), output_B1[:, 0].numpy())
+        assert figures_K2[lane, 1] == pytest.approx(expected, abs=1e-3)
+
+
 def test_r2_of_one_who_says_the_mean_is_zero():
     y_B = torch.tensor([1.0, 2.0, 4.0]).double()
     mean = torch.full((1, 3, 1), float(np.mean([1, 2, 4]))).double()
