@@ -55,13 +55,15 @@ def _losses(best: Document, baseline: Document | None) -> list[str]:
     if baseline is None or not baseline["validation_loss"]:
         return [_number(loss), _NOTHING, _NOTHING]
     before = baseline["validation_loss"]
-    return [_number(loss), _number(before), f"{loss / before - 1:+.1%}"]
+    return [_number(loss), _number(before), f"{(loss - before) / abs(before):+.1%}"]
 
 
 def _scores(best: Document, baseline: Document | None) -> list[str]:
     """Return the best trial's score, the baseline's, and what is between them."""
     score = best["test_score"]
     before = baseline["test_score"] if baseline else None
+    if score is None:  # as R² of a single test row
+        return [_NOTHING] * 3
     if best["score"] not in _SHARES:
         return _in_numbers(score, before)
     if before is None:

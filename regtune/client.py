@@ -181,7 +181,7 @@ class Client:
     def _stream(self, path: str, after: str | None) -> Iterator[Document]:
         headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": after} if after else {})
         with self._http.stream("GET", path, headers=headers, timeout=_STREAM_TIMEOUT) as response:
-            if response.is_error:
+            if not response.is_success:  # a redirection is none either
                 response.read()
                 raise _refused(response)
             for event_id, data in server_sent_events(response.iter_lines()):
@@ -196,7 +196,7 @@ class Client:
             response = self._http.request(method, path, **options)
         except (httpx.TransportError, httpx.InvalidURL) as error:
             raise self._unreachable(error) from None
-        if response.is_error:
+        if not response.is_success:  # a redirection is none either
             raise _refused(response)
         return response
 

@@ -117,13 +117,21 @@ class Crew:
         for place, child in enumerate(self.children):
             if not child.crashed or child.again is None:
                 continue
-            pause = min(FIRST_PAUSE_SECONDS * 2**child.crashes, LONGEST_PAUSE_SECONDS)
-            ended_at = self._ended_at.setdefault(child.process.pid, time.monotonic())
+            if child.process.pid not in self._ended_at:
+                self._ended_at[child.process.pid] = time.monotonic()
+                self._end_what_is_left(child)
+            ended_at = self._ended_at[child.process.pid]
+            pause = min(FIRST_PAUSE_SECONDS * 2 ** min(child.crashes, 10), LONGEST_PAUSE_SECONDS)
             if time.monotonic() < ended_at + pause:
                 continue
             lasted = ended_at - child.started_at
             crashes = 1 if lasted > 2 * LONGEST_PAUSE_SECONDS else child.crashes + 1
             self.children[place] = replace(child.again(), crashes=crashes)
+
+    def _end_what_is_left(self, child: Child) -> None:
+        """End what a crashed child had started: it may hold the device that the next one needs."""
+        child.kill()
+        self._tell_guard(f"forget {child.process.pid}")
 
     def _start(
         self,

@@ -28,7 +28,10 @@ def main() -> None:
     words = [line.split() for line in sys.stdin]
     if [DONE] in words:
         return
-    end({int(rest[0]) for verb, *rest in words if verb == "watch"}, GRACE_SECONDS)
+    watched, forgotten = (
+        {int(rest[0]) for verb, *rest in words if verb == said} for said in ("watch", "forget")
+    )
+    end(watched - forgotten, GRACE_SECONDS)
     for home in sys.argv[1:]:
         _stop_database(Path(home))
 

@@ -10,6 +10,7 @@ from importlib.metadata import version
 
 import structlog
 import uvicorn
+from anyio import CapacityLimiter
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
@@ -63,7 +64,13 @@ def create_app(settings: Settings, *, schedule: bool = True) -> FastAPI:
         separate_input_output_schemas=False,
         responses=PROBLEM,
     )
-    app.state.context = Context(settings, engine, newsroom, task.installed(settings.tasks))
+    app.state.context = Context(
+        settings,
+        engine,
+        newsroom,
+        task.installed(settings.tasks),
+        CapacityLimiter(settings.pool_size),
+    )
     problems.install(app)
     for part in (studies, trials, history, events, workers, health):
         app.include_router(part.router)
@@ -134,7 +141,8 @@ def _check_database(settings: Settings) -> None:
 def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, port), family=family)
+        both = family == socket.AF_INET6 and host == "::" and socket.has_dualstack_ipv6()
+        listener = socket.create_server((host, port), family=family, dualstack_ipv6=both)
     except OSError as error:
         raise AddressTaken(f"cannot listen on {host}:{port}: {_reason(error)}") from None
     # Connections inherit it. asyncio sets it on sockets of its own making alone, and without it an

@@ -4,13 +4,17 @@ The transaction commits here and nowhere else, and before the answer is sent: a 
 201 will find its study.
 """
 
+import builtins
 import re
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated
 
+from anyio import CapacityLimiter, fail_after
 from fastapi import Depends, Path, Request
 from sqlalchemy import Engine
+from sqlalchemy.exc import TimeoutError
 from sqlalchemy.orm import Session
 
 from regtune import database
@@ -21,6 +25,9 @@ from regtune.task import Offer
 from service.bodies import read_within
 from service.newsroom import Newsroom
 
+PATIENCE_SECONDS = 30.0
+"""What a request waits for a connection before it is told to come again."""
+
 
 @dataclass(frozen=True)
 class Context:
@@ -30,6 +37,25 @@ class Context:
     engine: Engine
     newsroom: Newsroom
     installed: Offer
+    places: CapacityLimiter
+    """As many as there are connections: who has one needs no other's thread to give it back."""
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Wait, without a thread, until a connection of the pool is free; hold it to the end.
+
+        Threads are few. Were all of them waiting for connections, those that have one could not
+        end, since to write an answer down takes a thread as well. Raise TimeoutError, as the pool.
+        """
+        try:
+            with fail_after(PATIENCE_SECONDS):
+                await self.places.acquire()
+        except builtins.TimeoutError:
+            raise TimeoutError("too many requests at once") from None
+        try:
+            yield
+        finally:
+            self.places.release()
 
 
 def _context(request: Request) -> Context:
@@ -40,7 +66,14 @@ def _context(request: Request) -> Context:
 InContext = Annotated[Context, Depends(_context)]
 
 
-def _transaction(context: InContext) -> Iterator[Session]:
+async def _turn(context: InContext) -> AsyncIterator[None]:
+    async with context.turn():
+        yield
+
+
+def _transaction(
+    context: InContext, _: Annotated[None, Depends(_turn, scope="function")]
+) -> Iterator[Session]:
     with database.transaction(context.engine) as session:
         yield session
 

@@ -68,7 +68,8 @@ async def stream_events(
     study's history.
     """
     after = _checked(query.after if last_event_id is None else last_event_id)
-    study_id = await run_in_threadpool(_find, context, name)
+    async with context.turn():
+        study_id = await run_in_threadpool(_find, context, name)
     return EventSourceResponse(
         _tell(context, study_id, after), ping=PING_SECONDS, send_timeout=SEND_SECONDS
     )
@@ -91,7 +92,8 @@ async def _tell(context: Context, study_id: int, after: str) -> AsyncIterator[Se
     with context.newsroom.watch(study_id) as watch:
         while True:
             try:
-                batch, is_over = await run_in_threadpool(_read, context, study_id, after)
+                async with context.turn():
+                    batch, is_over = await run_in_threadpool(_read, context, study_id, after)
             except database.FAULTS:
                 # It has begun, so it can only end; its reader comes back with its last id.
                 log.warning("stream_lost_database", study_id=study_id)

@@ -4,6 +4,7 @@ from typing import Literal
 
 from fastapi import APIRouter
 from pydantic import Field
+from starlette.concurrency import run_in_threadpool
 
 from regtune import database
 from service.documents import Document
@@ -19,13 +20,14 @@ class Health(Document):
 
 
 @router.get("/healthz")
-def get_health() -> Health:
+async def get_health() -> Health:
     """Say that the process lives, whatever its database does."""
     return Health()
 
 
 @router.get("/readyz")
-def get_readiness(context: InContext) -> Health:
+async def get_readiness(context: InContext) -> Health:
     """Say that the database is reachable and its schemas are known; else 503."""
-    database.check(context.engine)
+    async with context.turn():
+        await run_in_threadpool(database.check, context.engine)
     return Health()

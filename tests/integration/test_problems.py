@@ -332,6 +332,15 @@ def test_when_all_connections_are_in_use_the_answer_is_503(
         assert "in use" in problem(client.get("/v1/studies"), 503)["detail"]
 
 
+def test_a_crowd_waits_its_turn_and_is_answered(database_url: str, engine: Engine) -> None:
+    """More requests than there are threads, and far more than connections."""
+    builders.create(engine)
+    with serving(app(database_url, pool_size=2)) as client, ThreadPoolExecutor(120) as pool:
+        paths = ["/v1/studies", "/v1/studies/study", "/readyz", "/v1/workers"] * 30
+        answers = list(pool.map(lambda path: client.get(path, timeout=60), paths))
+    assert {answer.status_code for answer in answers} == {200}
+
+
 def test_two_who_act_on_one_study_at_once_never_break_each_other(
     client: httpx.Client, engine: Engine
 ) -> None:

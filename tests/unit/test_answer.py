@@ -21,12 +21,14 @@ SCORES = ["validation loss", "test accuracy"]
 
 
 def rows(
-    searched: list[str], params: dict[str, float], score: str = "accuracy"
+    searched: list[str], params: dict[str, float], score: str = "accuracy", **reached: Any
 ) -> dict[str, list[str]]:
     """Show an answer whose baseline is ``PARAMS``; return its rows by their first column."""
     figures: dict[str, Any] = {"validation_loss": 0.5, "test_score": 0.8}
     best = {"study": "x", "number": 3, "searched": searched, "params": params, **figures}
-    best["score"] = score
+    best |= {"score": score, **reached}
+    if reached:
+        figures["validation_loss"] = -1.0
     out = io.StringIO()
     answer.show(best | {"baseline": {"params": PARAMS, **figures}}, Console(file=out, width=100))
     lines = [line.split("  ") for line in out.getvalue().splitlines()]
@@ -61,6 +63,12 @@ def test_the_score_is_named_and_in_per_cent_only_where_it_is_a_share_of_rows() -
     shown = rows(["dropout"], PARAMS, "balanced_accuracy")
     assert shown["test balanced accuracy"] == ["80.00%", "80.00%", "+0.00 points"]
     assert rows(["dropout"], PARAMS, "rmse")["test rmse"] == ["0.8", "0.8", "+0"]
+
+
+def test_a_loss_below_zero_gains_by_falling_and_a_score_may_be_unknown() -> None:
+    shown = rows(["dropout"], PARAMS, "r2", validation_loss=-2.0, test_score=None)
+    assert shown["validation loss"] == ["-2", "-1", "-100.0%"]
+    assert set(shown["test r2"]) == {shown["test r2"][0]} != {"0.8"}
 
 
 def test_what_makes_a_shape_has_a_row_where_it_is_searched() -> None:

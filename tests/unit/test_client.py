@@ -49,3 +49,19 @@ def test_an_answer_that_is_no_problem_document_is_still_a_refusal() -> None:
         host, port = server.server_address[:2]
         with Client(f"http://{host!s}:{port}") as api, pytest.raises(Refused, match="501"):
             api.study("digits")
+
+
+class Elsewhere(BaseHTTPRequestHandler):
+    def do_DELETE(self) -> None:
+        self.send_response(307)
+        self.send_header("Location", "https://elsewhere.invalid/")
+        self.end_headers()
+
+
+def test_what_is_redirected_is_not_done() -> None:
+    """As by a proxy that wants another scheme."""
+    with HTTPServer(("127.0.0.1", 0), Elsewhere) as server:
+        Thread(target=server.handle_request).start()
+        host, port = server.server_address[:2]
+        with Client(f"http://{host!s}:{port}") as api, pytest.raises(Refused, match="307"):
+            api.delete("digits")

@@ -38,6 +38,9 @@ MAPPED_BYTES = 2**30
 BLOCK, BLOCK_BYTES = 64, 2**24
 """Images that a thread takes at a time, and what they take decoded; one may be larger than that."""
 
+DECODING = 2
+"""Changes with what is made of an image; what was kept before is decoded anew."""
+
 FOLDER = "decoded"
 """Where those files lie in the data folder; ``images`` would be a likely name of somebody's own."""
 
@@ -85,7 +88,7 @@ class ImageFiles:
 
     def _mapped(self) -> Bytes:
         digests = [digest for some in self._in_threads(self._digests) for digest in some]
-        how = f"{PIL.__version__} {self.channels} {self.size} {len(digests)}"
+        how = f"{DECODING} {PIL.__version__} {self.channels} {self.size} {len(digests)}"
         key = hashlib.sha256(how.encode() + b"".join(digests)).hexdigest()
         folder = self.storage.data_dir / FOLDER
         target = folder / f"{key}.u8"
@@ -154,7 +157,8 @@ class ImageFiles:
 
     def _decoded(self, content: bytes, path: Path) -> Bytes:
         try:
-            image = Image.open(io.BytesIO(content)).convert("RGB" if self.channels == 3 else "L")
+            image = _as_bytes(ImageOps.exif_transpose(Image.open(io.BytesIO(content))), path)
+            image = image.convert("RGB" if self.channels == 3 else "L")
         except (OSError, Image.DecompressionBombError) as error:
             raise InvalidData(f"{str(path)!r} cannot be read: {error}") from None
         fitted = ImageOps.fit(image, (self.size, self.size), Image.Resampling.BILINEAR)
@@ -176,6 +180,18 @@ class ImageFiles:
             return [future.result() for future in futures]
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _as_bytes(image: Image.Image, path: Path) -> Image.Image:
+    """Return an image of 8 bits a channel: Pillow would cut more of them off, not scale them."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise InvalidData(
+            f"{str(path)!r} has 32 bits a pixel, of which nobody knows what is white; write it "
+            "with 8 or 16"
+        )
+    return image
 
 
 def _cores() -> int:

@@ -1,7 +1,7 @@
 """The data set ``table``: a CSV or Parquet file with one column to predict."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import IO, Any
 
 import numpy as np
@@ -33,7 +33,8 @@ def table(storage: Storage, **settings: Any) -> Data:
     asked = TableSettings.model_validate(settings)
     train = _read(asked.path, storage, asked)
     if asked.test_path is not None:
-        test = _read(asked.test_path, storage, asked)
+        test = _read(asked.test_path, storage, asked, may_lack=asked.ignore)
+        train = train.drop_columns(list(asked.ignore))
         _check_columns(train, test, asked)
         both = _joined(train, test.select(train.column_names))
     else:
@@ -52,13 +53,15 @@ def table(storage: Storage, **settings: Any) -> Data:
     return Data(x[training], y[training], x[tested], y[tested], classes)
 
 
-def _read(address: str, storage: Storage, asked: TableSettings) -> pa.Table:
+def _read(
+    address: str, storage: Storage, asked: TableSettings, may_lack: Collection[str] = ()
+) -> pa.Table:
     """Return a file's columns; raise InvalidData if there are none, or no target among them."""
     with opened(address, storage) as file:
         try:
             _check_room(address, file)
             if address.lower().endswith(_PARQUET):
-                rows = parquet.read_table(file)
+                rows = _without_index(parquet.read_table(file))
             else:
                 rows = csv.read_csv(
                     file,
@@ -71,14 +74,29 @@ def _read(address: str, storage: Storage, asked: TableSettings) -> pa.Table:
     if not len(rows):
         raise InvalidData(f"{address!r} has no rows")
     named = [asked.target, *asked.numeric, *asked.categorical, *asked.ignore]
-    unknown = [name for name in named if name not in rows.column_names]
+    unknown = [name for name in named if name not in (*rows.column_names, *may_lack)]
     if unknown:
         raise InvalidData(
             f"{address!r} has no column {unknown[0]!r}; it has {_listed(rows.column_names)}"
         )
     if len(set(rows.column_names)) < len(rows.column_names):
         raise InvalidData(f"{address!r} has two columns of one name")
+    if "" in rows.column_names:
+        raise InvalidData(
+            f"{address!r} has a column without a name, as an index that pandas wrote beside the "
+            "columns; write it without (`index=False`), or name all under task.data.columns"
+        )
     return rows
+
+
+def _without_index(rows: pa.Table) -> pa.Table:
+    """Return a table without the index that pandas has written among the columns of its frame.
+
+    Nobody sees it there as a column, and it may well tell the target: of rows in order, for one.
+    """
+    kept = (rows.schema.pandas_metadata or {}).get("index_columns", [])
+    unnamed = [name for name in kept if isinstance(name, str) and name.startswith("__index_level_")]
+    return rows.drop_columns([name for name in unnamed if name in rows.column_names])
 
 
 def _check_room(address: str, file: IO[bytes]) -> None:
@@ -105,10 +123,22 @@ def _check_columns(train: pa.Table, test: pa.Table, asked: TableSettings) -> Non
 
 
 def _joined(train: pa.Table, test: pa.Table) -> pa.Table:
+    """Return both tables' rows; a column that is text in one of them alone is text in both."""
+    for place, name in enumerate(train.column_names):
+        kinds = train[name].type, test[name].type
+        if kinds[0] != kinds[1] and any(map(_is_text, kinds)):
+            train, test = (
+                table.set_column(place, name, table[name].cast(pa.string()))
+                for table in (train, test)
+            )
     try:
         return pa.concat_tables([train, test], promote_options="permissive")
     except pa.ArrowException as error:
         raise InvalidData(f"training and test rows are of different types: {error}") from None
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _settled(column: pa.ChunkedArray, name: str, asked: TableSettings) -> pa.Array:
@@ -123,7 +153,7 @@ def _settled(column: pa.ChunkedArray, name: str, asked: TableSettings) -> pa.Arr
         values = values.cast(pa.float64(), safe=False)
     elif pa.types.is_null(kind):
         values = values.cast(pa.float64())
-    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+    elif _is_text(kind):
         values = _text(values, asked.missing)
     else:
         raise InvalidData(

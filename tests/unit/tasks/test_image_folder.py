@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from regtune.errors import InvalidData, NoRoom
 from regtune.task import Data, Storage
@@ -60,6 +60,38 @@ def test_the_test_rows_may_have_a_folder_of_their_own(storage):
 
 def test_images_may_be_of_brightness_alone(storage):
     assert load(storage, channels=1).train_x.shape == (24, 1, 16, 16)
+
+
+def save_two_classes(folder: Path, image: Image.Image, kind: str, **options: Any) -> None:
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+        for number in range(5):
+            image.save(folder / name / f"{number}.{kind}", **options)
+
+
+@pytest.mark.parametrize("kind", ["png", "tif"])
+def test_sixteen_bits_are_scaled_to_eight(storage, kind):
+    ramp = np.arange(256, dtype=np.uint16)[:, None] * 256 + np.zeros((1, 256), np.uint16)
+    save_two_classes(storage.data_dir / "deep", Image.fromarray(ramp), kind)
+    data = load(storage, path="deep", size=256, channels=1)
+    np.testing.assert_array_equal(data.train_x[0, 0, :, 0], np.arange(256))
+
+
+def test_thirty_two_bits_are_refused(storage):
+    save_two_classes(storage.data_dir / "deep", Image.new("F", (20, 20), 0.5), "tif")
+    with pytest.raises(InvalidData, match="32 bits a pixel"):
+        load(storage, path="deep")
+
+
+def test_an_image_is_turned_as_its_camera_was(storage):
+    image = Image.new("L", (20, 20))
+    image.paste(255, (0, 0, 20, 10))  # the upper half is white
+    exif = image.getexif()
+    exif[ExifTags.Base.Orientation] = 6  # to be turned by 90 degrees, clockwise
+    save_two_classes(storage.data_dir / "turned", image, "png", exif=exif)
+    x = load(storage, path="turned", size=20, channels=1).train_x
+    assert x[..., 12:].min() == 255
+    assert x[..., :8].max() == 0
 
 
 def test_the_shorter_side_is_resized_and_the_middle_cut_out(storage, tmp_path):

@@ -1,3 +1,4 @@
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,32 @@ def test_parquet_and_csv_of_the_same_rows_are_the_same_data(tmp_path):
     assert load(tmp_path, path="t.parquet").content_hash() == from_csv.content_hash()
     changed = load(tmp_path, ROWS.replace("52", "53"))
     assert changed.content_hash() != from_csv.content_hash()
+
+
+def test_an_index_that_pandas_wrote_is_no_feature(tmp_path):
+    meta = {"index_columns": ["__index_level_0__"], "columns": []}
+    rows = pa.table({"a": range(10), "y": ["p", "q"] * 5, "__index_level_0__": range(10)})
+    rows = rows.replace_schema_metadata({"pandas": json.dumps(meta)})
+    parquet.write_table(rows, tmp_path / "t.parquet")
+    data = table(Storage(tmp_path), path="t.parquet", target="y")
+    assert data.train_x.numbers.shape[1] == 1
+    with pytest.raises(InvalidData, match="a column without a name"):
+        load(tmp_path, ",age,paid\n0,30,no\n1,31,yes\n")
+
+
+def test_a_column_that_is_text_in_one_file_alone_is_text_or_numbers_in_both(tmp_path):
+    """Arrow infers each file's types by itself."""
+    (tmp_path / "test.csv").write_text("age,town,paid,noise\n30,7,no,1\n")
+    rows = "age,town,paid,noise\n ?,A1,no,1\n40,7,yes,2\n50,7,no,3\n"
+    data = load(tmp_path, rows, test_path="test.csv", missing=["?"])
+    assert data.test_x.numbers.tolist() == [[30, 1]]
+    assert data.test_x.categories.tolist() == [[int(data.train_x.categories[1, 0])]]
+
+
+def test_a_test_file_may_lack_what_is_ignored(tmp_path):
+    (tmp_path / "test.csv").write_text("town,age,paid\nGenf,30,no\n")
+    data = load(tmp_path, test_path="test.csv", ignore=["noise"])
+    assert data.test_x.numbers.tolist() == [[30]]
 
 
 def test_test_rows_may_have_a_file_of_their_own(tmp_path):
