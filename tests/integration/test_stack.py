@@ -55,9 +55,9 @@ def begun(engine: Engine, build: BuildStack, trials: int = 4, waiting: int = 0) 
     study = builders.create(engine, budget={"trials": trials + waiting}, **SHORT)
     builders.append(engine, study, trials)
     stack = build(study)
-    assert stack.meet()
+    wait_until(stack.meet)
     stack.train_epoch(lambda: None)
-    assert stack.meet()
+    wait_until(stack.meet)
     builders.append(engine, study, waiting)
     return stack
 

@@ -170,7 +170,7 @@ def test_a_worker_whose_report_is_refused_gives_its_trials_back_and_goes_on(
     engine: Engine, database_url: str, tmp_path: Path
 ) -> None:
     """As while the database may only be read: no lane is left lying until the worker restarts."""
-    study = builders.create(engine, **{**SHORT, "training": {"max_epochs": 40}})
+    study = builders.create(engine, **{**SHORT, "training": {"max_epochs": 10_000}})
     builders.append(engine, study, 2)
     with working(database_url, two_lanes(tmp_path)):
         wait_until(lambda: trials(engine, study)[1].epochs > 0, 60)
@@ -184,7 +184,10 @@ def test_a_worker_whose_report_is_refused_gives_its_trials_back_and_goes_on(
         with transaction(engine) as session:
             later = datetime.now(UTC) + timedelta(days=1)
             leasing.expire(session, study.study_id, 3, now=later)
-        wait_until(lambda: builders.states(engine, study) == ["complete"] * 2, 60)
+        wait_until(lambda: [row.attempt for row in trials(engine, study)] == [2, 2], 60)
+        reached = [row.epochs for row in trials(engine, study)]
+        wait_until(lambda: trials(engine, study)[1].epochs > reached[1], 60)
+    assert builders.states(engine, study) == ["waiting"] * 2
     assert audit(engine) == {}
 
 
