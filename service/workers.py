@@ -75,7 +75,9 @@ class WorkerDetail(Document):
     tasks: list[str] = Field(
         description="The tasks that it has installed or configured.", examples=[["waves"]]
     )
-    study: str | None = Field(description="The live study that it trains, or has built last.", examples=["digits"])
+    study: str | None = Field(
+        description="The live study that it trains, or has built last.", examples=["digits"]
+    )
     started_at: datetime = Field(
         description="When it started.", examples=["2026-03-01T11:58:00.000000Z"]
     )
