@@ -28,10 +28,13 @@ def main() -> None:
     words = [line.split() for line in sys.stdin]
     if [DONE] in words:
         return
-    watched, forgotten = (
-        {int(rest[0]) for verb, *rest in words if verb == said} for said in ("watch", "forget")
-    )
-    end(watched - forgotten, GRACE_SECONDS)
+    groups: set[int] = set()
+    for verb, *rest in words:  # in order: a number may be given again
+        if verb == "watch":
+            groups.add(int(rest[0]))
+        elif verb == "forget":
+            groups.discard(int(rest[0]))
+    end(groups, GRACE_SECONDS)
     for home in sys.argv[1:]:
         _stop_database(Path(home))
 

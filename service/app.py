@@ -141,7 +141,7 @@ def _check_database(settings: Settings) -> None:
 def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        both = family == socket.AF_INET6 and host == "::" and socket.has_dualstack_ipv6()
+        both = host == "::" and socket.has_dualstack_ipv6()
         listener = socket.create_server((host, port), family=family, dualstack_ipv6=both)
     except OSError as error:
         raise AddressTaken(f"cannot listen on {host}:{port}: {_reason(error)}") from None

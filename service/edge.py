@@ -4,7 +4,6 @@ The transaction commits here and nowhere else, and before the answer is sent: a 
 201 will find its study.
 """
 
-import builtins
 import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -14,7 +13,7 @@ from typing import Annotated
 from anyio import CapacityLimiter, fail_after
 from fastapi import Depends, Path, Request
 from sqlalchemy import Engine
-from sqlalchemy.exc import TimeoutError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from regtune import database
@@ -45,13 +44,13 @@ class Context:
         """Wait, without a thread, until a connection of the pool is free; hold it to the end.
 
         Threads are few. Were all of them waiting for connections, those that have one could not
-        end, since to write an answer down takes a thread as well. Raise TimeoutError, as the pool.
+        end, since to write an answer down takes a thread as well. Raise PoolTimeout, as the pool.
         """
         try:
             with fail_after(PATIENCE_SECONDS):
                 await self.places.acquire()
-        except builtins.TimeoutError:
-            raise TimeoutError("too many requests at once") from None
+        except TimeoutError:
+            raise PoolTimeout("too many requests at once") from None
         try:
             yield
         finally:

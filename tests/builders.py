@@ -1,6 +1,7 @@
 """Studies, trials and leases, made as scheduler and worker would make them."""
 
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Engine, text
@@ -74,6 +75,13 @@ def lease(engine: Engine, study: Study, count: int = 1, worker: str = "w") -> Se
         return leasing.lease(session, study.study_id, worker, count, 30)
 
 
+def expire(engine: Engine, study: Study, max_attempts: int = 3) -> Sequence[int]:
+    """Leases that have run out, as a day later; return the ids of their trials."""
+    with transaction(engine) as session:
+        later = datetime.now(UTC) + timedelta(days=1)
+        return leasing.expire(session, study.study_id, max_attempts, now=later)
+
+
 def register(
     engine: Engine,
     name: str = "w",
@@ -110,6 +118,12 @@ def complete(engine: Engine, leases: Sequence[Lease], loss: float = 0.5) -> froz
 def completed(loss: float = 0.5, best_epoch: int = 1) -> Completed:
     """The outcome of a trial that ran to its end."""
     return Completed(loss, 0.9, best_epoch, 0.6, 0.8, "finished")
+
+
+def column(engine: Engine, query: str) -> list[Any]:
+    """What a query returns, of its first column."""
+    with engine.connect() as connection:
+        return list(connection.execute(text(query)).scalars())
 
 
 def states(engine: Engine, study: Study) -> list[str]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from sqlalchemy import Engine, text
+from sqlalchemy.orm import Session
 
 from regtune import studies
 from regtune.database import transaction
@@ -12,11 +13,11 @@ from tests.waiting import wait_until
 
 
 @contextmanager
-def locked(engine: Engine, study: Study) -> Iterator[None]:
-    """A time in which somebody else holds a study's row, as who cancels it or appends to it."""
+def locked(engine: Engine, study: Study) -> Iterator[Session]:
+    """A transaction of somebody else, who holds a study's row, as to cancel or to append to it."""
     with transaction(engine) as session:
         studies.lock(session, study.study_id)
-        yield
+        yield session
 
 
 def wait_for_waiters(engine: Engine, count: int = 1) -> None:

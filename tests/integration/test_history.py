@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
@@ -78,8 +77,7 @@ def test_who_gave_a_trial_back_is_told(client: httpx.Client, engine: Engine) -> 
     released, lost = builders.lease(engine, study, 2, worker="gpu-7")
     with transaction(engine) as session:
         leasing.release(session, [released], "gpu-7")
-        later = datetime.now(UTC) + timedelta(days=1)
-        assert leasing.expire(session, study.study_id, 3, now=later) == [lost.trial_id]
+    assert builders.expire(engine, study) == [lost.trial_id]
     everything = client.get(HISTORY, params={"trials": True}).json()["items"]
     assert [
         (entry["number"], entry["actor"], entry["detail"]["reason"])

@@ -4,7 +4,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import psycopg
@@ -249,9 +248,7 @@ def test_a_suspect_that_waits_keeps_no_lane_empty(engine: Engine) -> None:
     builders.append(engine, study, 1)
     for _ in range(SETTINGS.suspect_from):
         builders.lease(engine, study)
-        with transaction(engine) as session:
-            later = datetime.now(UTC) + timedelta(days=1)
-            leasing.expire(session, study.study_id, SETTINGS.max_attempts, now=later)
+        builders.expire(engine, study, SETTINGS.max_attempts)
     builders.register(engine, "busy", 2)
     Conductor(engine, SETTINGS, study.study_id).round()
     assert builders.states(engine, study) == ["waiting"] * 3

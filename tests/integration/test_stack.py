@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine
 from structlog.testing import capture_logs
 
 from regtune import studies
-from regtune.database import transaction
 from regtune.settings import Settings
 from regtune.spec import NO_SHAPE
 from regtune.studies import Study
@@ -62,11 +61,6 @@ def begun(engine: Engine, build: BuildStack, trials: int = 4, waiting: int = 0) 
     return stack
 
 
-def column(engine: Engine, query: str) -> list[Any]:
-    with engine.connect() as connection:
-        return list(connection.execute(text(query)).scalars())
-
-
 EPOCHS = "SELECT epochs FROM regtune.trials ORDER BY number"
 
 
@@ -79,7 +73,7 @@ def test_a_locked_study_keeps_no_epoch_from_being_recorded(
     with locked(engine, stack.study):
         assert not stack.meet()
         wait_for_waiters(engine)
-        assert column(engine, EPOCHS) == [2, 2, 0, 0]
+        assert builders.column(engine, EPOCHS) == [2, 2, 0, 0]
     wait_until(stack.meet)
     assert builders.states(engine, stack.study) == ["running"] * 4
 
@@ -98,7 +92,7 @@ def test_what_is_leased_while_the_worker_leaves_is_given_back(
             wait_until(stack._meetings._closing.is_set)
         leaving.result()
     assert builders.states(engine, study) == ["waiting"] * 3
-    assert column(engine, "SELECT lost_leases FROM regtune.trials") == [0] * 3
+    assert builders.column(engine, "SELECT lost_leases FROM regtune.trials") == [0] * 3
     assert audit(engine) == {}
 
 
@@ -109,8 +103,7 @@ def test_who_gives_trials_back_locks_the_study_first(
     """Whoever holds the study, to cancel it, waits for none of the trials."""
     stack = begun(engine, build)
     with capture_logs() as logs, ThreadPoolExecutor(1) as pool:
-        with transaction(engine) as session:
-            studies.lock(session, stack.study.study_id)
+        with locked(engine, stack.study) as session:
             if how == "all":
                 giving = pool.submit(stack.release)
             else:
@@ -181,11 +174,11 @@ def test_a_trial_that_was_left_before_its_test_is_tested_and_not_trained(
         stack.train_epoch(lambda: stop() if tests else None)
     stack.release()
     assert builders.states(engine, stack.study) == ["waiting"] * 2
-    assert column(engine, EPOCHS) == [4, 4]
+    assert builders.column(engine, EPOCHS) == [4, 4]
     with working(database_url, Settings(data_dir=tmp_path, lanes=4, poll_seconds=0.1), "heir"):
         wait_until(lambda: builders.states(engine, stack.study) == ["complete"] * 2, 60)
-    assert column(engine, "SELECT max(epoch) FROM regtune.epochs") == [4]
-    assert column(engine, "SELECT count(*) FROM regtune.trials WHERE test_loss > 0") == [2]
+    assert builders.column(engine, "SELECT max(epoch) FROM regtune.epochs") == [4]
+    assert builders.column(engine, "SELECT count(*) FROM regtune.trials WHERE test_loss > 0") == [2]
     assert audit(engine) == {}
 
 

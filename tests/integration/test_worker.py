@@ -1,7 +1,6 @@
 """A real worker and a real scheduler, in threads, on a real database."""
 
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,7 +10,7 @@ from PIL import Image
 from sqlalchemy import Engine, text
 from structlog.testing import capture_logs
 
-from regtune import leasing, studies, workers
+from regtune import studies, workers
 from regtune.database import transaction
 from regtune.settings import Settings
 from regtune.spec.preset import PresetName
@@ -181,9 +180,7 @@ def test_a_worker_whose_report_is_refused_gives_its_trials_back_and_goes_on(
             with engine.begin() as connection:
                 connection.execute(text("DROP TRIGGER refuse ON regtune.epochs"))
         assert builders.states(engine, study) == ["running"] * 2
-        with transaction(engine) as session:
-            later = datetime.now(UTC) + timedelta(days=1)
-            leasing.expire(session, study.study_id, 3, now=later)
+        builders.expire(engine, study)
         wait_until(lambda: [row.attempt for row in trials(engine, study)] == [2, 2], 60)
         reached = [row.epochs for row in trials(engine, study)]
         wait_until(lambda: trials(engine, study)[1].epochs > reached[1], 60)

@@ -10,7 +10,7 @@ from sqlalchemy import Engine, text
 from tests import builders
 from tests.audit import audit
 from tests.object_store import BUCKET, object_store
-from tests.system.test_workers import SECONDS, column, curves, is_over
+from tests.system.test_workers import SECONDS, curves, is_over
 from tests.waiting import wait_until
 from tests.working import worker_process
 
@@ -83,8 +83,8 @@ def test_trials_of_a_killed_and_of_a_stopped_worker_go_on_from_the_bucket_to_the
     bucket.cut_short(newest)
 
     with worker_process(database_url, "spot") as spot:
-        wait_until(lambda: len(column(engine, RESUMED)) == 2, SECONDS)
-        assert column(engine, RESUMED) == [epochs_of(before), epochs_of(others)]
+        wait_until(lambda: len(builders.column(engine, RESUMED)) == 2, SECONDS)
+        assert builders.column(engine, RESUMED) == [epochs_of(before), epochs_of(others)]
         spot.terminate()
         assert spot.wait(10) == 0
     assert builders.states(engine, cut) == ["waiting"] * 2
@@ -124,10 +124,10 @@ def test_training_goes_on_while_the_bucket_is_away(
         endless = {**CHANGES["training"], "max_epochs": 5000}
         more = builders.create(engine, "more", **{**CHANGES, "training": endless})
         trained = f"SELECT 1 FROM regtune.trials WHERE study_id = {more.study_id} AND epochs > 9"
-        wait_until(lambda: column(engine, trained), SECONDS)
+        wait_until(lambda: builders.column(engine, trained), SECONDS)
         heir.terminate()
         assert heir.wait(10) == 0
     assert set(builders.states(engine, study)) == {"complete"}
     assert builders.states(engine, more) == ["waiting"] * 2
-    assert column(engine, "SELECT max(lost_leases) FROM regtune.trials") == [0]
+    assert builders.column(engine, "SELECT max(lost_leases) FROM regtune.trials") == [0]
     assert audit(engine) == {}

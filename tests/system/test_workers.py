@@ -30,11 +30,6 @@ def is_over(engine: Engine, study: builders.Study) -> bool:
     return builders.study_state(engine, study) != "active"
 
 
-def column(engine: Engine, query: str) -> list[Any]:
-    with engine.connect() as connection:
-        return list(connection.execute(text(query)).scalars())
-
-
 @pytest.mark.usefixtures("scheduler")
 @pytest.mark.slow
 def test_forty_trials_on_three_workers_are_forty_and_none_is_trained_twice(
@@ -46,8 +41,10 @@ def test_forty_trials_on_three_workers_are_forty_and_none_is_trained_twice(
             stack.enter_context(worker_process(database_url, name, lanes=4))
         wait_until(lambda: is_over(engine, study), SECONDS)
     assert builders.study_state(engine, study) == "completed"
-    assert column(engine, "SELECT number FROM regtune.trials ORDER BY 1") == list(range(40))
-    assert column(engine, "SELECT DISTINCT attempt FROM regtune.trials") == [1]
+    assert builders.column(engine, "SELECT number FROM regtune.trials ORDER BY 1") == list(
+        range(40)
+    )
+    assert builders.column(engine, "SELECT DISTINCT attempt FROM regtune.trials") == [1]
     assert audit(engine) == {}
     read = optuna.load_study(study_name="study", storage=database_url)
     assert read.best_value < 2.3
@@ -63,15 +60,15 @@ def test_trials_of_a_killed_worker_are_trained_again_under_the_same_numbers(
     )
     leases = str(LEASE_SECONDS)
     with worker_process(database_url, "doomed", lanes=4, REGTUNE_LEASE_SECONDS=leases) as doomed:
-        wait_until(lambda: column(engine, "SELECT 1 FROM regtune.epochs LIMIT 1"), SECONDS)
+        wait_until(lambda: builders.column(engine, "SELECT 1 FROM regtune.epochs LIMIT 1"), SECONDS)
         doomed.send_signal(signal.SIGKILL)
         doomed.wait()
-        lost = column(engine, "SELECT number FROM regtune.trials WHERE state = 'running'")
+        lost = builders.column(engine, "SELECT number FROM regtune.trials WHERE state = 'running'")
         assert lost
         with worker_process(database_url, "heir", lanes=6, REGTUNE_LEASE_SECONDS=leases):
             wait_until(lambda: is_over(engine, study), SECONDS)
             again = "SELECT number FROM regtune.trials WHERE lost_leases = 1 ORDER BY 1"
-            assert set(lost) <= set(column(engine, again))
+            assert set(lost) <= set(builders.column(engine, again))
     assert builders.study_state(engine, study) == "completed"
     assert set(builders.states(engine, study)) == {"complete"}
     assert audit(engine) == {}
@@ -85,12 +82,12 @@ def test_a_polite_stop_gives_the_trials_back_at_once(engine: Engine, database_ur
         worker_process(database_url, "told") as told,
         worker_process(database_url, "interrupted") as interrupted,
     ):
-        wait_until(lambda: len(column(engine, trained)) == 2, SECONDS)
+        wait_until(lambda: len(builders.column(engine, trained)) == 2, SECONDS)
         for worker, number in ((told, signal.SIGTERM), (interrupted, signal.SIGINT)):
             worker.send_signal(number)
         assert [worker.wait(10) for worker in (told, interrupted)] == [0, 0]
     assert builders.states(engine, study).count("running") == 0
-    assert column(engine, "SELECT max(lost_leases) FROM regtune.trials") == [0]
+    assert builders.column(engine, "SELECT max(lost_leases) FROM regtune.trials") == [0]
     with transaction(engine) as session:
         assert [worker.alive for worker in workers.everyone(session, 60)] == [False] * 2
     assert audit(engine) == {}
@@ -106,13 +103,13 @@ def test_a_zombie_is_refused_lane_by_lane_and_goes_on_with_other_trials(
     )
     leases = str(LEASE_SECONDS)
     with worker_process(database_url, "zombie", lanes=4, REGTUNE_LEASE_SECONDS=leases) as zombie:
-        wait_until(lambda: column(engine, "SELECT 1 FROM regtune.epochs LIMIT 1"), SECONDS)
+        wait_until(lambda: builders.column(engine, "SELECT 1 FROM regtune.epochs LIMIT 1"), SECONDS)
         zombie.send_signal(signal.SIGSTOP)
         lost = "SELECT 1 FROM regtune.trials WHERE lost_leases > 0"
-        wait_until(lambda: len(column(engine, lost)) == 4, SECONDS)
+        wait_until(lambda: len(builders.column(engine, lost)) == 4, SECONDS)
         with worker_process(database_url, "heir", lanes=4, REGTUNE_LEASE_SECONDS=leases):
             heirs = "SELECT 1 FROM regtune.trials WHERE worker = 'heir' AND state = 'running'"
-            wait_until(lambda: len(column(engine, heirs)) >= 4, SECONDS)
+            wait_until(lambda: len(builders.column(engine, heirs)) >= 4, SECONDS)
             zombie.send_signal(signal.SIGCONT)
             wait_until(lambda: is_over(engine, study), SECONDS)
     assert set(builders.states(engine, study)) == {"complete"}
@@ -138,7 +135,7 @@ def test_an_interrupted_trial_goes_on_elsewhere_as_if_nothing_had_happened(
         f" WHERE study_id = {cut.study_id} AND epoch > 5"
     )
     with worker_process(database_url, "spot", **environment) as spot:
-        wait_until(lambda: column(engine, trained), SECONDS)
+        wait_until(lambda: builders.column(engine, trained), SECONDS)
         spot.terminate()
         assert spot.wait(10) == 0
     assert builders.states(engine, cut) == ["waiting"] * 2
@@ -150,7 +147,10 @@ def test_an_interrupted_trial_goes_on_elsewhere_as_if_nothing_had_happened(
         assert {row.attempt for row in curve} == {2}
         losses = [row.validation_loss for row in curve]
         assert losses == pytest.approx([row.validation_loss for row in expected], rel=1e-3)
-    assert len(column(engine, "SELECT 1 FROM regtune.events WHERE kind = 'trial_resumed'")) == 2
+    assert (
+        len(builders.column(engine, "SELECT 1 FROM regtune.events WHERE kind = 'trial_resumed'"))
+        == 2
+    )
     assert list(tmp_path.rglob("*.safetensors")) == []
     assert audit(engine) == {}
 
@@ -181,8 +181,8 @@ def test_a_stop_in_a_slow_epoch_keeps_all_whole_epochs_and_takes_less_than_ten_s
         spot.terminate()
         assert spot.wait(10) == 0
     assert builders.states(engine, study) == ["waiting"] * 2
-    assert column(engine, "SELECT max(lost_leases) FROM regtune.trials") == [0]
-    whole = column(engine, "SELECT epochs FROM regtune.trials ORDER BY number")
+    assert builders.column(engine, "SELECT max(lost_leases) FROM regtune.trials") == [0]
+    whole = builders.column(engine, "SELECT epochs FROM regtune.trials ORDER BY number")
     assert all(1 <= epochs < 8 for epochs in whole)
     with worker_process(database_url, "heir", **environment):
         wait_until(lambda: is_over(engine, study), SECONDS)
@@ -190,7 +190,7 @@ def test_a_stop_in_a_slow_epoch_keeps_all_whole_epochs_and_takes_less_than_ten_s
         "SELECT (detail ->> 'epoch')::int FROM regtune.events"
         " WHERE kind = 'trial_resumed' ORDER BY number"
     )
-    assert column(engine, resumed) == whole
+    assert builders.column(engine, resumed) == whole
     assert set(builders.states(engine, study)) == {"complete"}
     assert audit(engine) == {}
 

@@ -1,5 +1,7 @@
 """Reading a stream of server-sent events, and what is said of a refusal."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 
@@ -43,12 +45,19 @@ def test_a_service_that_is_not_there_is_unreachable(url: str) -> None:
         api.study("digits")
 
 
-def test_an_answer_that_is_no_problem_document_is_still_a_refusal() -> None:
-    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+@contextmanager
+def answered_by(handler: type[BaseHTTPRequestHandler]) -> Iterator[Client]:
+    """A client of something else, which answers one request."""
+    with HTTPServer(("127.0.0.1", 0), handler) as server:
         Thread(target=server.handle_request).start()
         host, port = server.server_address[:2]
-        with Client(f"http://{host!s}:{port}") as api, pytest.raises(Refused, match="501"):
-            api.study("digits")
+        with Client(f"http://{host!s}:{port}") as api:
+            yield api
+
+
+def test_an_answer_that_is_no_problem_document_is_still_a_refusal() -> None:
+    with answered_by(BaseHTTPRequestHandler) as api, pytest.raises(Refused, match="501"):
+        api.study("digits")
 
 
 class Elsewhere(BaseHTTPRequestHandler):
@@ -60,8 +69,5 @@ class Elsewhere(BaseHTTPRequestHandler):
 
 def test_what_is_redirected_is_not_done() -> None:
     """As by a proxy that wants another scheme."""
-    with HTTPServer(("127.0.0.1", 0), Elsewhere) as server:
-        Thread(target=server.handle_request).start()
-        host, port = server.server_address[:2]
-        with Client(f"http://{host!s}:{port}") as api, pytest.raises(Refused, match="307"):
-            api.delete("digits")
+    with answered_by(Elsewhere) as api, pytest.raises(Refused, match="307"):
+        api.delete("digits")

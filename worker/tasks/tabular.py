@@ -34,16 +34,11 @@ def table(storage: Storage, **settings: Any) -> Data:
     train = _read(asked.path, storage, asked)
     if asked.test_path is not None:
         test = _read(asked.test_path, storage, asked, may_lack=asked.ignore)
-        train = train.drop_columns(list(asked.ignore))
         _check_columns(train, test, asked)
         both = _joined(train, test.select(train.column_names))
     else:
         both = train
-    columns = {
-        name: _settled(both[name], name, asked)
-        for name in both.column_names
-        if name not in asked.ignore
-    }
+    columns = {name: _settled(both[name], name, asked) for name in both.column_names}
     y, classes = _target(columns.pop(asked.target), asked)
     x = _inputs(columns, asked)
     if asked.test_path is not None:
@@ -56,7 +51,10 @@ def table(storage: Storage, **settings: Any) -> Data:
 def _read(
     address: str, storage: Storage, asked: TableSettings, may_lack: Collection[str] = ()
 ) -> pa.Table:
-    """Return a file's columns; raise InvalidData if there are none, or no target among them."""
+    """Return a file's columns, without those to ignore, of which it may lack some.
+
+    Raise InvalidData if there are no rows, or no column of a name that is asked for.
+    """
     with opened(address, storage) as file:
         try:
             _check_room(address, file)
@@ -86,7 +84,7 @@ def _read(
             f"{address!r} has a column without a name, as an index that pandas wrote beside the "
             "columns; write it without (`index=False`), or name all under task.data.columns"
         )
-    return rows
+    return rows.drop_columns([name for name in asked.ignore if name in rows.column_names])
 
 
 def _without_index(rows: pa.Table) -> pa.Table:
