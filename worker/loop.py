@@ -46,6 +46,10 @@ log = structlog.get_logger()
 
 _SLICE_SECONDS = 0.5
 
+_POLLS_A_LOOK = 8
+"""An idle worker looks for itself so seldom: schedulers, which poll, call again where a trial was
+left over. It is for when none runs."""
+
 
 class Worker:
     """One process that trains on one device; any number may share a database.
@@ -334,24 +338,24 @@ class Worker:
     def _wait(self) -> None:
         """Wait until there may be something to train; beat and sweep when that is due meanwhile.
 
-        Whoever is not called looks at every poll whether some trial is left over: one that waited
-        at the poll before as well. To ask whose turn it is costs several times as much, most of a
-        fleet may be idle, and in a busy study some trial waits at any moment. For the same reason a
-        beat that is due is a beat and no more.
+        Whoever is not called looks now and then whether some trial is left over: one that waited
+        at the look before as well. To ask whose turn it is costs several times as much, and in a
+        busy study some trial waits at any moment. For the same reason a beat that is due is a beat
+        and no more.
         """
-        due = time.monotonic() + self._settings.poll_seconds
+        look_due = time.monotonic() + _POLLS_A_LOOK * self._settings.poll_seconds
         while not self._shutdown.requested:
             if self._listener.wait(min(_SLICE_SECONDS, self._settings.poll_seconds)):
                 return
-            if time.monotonic() >= due:
-                due = time.monotonic() + self._settings.poll_seconds
-                self._sweep_in_time()
-                try:
+            try:
+                self._beat_in_time()
+                if time.monotonic() >= look_due:
+                    look_due = time.monotonic() + _POLLS_A_LOOK * self._settings.poll_seconds
+                    self._sweep_in_time()
                     if self._sees_left_over():
                         return
-                    self._beat_in_time()
-                except database.FAULTS:
-                    return  # whoever asks next waits for the database as it should be waited for
+            except database.FAULTS:
+                return  # whoever asks next waits for the database as it should be waited for
 
     def _sees_left_over(self) -> bool:
         """Say whether the same trial waits for a worker as at the last look."""

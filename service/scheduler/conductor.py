@@ -5,6 +5,7 @@ what they said in a new one.
 """
 
 import json
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from optuna.trial import TrialState
 from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
-from regtune import database, leasing, reporting, standing, studies
+from regtune import database, events, leasing, reporting, standing, studies
 from regtune.errors import StaleView
 from regtune.settings import Settings
 from regtune.studies import Study
@@ -109,6 +110,8 @@ class Conductor:
         self._mirror.restore(trials)
         self._room = 0
         self._judged_epochs = 0
+        self._first_waiting: int | None = None
+        self._called_at = 0.0
         self._lasted: deque[float] = deque(maxlen=LATEST_TRIALS)
 
     def has_ends_or_wants(self, glance: Glance) -> bool:
@@ -135,7 +138,10 @@ class Conductor:
         self._judged_epochs = news.glance.epochs
         self._tell(news)
         self._judge(news)
-        return not self._conclude(news) and self._suggest(news)
+        if self._conclude(news):
+            return False
+        self._call_again(news)
+        return self._suggest(news)
 
     def _take_stock(self) -> News:
         news = self._read()
@@ -305,6 +311,23 @@ class Conductor:
                 f"{study.spec.training.max_epochs} that a trial may take"
             )
         return None
+
+    def _call_again(self, news: News) -> None:
+        """Call all workers if the same trial has waited through a poll, though some want lanes.
+
+        Those that were called for it have died, or train for longer than was expected; or the call
+        was lost. Workers hardly look for themselves: most of a fleet may be idle.
+        """
+        wanted = news.study.state == "active" and news.glance.wanted_lanes > 0
+        waiting = news.glance.first_waiting if wanted else None
+        if waiting != self._first_waiting:
+            self._first_waiting, self._called_at = waiting, time.monotonic()
+        elif waiting is not None and (
+            time.monotonic() - self._called_at >= self._settings.poll_seconds
+        ):
+            self._called_at = time.monotonic()
+            with database.transaction(self._engine) as session:
+                events.notify(session, database.WORK, self._study_id)
 
     def _suggest(self, news: News) -> bool:
         """Append what living workers want; return whether some of that is left to suggest."""

@@ -22,6 +22,8 @@ class Glance:
     waiting: int
     suspects: int
     """Of those that wait, the ones that train alone, when nothing else is left to train."""
+    first_waiting: int | None
+    """The lowest number of those that wait."""
     running: int
     overdue: int
     """Running trials whose leases have run out."""
@@ -73,6 +75,7 @@ FROM regtune.studies s, LATERAL (
     SELECT count(*) FILTER (WHERE t.state = 'waiting') AS waiting,
            count(*) FILTER (WHERE t.state = 'waiting' AND t.lost_leases >= :suspect_from)
                AS suspects,
+           min(t.number) FILTER (WHERE t.state = 'waiting') AS first_waiting,
            count(*) FILTER (WHERE t.state = 'running') AS running,
            count(*) FILTER (WHERE t.state = 'running' AND t.lease_expires_at < now()) AS overdue,
            coalesce(sum(t.epochs), 0) AS epochs

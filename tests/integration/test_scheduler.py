@@ -254,6 +254,23 @@ def test_a_suspect_that_waits_keeps_no_lane_empty(engine: Engine) -> None:
     assert builders.states(engine, study) == ["waiting"] * 3
 
 
+def test_a_trial_that_those_who_were_called_left_over_calls_everybody(
+    engine: Engine, database_url: str
+) -> None:
+    study = builders.create(engine, budget={"trials": 1})
+    builders.register(engine, "dead", 1)
+    at_once = SETTINGS.model_copy(update={"poll_seconds": 0.0})
+    conductor = Conductor(engine, at_once, study.study_id)
+    with database.Listener(database_url, database.WORK) as everybody:
+        everybody.wait(0)  # listening
+        conductor.round()
+        assert builders.states(engine, study) == ["waiting"]
+        assert everybody.wait(0) == set()
+        for _ in range(2):
+            conductor.round()
+        assert everybody.wait(DEADLINE_SECONDS) == {study.study_id}
+
+
 def test_a_study_that_cannot_be_read_stops_no_other(engine: Engine, database_url: str) -> None:
     """As one that a newer version has left behind."""
     builders.create(engine, "unknown")
