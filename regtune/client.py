@@ -11,11 +11,13 @@ Answers are the service's JSON documents; every field is described in its OpenAP
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
 from urllib.parse import quote
 
 import httpx
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
 from regtune.errors import FieldError, RegtuneError
 from regtune.settings import Settings
@@ -28,6 +30,17 @@ _STREAM_TIMEOUT = httpx.Timeout(30.0, connect=5.0, read=60.0)
 """A stream of events that says nothing for so long, not even a ping, is opened again."""
 
 _RECONNECT_SECONDS = 1.0
+
+_PATIENCE_SECONDS = 30.0
+"""How long a watched study's service may be away, as while another replica takes over."""
+
+_COME_AGAIN = (
+    httpx.codes.TOO_MANY_REQUESTS,
+    httpx.codes.BAD_GATEWAY,
+    httpx.codes.SERVICE_UNAVAILABLE,
+    httpx.codes.GATEWAY_TIMEOUT,
+)
+"""What a service says, or a proxy before it, that may answer a moment later."""
 
 
 class ServiceUnreachable(RegtuneError):
@@ -47,6 +60,11 @@ class Refused(RegtuneError):
         self.errors = errors
         headline = title if errors or not detail else detail
         super().__init__("\n".join([headline, *(f"  {error}" for error in errors)]))
+
+    @property
+    def is_temporary(self) -> bool:
+        """Whether the same request may be answered a moment later."""
+        return self.status in _COME_AGAIN
 
 
 class Client:
@@ -81,6 +99,20 @@ class Client:
     def study(self, name: str) -> Document:
         """Return a study: its spec, state, progress and best trial so far."""
         return self._get(_path(name))
+
+    def study_patiently(self, name: str, pause: Callable[[float], None] = time.sleep) -> Document:
+        """Return a study; try again for a while if the service is away, or asks to come again.
+
+        ``pause`` lets so many seconds pass between two tries.
+        """
+        tries = Retrying(
+            retry=retry_if_exception(_is_temporary),
+            wait=wait_fixed(_RECONNECT_SECONDS),
+            stop=stop_after_delay(_PATIENCE_SECONDS),
+            sleep=pause,
+            reraise=True,
+        )
+        return tries(self.study, name)
 
     def studies(self, state: str | None = None) -> Iterator[Document]:
         """Yield all studies, or those of one state, newest first."""
@@ -139,24 +171,32 @@ class Client:
     def events(self, name: str, after: str | None = None) -> Iterator[Document]:
         """Yield what happens to a study and its trials, from its beginning until it has ended.
 
-        ``after`` is the ``cursor`` of the last event that is known already. A broken connection
-        is taken up again where it broke, for as long as it takes.
+        ``after`` is the ``cursor`` of the last event that is known already. A stream that breaks
+        off is taken up again where it broke, for as long as it takes.
         """
         while True:
+            known = after
             try:
-                for event in self._stream(f"{_path(name)}/events", after):
-                    after = event["cursor"]
-                    yield event
-                if not is_live(self.study(name)):
-                    return
-            except (httpx.TransportError, ServiceUnreachable):
-                pass
-            time.sleep(_RECONNECT_SECONDS)
+                with self._streaming(f"{_path(name)}/events", after) as response:
+                    if response.status_code == httpx.codes.NO_CONTENT:
+                        return
+                    for after, data in server_sent_events(response.iter_lines()):
+                        event = {"cursor": after, **json.loads(data)}
+                        yield event
+                        if event["kind"] == "study_deleted":  # its name may be another's by now
+                            return
+            except (httpx.TransportError, Refused) as error:
+                if isinstance(error, Refused) and not error.is_temporary:
+                    raise
+            if after == known:
+                time.sleep(_RECONNECT_SECONDS)
 
     def wait(self, name: str, pause: Callable[[], None] = lambda: time.sleep(1)) -> Document:
         """Wait until a study is over; return it. ``pause`` is called between two looks."""
-        while is_live(study := self.study(name)):
+        study = self.study(name)
+        while is_live(study):
             pause()
+            study = self.study_patiently(name)
         return study
 
     def close(self) -> None:
@@ -178,14 +218,14 @@ class Client:
                 return
             query["cursor"] = page["next"]
 
-    def _stream(self, path: str, after: str | None) -> Iterator[Document]:
+    @contextmanager
+    def _streaming(self, path: str, after: str | None) -> Iterator[httpx.Response]:
         headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": after} if after else {})
         with self._http.stream("GET", path, headers=headers, timeout=_STREAM_TIMEOUT) as response:
             if not response.is_success:  # a redirection is none either
                 response.read()
                 raise _refused(response)
-            for event_id, data in server_sent_events(response.iter_lines()):
-                yield {"cursor": event_id, **json.loads(data)}
+            yield response
 
     def _get(self, path: str, query: Mapping[str, str] | None = None) -> Document:
         document: Document = self._request("GET", path, params=query).json()
@@ -228,6 +268,12 @@ def server_sent_events(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
         elif not line and data:
             yield last_id, "\n".join(data)
             data = []
+
+
+def _is_temporary(error: BaseException) -> bool:
+    return isinstance(error, ServiceUnreachable) or (
+        isinstance(error, Refused) and error.is_temporary
+    )
 
 
 def _path(name: str) -> str:

@@ -60,13 +60,13 @@ def duration(seconds: float) -> str:
 def _looks(api: Client, name: str, pause: Pause) -> Iterator[Document]:
     """Yield a study again and again; last, when it is over."""
     began = time.monotonic()
-    while True:
-        study = api.study(name)
+    study = api.study(name)
+    while is_live(study):
         yield study
-        if not is_live(study):
-            return
         share = (time.monotonic() - began) * _LOOK_SHARE
         pause(min(max(share, _LOOK_SECONDS), _LONGEST_LOOK_SECONDS))
+        study = api.study_patiently(name, pause)
+    yield study
 
 
 def _as_bar(looks: Iterable[Document], console: Console) -> Document:

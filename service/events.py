@@ -3,10 +3,11 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
+from http import HTTPStatus
 from typing import Annotated, Any
 
 import structlog
-from fastapi import APIRouter, Header, Query
+from fastapi import APIRouter, Header, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import text
 from sqlalchemy.orm import Session
@@ -50,7 +51,8 @@ class EventsQuery(BaseModel):
         200: {
             "description": "A stream that ends when the study has.",
             "content": {"text/event-stream": {}},
-        }
+        },
+        204: {"description": "The study has ended, and all is known: do not come back."},
     },
 )
 async def stream_events(
@@ -60,8 +62,11 @@ async def stream_events(
     last_event_id: Annotated[
         str | None, Header(description="As `after`; what a browser sends when it reconnects.")
     ] = None,
-) -> EventSourceResponse:
+) -> Response:
     """Watch a study: what has happened, then what happens, until it has ended.
+
+    A stream may also break off before that. Whoever comes back with the last id gets the rest, and
+    204 once there is none, which a browser takes as the end.
 
     Each event has its kind as `event`, its cursor as `id`, and as `data` a JSON object of `at`,
     `kind`, `number` (the trial's, or null), `actor` and `detail`. The kinds are those of the
@@ -69,7 +74,9 @@ async def stream_events(
     """
     after = _checked(query.after if last_event_id is None else last_event_id)
     async with context.turn():
-        study_id = await run_in_threadpool(_find, context, name)
+        study_id, is_over = await run_in_threadpool(_find, context, name, after)
+    if is_over:
+        return Response(status_code=HTTPStatus.NO_CONTENT)
     return EventSourceResponse(
         _tell(context, study_id, after), ping=PING_SECONDS, send_timeout=SEND_SECONDS
     )
@@ -83,9 +90,11 @@ def _checked(cursor: str) -> str:
     return cursor
 
 
-def _find(context: Context, name: str) -> int:
+def _find(context: Context, name: str, after: str) -> tuple[int, bool]:
+    """Return a study's id, and whether nothing is left to tell of it."""
     with database.transaction(context.engine) as session:
-        return studies.find(session, name).study_id
+        study_id = studies.find(session, name).study_id
+        return study_id, _is_over(session, study_id, after)
 
 
 async def _tell(context: Context, study_id: int, after: str) -> AsyncIterator[ServerSentEvent]:

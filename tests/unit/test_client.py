@@ -1,5 +1,6 @@
 """Reading a stream of server-sent events, and what is said of a refusal."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -7,6 +8,7 @@ from threading import Thread
 
 import pytest
 
+from regtune import client
 from regtune.client import Client, Refused, ServiceUnreachable, server_sent_events
 from regtune.errors import FieldError
 
@@ -46,10 +48,10 @@ def test_a_service_that_is_not_there_is_unreachable(url: str) -> None:
 
 
 @contextmanager
-def answered_by(handler: type[BaseHTTPRequestHandler]) -> Iterator[Client]:
-    """A client of something else, which answers one request."""
+def answered_by(handler: type[BaseHTTPRequestHandler], requests: int = 1) -> Iterator[Client]:
+    """A client of something else, which answers so many requests."""
     with HTTPServer(("127.0.0.1", 0), handler) as server:
-        Thread(target=server.handle_request).start()
+        Thread(target=lambda: [server.handle_request() for _ in range(requests)]).start()
         host, port = server.server_address[:2]
         with Client(f"http://{host!s}:{port}") as api:
             yield api
@@ -71,3 +73,54 @@ def test_what_is_redirected_is_not_done() -> None:
     """As by a proxy that wants another scheme."""
     with answered_by(Elsewhere) as api, pytest.raises(Refused, match="307"):
         api.delete("digits")
+
+
+class Shaky(BaseHTTPRequestHandler):
+    """Answers a request after another: busy, an event, cut off in the middle, the last, no more."""
+
+    seen: list[str | None]
+    answers = (
+        (503, b""),
+        (200, b'id: 7-1\ndata: {"kind": "study_created"}\n\n'),
+        (200, b"id: 7-2\nda"),
+        (200, b'id: 7-2\ndata: {"kind": "study_ended"}\n\n'),
+        (204, b""),
+    )
+
+    def do_GET(self) -> None:
+        seen = type(self).seen
+        status, body = self.answers[len(seen)]
+        seen.append(self.headers.get("Last-Event-ID"))
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def test_events_are_read_to_the_end_however_often_the_stream_breaks_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(client, "_RECONNECT_SECONDS", 0)
+    handler = type("Shaky", (Shaky,), {"seen": []})
+    with answered_by(handler, len(Shaky.answers)) as api:
+        assert [event["kind"] for event in api.events("x")] == ["study_created", "study_ended"]
+    assert handler.seen == [None, None, "7-1", "7-1", "7-2"]
+
+
+class Recovering(BaseHTTPRequestHandler):
+    """Shows a study that trains, is away for two looks, and shows that it has ended."""
+
+    answers = iter([(200, None), (502, None), (503, None), (200, "now")])
+
+    def do_GET(self) -> None:
+        status, finished_at = next(self.answers)
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps({"finished_at": finished_at}).encode())
+
+
+def test_whoever_waits_bears_a_service_that_is_away_for_a_moment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(client, "_RECONNECT_SECONDS", 0)
+    with answered_by(Recovering, 4) as api:
+        assert api.wait("x", lambda: None)["finished_at"] == "now"
