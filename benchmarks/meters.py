@@ -15,6 +15,7 @@ import psutil
 from sqlalchemy import Engine, create_engine, make_url, text
 
 from regtune import database
+from regtune.embedded import EmbeddedServer
 
 CONNECTIONS = 1200
 _SAMPLE_SECONDS = 0.25
@@ -69,7 +70,7 @@ class Server:
 
     def __init__(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="regtune-benchmark-"))
-        self._server = database.EmbeddedServer(self._folder)
+        self._server = EmbeddedServer(self._folder)
         self.url = self._server.start()
         self._administer(
             f"ALTER SYSTEM SET max_connections = {CONNECTIONS}",

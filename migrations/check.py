@@ -5,11 +5,12 @@ import tempfile
 from pathlib import Path
 
 from regtune import database
+from regtune.embedded import EmbeddedServer
 
 
 def main() -> int:
     with tempfile.TemporaryDirectory(prefix="regtune-") as folder:
-        server = database.EmbeddedServer(Path(folder))
+        server = EmbeddedServer(Path(folder))
         try:
             url = server.start()
             database.upgrade(url)

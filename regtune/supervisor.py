@@ -24,6 +24,7 @@ from rich.console import Console
 from regtune import answer, database, gpus, guard, programs, progress
 from regtune.client import Client, Document, Refused, ServiceUnreachable, is_live
 from regtune.crew import Child, ChildDied, Crew
+from regtune.embedded import EmbeddedServer
 from regtune.errors import AddressTaken, RegtuneError
 from regtune.settings import Settings
 from regtune.spec import StudySpec
@@ -63,7 +64,8 @@ def up(settings: Settings, *, spec: StudySpec | None, workers: int | None, conso
         with (
             _signals(console) as signals,
             _claimed(settings.home, signals) as lock,
-            closing(Site(_on_free_port(settings), lock, signals, console)) as site,
+            _on_free_port(settings) as settled,
+            closing(Site(settled, lock, signals, console)) as site,
         ):
             site.start(_devices(workers))
             return _stay(site, console) if spec is None else _train(site, spec, console)
@@ -144,7 +146,7 @@ class Site:
         self._settings = settings
         self._signals = signals
         self._console = console
-        self._embedded = None if settings.database_url else database.EmbeddedServer(settings.home)
+        self._embedded = None if settings.database_url else EmbeddedServer(settings.home)
         self._crew = Crew(home=settings.home if self._embedded else None, lock=lock)
         self._service: Child | None = None
 
@@ -178,7 +180,7 @@ class Site:
             self._crew.end(workers, GRACE_SECONDS, hurry=hurry)
             self._crew.end(self._crew.children, GRACE_SECONDS, hurry=hurry)
             if self._embedded:
-                self._embedded.stop_leftover()
+                self._embedded.stop()
         self._crew.close()
 
     def _start_database(self) -> None:
@@ -186,7 +188,7 @@ class Site:
         try:
             direct = self._settings.direct_database_url
             if self._embedded:
-                self.database_url = direct = self._embedded.start()
+                self.database_url = direct = self._embedded.start(self.pause)
             self._signals.check()
             database.upgrade(direct or self.database_url)
         except RegtuneError:
@@ -263,8 +265,24 @@ def _is_running(holder: str) -> bool:
     return True
 
 
-def _on_free_port(settings: Settings) -> Settings:
-    """Return the settings with a port that is free now; raise AddressTaken if theirs is not."""
+@contextmanager
+def _on_free_port(settings: Settings) -> Iterator[Settings]:
+    """Yield the settings with a port that is free; raise AddressTaken if theirs is not.
+
+    Seconds pass until the service listens. Another ``regtune up`` that began meanwhile would take
+    this one's service for its own, so the port is claimed in the block by a name of the kernel's.
+    """
+    port = _free_port(settings)
+    with socket.socket(socket.AF_UNIX) as claim:
+        if sys.platform == "linux":  # elsewhere there are no such names
+            try:
+                claim.bind(f"\0regtune-{port}")
+            except OSError:
+                raise _taken(settings, "another `regtune up`") from None
+        yield settings.model_copy(update={"port": port})
+
+
+def _free_port(settings: Settings) -> int:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -275,11 +293,16 @@ def _on_free_port(settings: Settings) -> Settings:
                 raise AddressTaken(
                     f"cannot listen on {settings.host}:{settings.port}: {error.strerror}"
                 ) from None
-            raise AddressTaken(
-                f"port {settings.port} of {settings.host} is taken by another program; "
-                f"end that, or name another port: REGTUNE_PORT={settings.port + 1}"
-            ) from None
-        return settings.model_copy(update={"port": probe.getsockname()[1]})
+            raise _taken(settings, "another program") from None
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _taken(settings: Settings, by: str) -> AddressTaken:
+    return AddressTaken(
+        f"port {settings.port} of {settings.host} is taken by {by}; "
+        f"end that, or name another port: REGTUNE_PORT={settings.port + 1}"
+    )
 
 
 def _reachable(host: str) -> str:

@@ -25,6 +25,7 @@ from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from regtune import database, studies
+from regtune.embedded import EmbeddedServer
 from regtune.errors import StudyOver
 from regtune.studies import Study, Verb
 from tests import builders
@@ -104,7 +105,7 @@ class Attack:
         self.report = Report(seed)
         self._models = models
         self._stack = stack
-        self._server = database.EmbeddedServer(folder)
+        self._server = EmbeddedServer(folder)
         self._url = self._server.start()
         stack.callback(self._server.stop)
         database.upgrade(self._url)

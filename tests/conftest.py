@@ -12,6 +12,7 @@ import pytest
 from sqlalchemy import Engine, create_engine, make_url, text
 
 from regtune import database
+from regtune.embedded import EmbeddedServer
 from tests.object_store import BUCKET, ObjectStore, object_store
 
 _numbers = itertools.count()
@@ -29,7 +30,7 @@ def server_url() -> Iterator[str]:
     """A PostgreSQL server of this test process alone."""
     # Not under pytest's own folder: that is closed to the server's user by every run that starts.
     folder = Path(tempfile.mkdtemp(prefix="regtune-tests-"))
-    server = database.EmbeddedServer(folder)
+    server = EmbeddedServer(folder)
     try:
         url = server.start()
         # A test's database need not outlive a power cut.

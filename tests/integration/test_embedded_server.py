@@ -1,7 +1,9 @@
 """The embedded PostgreSQL after what may have happened to it."""
 
+import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 from sqlalchemy import text
 
 from regtune import database
-from regtune.database import EmbeddedServer
+from regtune.embedded import EmbeddedServer
 
 
 @pytest.fixture
@@ -17,7 +19,7 @@ def home() -> Iterator[Path]:
     # Not pytest's folder, which another run closes to the user that PostgreSQL runs as.
     with tempfile.TemporaryDirectory(prefix="regtune-", ignore_cleanup_errors=True) as name:
         yield Path(name)
-        EmbeddedServer(Path(name)).stop_leftover()
+        EmbeddedServer(Path(name)).stop()
 
 
 def answers(url: str) -> bool:
@@ -41,7 +43,7 @@ def test_a_server_that_was_left_running_is_taken_over_and_stopped(home: Path) ->
     assert heir.start() == url
     heir.stop()
     assert not (home / "postgres" / "postmaster.pid").exists()
-    heir.stop_leftover()
+    heir.stop()
     assert not (home / "postgres" / "postmaster.pid").exists()
 
 
@@ -55,3 +57,41 @@ def test_a_pid_that_belongs_to_another_program_by_now_is_no_server(home: Path) -
         pid_file.write_text("\n".join([str(other.pid), *lines[1:]]) + "\n")
         assert answers(EmbeddedServer(home).start())
         other.kill()
+
+
+@pytest.fixture
+def long_recovery(home: Path) -> EmbeddedServer:
+    """A server that has crashed, and needs longer than its package's ten seconds to recover."""
+    server = EmbeddedServer(home)
+    server.start()
+    server.stop()
+    folder = home / "postgres"
+    # It asks the archive for files before its own ones; that has nothing, and at first no time.
+    (folder / "recovery.signal").touch()
+    with (folder / "postgresql.auto.conf").open("a") as settings:
+        settings.write("restore_command = 'mkdir asked && sleep 12; false'\n")
+    shutil.chown(folder / "recovery.signal", folder.owner(), folder.group())
+    return server
+
+
+@pytest.mark.slow
+def test_a_server_that_recovers_for_long_is_waited_for(long_recovery: EmbeddedServer) -> None:
+    waits: list[float] = []
+    url = long_recovery.start(lambda seconds: waits.append(seconds) or time.sleep(seconds))
+    assert waits
+    assert answers(url)
+
+
+@pytest.mark.slow
+def test_a_server_that_still_recovers_is_stopped(home: Path, long_recovery: EmbeddedServer) -> None:
+    class GivenUp(Exception):
+        pass
+
+    def give_up(seconds: float) -> None:
+        raise GivenUp
+
+    with pytest.raises(GivenUp):
+        long_recovery.start(give_up)
+    assert (home / "postgres" / "postmaster.pid").exists()
+    long_recovery.stop()
+    assert not (home / "postgres" / "postmaster.pid").exists()

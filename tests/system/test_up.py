@@ -204,3 +204,19 @@ def test_a_port_taken_from_the_start_leaves_no_process(folder: Path) -> None:
         f"another port: REGTUNE_PORT={port + 1}\n"
     )
     assert not (folder / ".regtune" / "postgres").exists()
+
+
+def test_a_port_is_taken_before_anybody_listens(folder: Path) -> None:
+    """Whoever came next would take the first one's service for its own, and train there."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    with (
+        new_folder() as elsewhere,
+        up(folder, "--workers", "0", REGTUNE_PORT=port) as first,
+    ):
+        wait_until(lambda: (folder / ".regtune" / "postgres").exists(), SECONDS)
+        with up(elsewhere, REGTUNE_PORT=port) as second:
+            assert second.wait() == 1
+            assert f"regtune: port {port} of 127.0.0.1 is taken by another" in second.text
+            assert not (elsewhere / ".regtune" / "postgres").exists()
+        first.says("regtune is up")
