@@ -11,9 +11,9 @@ import hashlib
 import io
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -29,6 +29,7 @@ from PIL import Image, ImageOps
 from regtune.errors import InvalidData, NoRoom
 from regtune.task import Storage
 from worker.tasks.files import opened
+from worker.tasks.locking import alone
 
 log = structlog.get_logger()
 
@@ -94,7 +95,7 @@ class ImageFiles:
         target = folder / f"{key}.u8"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with _alone(target.with_suffix(_LOCK)):
+            with alone(target.with_suffix(_LOCK)):
                 if not target.is_file() or target.stat().st_size != prod(self.shape):
                     self._write(target, digests)
             return np.memmap(target, np.uint8, "r", shape=self.shape)
@@ -213,17 +214,5 @@ def _reach_disk(path: Path) -> None:
 def _remove_left_behind(folder: Path) -> None:
     """Remove drafts that nobody writes any more: of workers that were killed."""
     for draft in folder.glob(f"*{_DRAFT}"):
-        with suppress(BlockingIOError), _alone(draft.with_suffix(_LOCK), fcntl.LOCK_NB):
+        with suppress(BlockingIOError), alone(draft.with_suffix(_LOCK), fcntl.LOCK_NB):
             draft.unlink(missing_ok=True)
-
-
-@contextmanager
-def _alone(path: Path, or_else: int = 0) -> Iterator[None]:
-    """Wait until no other process of this machine is in here; the system ends the wait if it dies.
-
-    The file stays: whoever removed it would let in two at once. With ``LOCK_NB``, raise
-    BlockingIOError instead of waiting.
-    """
-    with path.open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | or_else)
-        yield

@@ -1,6 +1,7 @@
 """Images that are known by a name, as ``(rows, channels, height, width)``."""
 
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,13 @@ from sklearn.model_selection import train_test_split
 from torchvision.datasets import CIFAR10, CIFAR100, KMNIST, MNIST, SVHN, FashionMNIST
 
 from regtune.task import Data, Storage
+from worker.tasks.locking import alone
 
 DIGITS_TEST_FRACTION = 0.2
 DIGITS_SPLIT_SEED = 0
+
+LOCK = "downloads.lock"
+"""The file in a folder of downloads that says whether somebody is at it."""
 
 
 def digits(storage: Storage) -> Data:
@@ -107,8 +112,15 @@ def _cifar(dataset: type[CIFAR10], storage: Storage) -> Data:
 
 
 def _got(dataset: Callable[..., Any], folder: Path, **which: Any) -> Any:
-    """Download what is missing in ``folder``; verify and unpack archives that lie there."""
-    return dataset(folder, download=True, **which)
+    """Download what is missing in ``folder``; verify and unpack archives that lie there.
+
+    One worker at a time: two would write into each other's files, or read half of one.
+    """
+    with ExitStack() as stack:
+        with suppress(OSError):  # where nothing can be written, nobody unpacks anything
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(alone(folder / LOCK))
+        return dataset(folder, download=True, **which)
 
 
 def _labels(labels: Any) -> NDArray[np.int64]:

@@ -1,14 +1,19 @@
+import fcntl
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets import CIFAR10, CIFAR100, KMNIST
 
 from regtune.task import DatasetLoader, Storage
 from tests.unit.tasks.files_of_others import write_cifar, write_idx, write_svhn
+from worker.tasks import images
 from worker.tasks.images import cifar10, cifar100, digits, fashion_mnist, kmnist, mnist, svhn
+from worker.tasks.locking import alone
 
 ARCHIVES = Path(
     os.environ.get("REGTUNE_TEST_DATA", Path(__file__).parents[3].parent / "shared" / "data")
@@ -84,3 +89,25 @@ def test_svhn_is_read_from_the_files_of_its_authors(tmp_path: Path, monkeypatch)
     np.testing.assert_array_equal(data.train_y, kept["train"][1] % 10)
     np.testing.assert_array_equal(data.test_x, kept["test"][0])
     assert (data.train_x.dtype, data.train_y.dtype, data.classes) == (np.uint8, np.int64, 10)
+
+
+def test_files_are_fetched_and_unpacked_by_one_worker_at_a_time(tmp_path: Path, monkeypatch):
+    kept = write_idx(tmp_path / "KMNIST")
+    alone_in = []
+
+    def noted(folder: Path, **options: Any) -> KMNIST:
+        with suppress(BlockingIOError), alone(folder / images.LOCK, fcntl.LOCK_NB):
+            pytest.fail("anybody may come in")
+        alone_in.append(folder)
+        return KMNIST(folder, **options)
+
+    monkeypatch.setattr(images, "KMNIST", noted)
+    np.testing.assert_array_equal(kmnist(Storage(tmp_path)).test_y, kept["t10k"][1])
+    assert alone_in == [tmp_path] * 2
+
+
+def test_files_are_read_where_no_lock_can_be_made(tmp_path: Path):
+    """As in a folder that may only be read."""
+    kept = write_idx(tmp_path / "KMNIST")
+    (tmp_path / images.LOCK).mkdir()
+    np.testing.assert_array_equal(kmnist(Storage(tmp_path)).test_y, kept["t10k"][1])
