@@ -37,11 +37,12 @@ All are tensors of torch. It must not branch on their values: it runs under ``vm
 class Columns:
     """Rows of a table, of which some columns are categories.
 
-    ``numbers`` is ``(rows, columns)``, float32, NaN where a value is missing. ``categories`` is
-    ``(rows, columns)``, int32: numbers of values, counted from 0 in each column, -1 where missing.
+    ``numbers`` is ``(rows, columns)``, float32, or float64 where that is too coarse, and NaN where
+    a value is missing. ``categories`` is ``(rows, columns)``, int32: numbers of values, counted
+    from 0 in each column, -1 where missing.
     """
 
-    numbers: NDArray[np.float32]
+    numbers: NDArray[np.float32 | np.float64]
     categories: NDArray[np.int32]
 
     def __len__(self) -> int:
@@ -64,7 +65,7 @@ class Data:
     as float32 either way; whole numbers up to 2^24, such as token ids, stay exact in it.
 
     With ``classes``, ``train_y`` and ``test_y`` are ``(rows,)``, int64, from 0 to ``classes - 1``;
-    with ``classes=None`` they are numbers to predict, float32, and standardized as well. A task
+    with ``classes=None`` they are numbers to predict, floating, and standardized as well. A task
     with a loss of its own gets them as they are, and they may then be of any type and have any
     shape ``(rows, …)``.
 

@@ -23,6 +23,8 @@ MOST_CLASSES = 20
 
 _PARQUET = (".parquet", ".pq")
 
+_FAR = 2**12
+
 
 def table(storage: Storage, **settings: Any) -> Data:
     """Return a table's rows; what is done with them is said at ``TableSettings``.
@@ -145,8 +147,9 @@ def _settled(column: pa.ChunkedArray, name: str, asked: TableSettings) -> pa.Arr
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     kind = values.type
-    if pa.types.is_boolean(kind):
-        values = values.cast(pa.string())
+    exact = pa.types.is_integer(kind) or pa.types.is_temporal(kind)
+    if pa.types.is_boolean(kind) or (exact and name in asked.categorical):
+        values = values.cast(pa.string())  # float64 would take ids above 2^53 for one another
     elif pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         values = values.cast(pa.float64(), safe=False)
     elif pa.types.is_null(kind):
@@ -156,7 +159,7 @@ def _settled(column: pa.ChunkedArray, name: str, asked: TableSettings) -> pa.Arr
     else:
         raise InvalidData(
             f"the column {name!r} is of the type {kind}, which is neither a number nor text; name "
-            "it under task.data.ignore"
+            f"it under task.data.ignore{' or categorical' if exact else ''}"
         )
     return _as_asked(values, name, asked)
 
@@ -196,7 +199,7 @@ def _target(values: pa.Array, asked: TableSettings) -> tuple[NDArray[Any], int |
     if (asked.kind or _kind(distinct if numbers else None)) == "regression":
         if not numbers:
             raise InvalidData(f"a regression needs a number, and {asked.target!r} is none")
-        return plain.astype(np.float32), None
+        return plain.astype(_precision([plain])), None
     if len(distinct) < 2:
         raise InvalidData(f"the target {asked.target!r} has one class alone")
     codes = np.searchsorted(distinct, plain) if numbers else pc.index_in(values, distinct)
@@ -218,18 +221,25 @@ def _inputs(columns: Mapping[str, pa.Array], asked: TableSettings) -> Columns:
     for name, values in numbers.items():
         if pc.any(pc.is_inf(values)).as_py():
             raise InvalidData(f"the column {name!r} holds infinity")
+    rows = len(next(iter(columns.values())))
+    plain = [values.to_numpy(zero_copy_only=False) for values in numbers.values()]
+    codes = [_codes(values) for name, values in columns.items() if name not in numbers]
     return Columns(
-        _side_by_side(
-            [values.to_numpy(zero_copy_only=False) for values in numbers.values()],
-            len(next(iter(columns.values()))),
-            np.float32,
-        ),
-        _side_by_side(
-            [_codes(values) for name, values in columns.items() if name not in numbers],
-            len(next(iter(columns.values()))),
-            np.int32,
-        ),
+        _side_by_side(plain, rows, _precision(plain)), _side_by_side(codes, rows, np.int32)
     )
+
+
+def _precision(columns: Sequence[NDArray[np.float64]]) -> type[np.float32 | np.float64]:
+    """Return in what numbers are kept until they are standardized: float64 where it must be.
+
+    float32 has 24 bits. Of a number that is very many standard deviations from zero, as of a moment
+    in seconds since 1970, less than half of them would be left for what tells it from others.
+    """
+    for column in columns:
+        known = column[np.isfinite(column)]
+        if known.size and 0 < known.std() * _FAR < np.abs(known).max():
+            return np.float64
+    return np.float32
 
 
 def _codes(values: pa.Array) -> NDArray[np.int32]:

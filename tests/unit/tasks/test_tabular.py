@@ -1,5 +1,6 @@
 import json
 import os
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,30 @@ def test_what_a_column_is_may_be_said(tmp_path):
     assert data.train_x.categories.shape[1] == 2
     with pytest.raises(InvalidData, match="'town' should be numeric"):
         load(tmp_path, numeric=["town"])
+
+
+def test_categories_may_be_dates_and_ids_of_any_size(tmp_path):
+    days = [date(2026, 11, day) for day in (1, 2, 2, 3) * 5]
+    ids = [2**53, 2**53 + 1, 2**53 + 1, None] * 5
+    rows = pa.table({"day": days, "id": ids, "y": ["a", "b"] * 10})
+    parquet.write_table(rows, tmp_path / "t.parquet")
+    with pytest.raises(InvalidData, match=r"'day' is of the type date32.*ignore or categorical"):
+        table(Storage(tmp_path), path="t.parquet", target="y")
+    data = table(Storage(tmp_path), path="t.parquet", target="y", categorical=["day", "id"])
+    codes = all_rows("categories", data)
+    assert sorted({tuple(row) for row in codes.tolist()}) == [(0, 0), (1, 1), (2, -1)]
+
+
+def test_numbers_with_more_digits_than_float32_keep_them_until_they_are_standardized(tmp_path):
+    """Moments of one hour, in seconds since 1970: float32 knows one every 128 seconds."""
+    seconds = np.arange(0, 3600, 60)
+    rows = pa.table({"at": 1_790_000_000 + seconds, "y": 1_790_000_000.0 + seconds})
+    parquet.write_table(rows, tmp_path / "t.parquet")
+    data = table(Storage(tmp_path), path="t.parquet", target="y")
+    ready = prepare(data, Validation(), 0, torch.float32)
+    for numbers in (ready.rows.x[:, 0], ready.rows.y):
+        assert len(numbers.unique()) == len(ready.rows)
+    torch.testing.assert_close(ready.rows.x[:, 0], ready.rows.y, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
