@@ -174,6 +174,7 @@ class Client:
         ``after`` is the ``cursor`` of the last event that is known already. A stream that breaks
         off is taken up again where it broke, for as long as it takes.
         """
+        is_over = False
         while True:
             known = after
             try:
@@ -183,20 +184,26 @@ class Client:
                     for after, data in server_sent_events(response.iter_lines()):
                         event = {"cursor": after, **json.loads(data)}
                         yield event
+                        is_over |= event["kind"] == "study_ended"
                         if event["kind"] == "study_deleted":  # its name may be another's by now
                             return
             except (httpx.TransportError, Refused) as error:
+                if is_over:  # deleted since, or the service has gone with it
+                    return
                 if isinstance(error, Refused) and not error.is_temporary:
                     raise
             if after == known:
                 time.sleep(_RECONNECT_SECONDS)
 
     def wait(self, name: str, pause: Callable[[], None] = lambda: time.sleep(1)) -> Document:
-        """Wait until a study is over; return it. ``pause`` is called between two looks."""
+        """Wait until a study is over; return it.
+
+        ``pause`` is called between two looks, and may raise to give up.
+        """
         study = self.study(name)
         while is_live(study):
             pause()
-            study = self.study_patiently(name)
+            study = self.study_patiently(name, lambda _: pause())
         return study
 
     def close(self) -> None:

@@ -1,12 +1,14 @@
 """A real PostgreSQL, run from a Python package, for development, the demo and the tests."""
 
 import logging
+import os
 import shutil
 import signal
 import subprocess
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +22,11 @@ _RECOVERY_SECONDS = 600.0
 """How long a server may go through what it wrote before a crash until it is ready."""
 
 _STOPS = ((signal.SIGINT, 60.0), (signal.SIGQUIT, 10.0), (signal.SIGKILL, 10.0))
-"""What makes a server stop, and how long that may take: disconnecting everyone, then as if it had
-crashed, from which it recovers. PostgreSQL 18, section 18.5."""
+"""What makes a server stop, and how long that may take: it disconnects everyone; it ends as if it
+had crashed, from which it recovers; it is killed. PostgreSQL 18, section 18.5."""
+
+_FAILURES = (OSError, subprocess.SubprocessError, AssertionError)
+"""Of the package, which gives a server ten seconds and asserts that one which it finds is ready."""
 
 _LOOK_SECONDS = 0.05
 _STATUS_LINE = 7
@@ -49,15 +54,18 @@ class EmbeddedServer:
         self._forget_reused_pid()
         server = make_server(self._folder, cleanup_mode=None)
         try:
-            server.start()
-        # The package gives a server ten seconds, and asserts that one which it finds is ready.
-        except (OSError, subprocess.SubprocessError, AssertionError) as error:
-            if not self._recovers(pause):
-                raise DatabaseUnavailable(
-                    f"the embedded database does not start; {self._folder / 'log'} may say why "
-                    f"({error.__context__ or error})"
-                ) from error
-            server.start()
+            try:
+                server.start()
+            except _FAILURES:
+                if not self._recovers(pause):
+                    raise
+                server.start()
+        except _FAILURES as error:
+            reason = error.__context__ or str(error) or type(error).__name__
+            raise DatabaseUnavailable(
+                f"the embedded database does not start; {self._folder / 'log'} may say why "
+                f"({reason})"
+            ) from error
         return str(normalized(server.get_uri()).render_as_string(hide_password=False))
 
     def stop(self) -> None:
@@ -66,7 +74,8 @@ class EmbeddedServer:
             process = self._postmaster()
             if process is None:
                 return
-            process.send_signal(signum)
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signum)
             due = time.monotonic() + seconds
             while self._postmaster() and time.monotonic() < due:
                 time.sleep(_LOOK_SECONDS)
@@ -97,12 +106,15 @@ class EmbeddedServer:
 
     def _named_process(self) -> "tuple[psutil.Process | None, bool]":
         """Return the process that the pid file names, if it runs, and whether it is the server."""
-        import psutil
+        pid = self._pid_file_line(0)
+        if not pid.isdecimal():
+            return None, False
+        import psutil  # comes with the server's package, which may not be installed
 
         try:
-            process = psutil.Process(int(self._pid_file_line(0)))
+            process = psutil.Process(int(pid))
             return process, str(self._folder) in process.cmdline()
-        except (ValueError, psutil.Error):
+        except psutil.Error:
             return None, False
 
     def _pid_file_line(self, number: int) -> str:

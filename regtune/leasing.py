@@ -110,6 +110,16 @@ def append(
     return sorted(trial_ids)
 
 
+def call_everybody(session: Session, study_id: int, alive_seconds: float) -> None:
+    """Wake all workers for a study's waiting trials, if one that can train them has an empty lane.
+
+    Workers that have been silent for ``alive_seconds`` have none.
+    """
+    session.execute(
+        _CALL_EVERYBODY, {"study_id": study_id, "alive_seconds": alive_seconds, "work": WORK}
+    )
+
+
 def _row(number: int, suggestion: Suggestion) -> dict[str, Any]:
     """Put a suggestion into the form in which Optuna keeps it."""
     return {
@@ -301,6 +311,23 @@ def _tokens(leases: Iterable[Lease]) -> str:
     return json.dumps([{"trial_id": lease.trial_id, "token": str(lease.token)} for lease in leases])
 
 
+# Of the live studies alone: trials that have ended may be a hundred thousand.
+_HELD = """
+    SELECT t.worker AS name, count(*) AS trials
+    FROM regtune.studies s JOIN regtune.trials t USING (study_id)
+    WHERE s.state IN ('active', 'paused', 'stopping') AND t.state = 'running' GROUP BY t.worker
+"""
+
+_CALL_EVERYBODY = text(f"""
+WITH held AS ({_HELD})
+SELECT pg_notify(:work, cast(:study_id AS text))
+WHERE EXISTS (
+    SELECT FROM regtune.workers w JOIN regtune.studies s ON s.study_id = :study_id
+    LEFT JOIN held ON held.name = w.name
+    WHERE w.wanted_lanes > 0 AND w.stopped_at IS NULL AND coalesce(trials, 0) < w.lanes
+      AND w.heartbeat_at > now() - make_interval(secs => :alive_seconds) AND {shares.SUITS})
+""")
+
 _APPEND = text(f"""
 WITH row AS (
     SELECT * FROM json_to_recordset(cast(:rows AS json)) AS r(
@@ -334,11 +361,7 @@ WITH row AS (
 ), told AS (
     INSERT INTO regtune.events (study_id, number, kind, actor)
     SELECT :study_id, number, 'trial_appended', :actor FROM row ORDER BY number
-), held AS (
-    SELECT t.worker AS name, count(*) AS trials
-    FROM regtune.studies s JOIN regtune.trials t USING (study_id)
-    WHERE s.state IN ('active', 'paused', 'stopping') AND t.state = 'running' GROUP BY t.worker
-), called AS (
+), held AS ({_HELD}), called AS (
     -- As many as it takes, not a whole fleet for a few trials: those with room first, and of them
     -- those that have built the study and were heard of lately, then those that may get some before
     -- this commits, who would find nothing and then hear of it too late.

@@ -77,6 +77,12 @@ class Settings(BaseSettings):
     hung_seconds: float = Field(
         120.0, gt=0, description="A worker that takes no step for so long ends, for a new one."
     )
+    build_seconds: float = Field(
+        3600.0,
+        gt=0,
+        description="A worker that loads a study's data and builds its model for so long ends, for "
+        "a new one.",
+    )
     max_attempts: int = Field(3, ge=1, description="A trial that has lost so many leases fails.")
     max_consecutive_failures: int = Field(
         10, ge=1, description="A study with so many failed trials in a row fails."

@@ -272,14 +272,22 @@ def _on_free_port(settings: Settings) -> Iterator[Settings]:
     Seconds pass until the service listens. Another ``regtune up`` that began meanwhile would take
     this one's service for its own, so the port is claimed in the block by a name of the kernel's.
     """
-    port = _free_port(settings)
     with socket.socket(socket.AF_UNIX) as claim:
-        if sys.platform == "linux":  # elsewhere there are no such names
-            try:
-                claim.bind(f"\0regtune-{port}")
-            except OSError:
-                raise _taken(settings, "another `regtune up`") from None
+        port = _free_port(settings)
+        while not _can_claim(port, claim):
+            if settings.port:
+                raise _taken(settings, "another `regtune up`")
+            port = _free_port(settings)
         yield settings.model_copy(update={"port": port})
+
+
+def _can_claim(port: int, claim: socket.socket) -> bool:
+    """Claim a port, where the system has such names, as Linux has; say if nobody else has it."""
+    try:
+        claim.bind(f"\0regtune-{port}")
+    except OSError as error:
+        return error.errno != errno.EADDRINUSE
+    return True
 
 
 def _free_port(settings: Settings) -> int:

@@ -6,7 +6,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import structlog
 import torch
@@ -27,10 +27,12 @@ from regtune.errors import (
     RegtuneError,
     storable,
 )
+from regtune.leasing import Lease
 from regtune.reporting import Failed
 from regtune.settings import Settings
 from regtune.spec import NO_SHAPE
 from regtune.studies import Study
+from worker.building import Building
 from worker.checkpoints import CheckpointStore
 from worker.devices import describe
 from worker.heartbeat import BEATS_A_LEASE, Heartbeat
@@ -157,13 +159,15 @@ class Worker:
     def _begin(self, turn: Turn) -> bool:
         """Build the stack of what is to be trained next, if that can be; say if it is there."""
         try:
-            study, shape = self._read(turn)
+            study, shape, leases = self._read(turn)
         except ValidationError as error:  # of another version, which others may know
             seconds = self._refused.postpone(turn.study_id)
             reason = f"the study cannot be read by this version of regtune: {error}"
             log.error("study_unread", study_id=turn.study_id, reason=reason, seconds=seconds)
             return False
-        self._stack = None if shape is None else self._build_stack(study, shape)
+        self._stack = None if shape is None else self._build_stack(study, shape, leases)
+        if self._stack is not None and self._shutdown.requested:
+            self._stack.release()
         return self._stack is not None
 
     def _drop_stack(self) -> None:
@@ -224,48 +228,78 @@ class Worker:
                 self._beat(session)
             return None
 
-    def _read(self, turn: Turn) -> tuple[Study, str | None]:
-        """Return a study and which of its shapes to train; None if no trial waits any more."""
-        with transaction(self._database) as session:
-            study = studies.by_id(session, turn.study_id)
-            if turn.shape is not None or not study.spec.search.shaping():
-                return study, turn.shape or NO_SHAPE
-            shape = shapes.choose(
-                session, study.study_id, self.name, suspect_from=self._settings.suspect_from
-            )
-            return study, shape
+    def _read(self, turn: Turn) -> tuple[Study, str | None, Sequence[Lease]]:
+        """Return a study, which of its shapes to train, and the leases to build that under.
 
-    def _build_stack(self, study: Study, shape: str) -> Stack | None:
+        The shape is None if no trial waits any more. What nobody has built yet is built for a trial
+        that is leased, so that code that kills whoever builds it, or never ends, costs the trial
+        its leases, as it would in training.
+        """
+        with transaction(self._database) as session:
+            study, shape = studies.by_id(session, turn.study_id), turn.shape or NO_SHAPE
+            if turn.shape is None and study.spec.search.shaping():
+                chosen = shapes.choose(
+                    session, study.study_id, self.name, suspect_from=self._settings.suspect_from
+                )
+                if chosen is None:
+                    return study, None, []
+                shape = chosen
+            if _is_built(session, study, shape):
+                return study, shape, []
+            leases = self._lease_one(session, study, shape)
+            return study, shape if leases else None, leases
+
+    def _lease_one(self, session: Session, study: Study, shape: str) -> Sequence[Lease]:
+        return leasing.lease(
+            session,
+            study.study_id,
+            self.name,
+            1,
+            self._settings.lease_seconds,
+            shape=shape,
+            slots=self._lanes,
+            suspect_from=self._settings.suspect_from,
+            alone=True,
+        )
+
+    def _build_stack(self, study: Study, shape: str, leases: Sequence[Lease] = ()) -> Stack | None:
         """Build a study's stack; if the task's own code raises, a trial of it fails by that."""
         try:
-            return Stack(
-                self._database,
-                self._settings,
-                study,
-                shape,
-                self.name,
-                self._device,
-                self._listener,
-                self._checkpoints,
-                self._make_engine,
-                self._refused,
-            )
+            with Building(
+                self._database, self._settings, self.name, self._lanes, leases, self._shutdown
+            ):
+                return Stack(
+                    self._database,
+                    self._settings,
+                    study,
+                    shape,
+                    self.name,
+                    self._device,
+                    self._listener,
+                    self._checkpoints,
+                    self._make_engine,
+                    self._refused,
+                    leases,
+                )
         except DataDiffer as difference:
             self._refused.add(study.study_id)
             self._record_refusal(study, difference)
+            self._give_back(leases)
         except NoRoom as lack:
-            self._leave_to_others(study, shape, lack)
+            self._leave_to_others(study, shape, lack, leases)
         except (*database.FAULTS, NotFound):  # the database
             raise
         except Exception as error:  # noqa: BLE001 - a user's crash is data
             if capacity.is_out_of_memory(error):
-                self._leave_to_others(study, shape, NoRoomForModel(first_line(error)))
+                self._leave_to_others(study, shape, NoRoomForModel(first_line(error)), leases)
             else:
                 log.error("task_failed", study=study.name, error=str(error))
-                self._fail_one(study, shape, error)
+                self._fail_one(study, shape, error, leases)
         return None
 
-    def _leave_to_others(self, study: Study, shape: str, lack: NoRoom) -> None:
+    def _leave_to_others(
+        self, study: Study, shape: str, lack: NoRoom, leases: Sequence[Lease]
+    ) -> None:
         """Refuse a study that this machine has no room for, until that may have changed.
 
         One shape of many that has still no room then, and that nobody has built, fails a trial:
@@ -274,12 +308,19 @@ class Worker:
         one_shape = shape != NO_SHAPE and isinstance(lack, NoRoomForModel)
         if one_shape and self._refused.postponed(study.study_id):
             with transaction(self._database) as session:
-                built = shape in shapes.known(session, study.study_id)
+                built = _is_built(session, study, shape)
             if not built:
-                self._fail_one(study, shape, lack)
+                self._fail_one(study, shape, lack, leases)
                 return
         seconds = self._refused.postpone(study.study_id)
         self._record_refusal(study, lack, tries_again_in_seconds=seconds)
+        self._give_back(leases)
+
+    def _give_back(self, leases: Sequence[Lease]) -> None:
+        """Give back what a study was to be built for."""
+        if leases:
+            with transaction(self._database) as session:
+                leasing.release(session, leases, self.name)
 
     def _record_refusal(self, study: Study, reason: RegtuneError, **detail: float) -> None:
         """Say in a study's history why this worker leaves it to others."""
@@ -293,7 +334,9 @@ class Worker:
                 detail={"reason": storable(str(reason)), **detail},
             )
 
-    def _fail_one(self, study: Study, shape: str, error: Exception) -> None:
+    def _fail_one(
+        self, study: Study, shape: str, error: Exception, leases: Sequence[Lease]
+    ) -> None:
         """Fail one trial alone: other workers may well have what this one lacks.
 
         Data that cannot be trained on, and wrong settings, are the same for all of them, and end
@@ -302,9 +345,7 @@ class Worker:
         failed = Failed.by(error)
         with transaction(self._database) as session:
             studies.lock(session, study.study_id)
-            leases = leasing.lease(
-                session, study.study_id, self.name, 1, self._settings.lease_seconds, shape=shape
-            )
+            leases = leases or self._lease_one(session, study, shape)
             reporting.finish(session, [(lease, failed) for lease in leases], self.name)
             if isinstance(error, InvalidData | InvalidSpec) and study.model is None:
                 studies.fail(session, study.study_id, storable(str(error)), self.name)
@@ -336,7 +377,7 @@ class Worker:
             heartbeat.stop()
 
     def _wait(self) -> None:
-        """Wait until there may be something to train; beat and sweep when that is due meanwhile.
+        """Wait until there may be something to train; beat meanwhile, and sweep now and then.
 
         Whoever is not called looks now and then whether some trial is left over: one that waited
         at the look before as well. To ask whose turn it is costs several times as much, and in a
@@ -369,6 +410,7 @@ class Worker:
         if self._stack:
             self._stack.beat_in_time()
         elif time.monotonic() >= self._idle_beat:
+            self._idle_beat = time.monotonic() + self._settings.poll_seconds  # if it fails
             with transaction(self._database) as session:
                 self._beat(session)
 
@@ -376,3 +418,10 @@ class Worker:
         """Say that a worker without a stack lives."""
         workers.beat(session, self.name, wanted_lanes=self._lanes, study_id=None)
         self._idle_beat = time.monotonic() + self._settings.lease_seconds / BEATS_A_LEASE
+
+
+def _is_built(session: Session, study: Study, shape: str) -> bool:
+    """Say whether some worker has loaded a study's data and built its model of that shape."""
+    if shape == NO_SHAPE:
+        return study.model is not None
+    return shape in shapes.known(session, study.study_id)

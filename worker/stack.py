@@ -82,11 +82,12 @@ class Stack:
         store: CheckpointStore,
         make_engine: Callable[..., Engine] = Engine,
         refused: Collection[int] = (),
+        leases: Sequence[Lease] = (),
     ) -> None:
         """Load the data, build the model and see how many lanes the device takes.
 
         ``shape`` is the one of the study's shapes that it trains. ``refused`` are studies that this
-        worker cannot train.
+        worker cannot train. ``leases`` are trials that it has already; nobody has trained them.
         Raises InvalidData for data that cannot be trained on, DataDiffer for other data than the
         study began with, and whatever the task's own code raises.
         """
@@ -116,7 +117,8 @@ class Stack:
             self._engine.fits,
             refused,
         )
-        self._leases: dict[int, Lease] = {}
+        self._leases = {lease.trial_id: lease for lease in leases}
+        self._unbegun = tuple(self._leases)
         self._curves: dict[int, list[Epoch]] = {}
         self._epochs: dict[int, list[Epoch]] = {}
         self._outcomes: dict[int, Outcome] = {}
@@ -475,7 +477,9 @@ class Stack:
         self._leases |= {lease.trial_id: lease for lease in answer.joining}
         for id_, saved in answer.resumed.items():
             self._curves[id_] = list(saved.epochs)
-        joining = [lease.trial_id for lease in answer.joining]
+        joining = [id_ for id_ in self._unbegun if id_ in self._leases]
+        joining += [lease.trial_id for lease in answer.joining]
+        self._unbegun = ()
         # There may be fewer slots than when it was asked for them.
         room = self._engine.free_slots
         joining, too_many = joining[:room], joining[room:]

@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
-from regtune import database, events, leasing, reporting, standing, studies
+from regtune import database, leasing, reporting, standing, studies
 from regtune.errors import StaleView
 from regtune.settings import Settings
 from regtune.studies import Study
@@ -38,6 +38,9 @@ BUSY_SECONDS, MOST_TURNS = 0.5, 16
 
 To wake a worker costs it as much as a trial that hardly trains, and to find nothing left as much
 again. A lane may be expected to get through so many trials at most."""
+
+MOST_POLLS = 16
+"""So many polls at most lie between two calls for a trial that nobody comes for."""
 
 LATEST_TRIALS = 20
 """From so many it is known what trials last."""
@@ -111,7 +114,8 @@ class Conductor:
         self._room = 0
         self._judged_epochs = 0
         self._first_waiting: int | None = None
-        self._called_at = 0.0
+        self._call_pause = settings.poll_seconds / 2
+        self._call_due = 0.0
         self._lasted: deque[float] = deque(maxlen=LATEST_TRIALS)
 
     def has_ends_or_wants(self, glance: Glance) -> bool:
@@ -313,21 +317,23 @@ class Conductor:
         return None
 
     def _call_again(self, news: News) -> None:
-        """Call all workers if the same trial has waited through a poll, though some want lanes.
+        """Call all workers if the same trial goes on waiting, though some of them have room.
 
         Those that were called for it have died, or train for longer than was expected; or the call
-        was lost. Workers hardly look for themselves: most of a fleet may be idle.
+        was lost. Workers hardly look for themselves: most of a fleet may be idle. Where nobody
+        comes, as while all have refused the study, it calls ever more seldom.
         """
-        wanted = news.study.state == "active" and news.glance.wanted_lanes > 0
-        waiting = news.glance.first_waiting if wanted else None
-        if waiting != self._first_waiting:
-            self._first_waiting, self._called_at = waiting, time.monotonic()
-        elif waiting is not None and (
-            time.monotonic() - self._called_at >= self._settings.poll_seconds
-        ):
-            self._called_at = time.monotonic()
+        now, first = time.monotonic(), news.glance.first_waiting
+        if news.study.state != "active" or first is None or first != self._first_waiting:
+            self._first_waiting = first
+            self._call_pause = self._settings.poll_seconds / 2
+        elif now >= self._call_due:
+            self._call_pause = min(2 * self._call_pause, MOST_POLLS * self._settings.poll_seconds)
             with database.transaction(self._engine) as session:
-                events.notify(session, database.WORK, self._study_id)
+                leasing.call_everybody(session, self._study_id, self._settings.lease_seconds)
+        else:
+            return
+        self._call_due = now + self._call_pause
 
     def _suggest(self, news: News) -> bool:
         """Append what living workers want; return whether some of that is left to suggest."""

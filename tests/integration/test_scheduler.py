@@ -177,8 +177,14 @@ def test_no_more_trials_wait_than_workers_want_lanes(engine: Engine, database_ur
 
 @pytest.mark.parametrize(("lasted", "most", "least"), [("0 s", 10, 1), ("1 hour", 100, 40)])
 def test_of_trials_that_last_a_moment_each_worker_that_is_called_trains_several(
-    engine: Engine, database_url: str, lasted: str, most: int, least: int
+    engine: Engine,
+    database_url: str,
+    lasted: str,
+    most: int,
+    least: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("service.scheduler.conductor.SUGGESTION_SECONDS", 60)  # all in one round
     study = builders.create(engine, budget={"trials": 100})
     for number in range(40):
         builders.register(engine, f"w{number}")
@@ -189,11 +195,10 @@ def test_of_trials_that_last_a_moment_each_worker_that_is_called_trains_several(
             conductor.round()
 
     suggest_forty()
-    leases = builders.lease(engine, study, 40)
+    builders.complete(engine, builders.lease(engine, study, 40))
     with engine.begin() as connection:
-        ago = f"leased_at = leased_at - interval '{lasted}'"
-        connection.execute(text(f"UPDATE regtune.trials SET {ago}"))
-    builders.complete(engine, leases)
+        begun = f"leased_at = finished_at - interval '{lasted}'"
+        connection.execute(text(f"UPDATE regtune.trials SET {begun} WHERE state = 'complete'"))
     url = database.normalized(database_url).set(drivername="postgresql")
     with psycopg.connect(url.render_as_string(hide_password=False), autocommit=True) as listening:
         for number in range(40):
@@ -254,21 +259,59 @@ def test_a_suspect_that_waits_keeps_no_lane_empty(engine: Engine) -> None:
     assert builders.states(engine, study) == ["waiting"] * 3
 
 
+AT_ONCE = SETTINGS.model_copy(update={"poll_seconds": 0.0})
+MARK = 77
+
+
+@pytest.fixture
+def called(engine: Engine, database_url: str) -> Iterator[Callable[[], set[int]]]:
+    """Says of which studies all workers have heard since it was last asked."""
+    with database.Listener(database_url, database.WORK) as listener:
+        listener.wait(0)
+
+        def so_far() -> set[int]:
+            with engine.begin() as connection:
+                connection.execute(text(f"NOTIFY {database.WORK}, '{MARK}'"))
+            known: set[int] = set()
+            while MARK not in known:
+                known |= listener.wait(30)
+            return known - {MARK}
+
+        yield so_far
+
+
+def rounds(engine: Engine, study: Study, settings: Settings, count: int = 3) -> None:
+    conductor = Conductor(engine, settings, study.study_id)
+    for _ in range(count):
+        conductor.round()
+
+
 def test_a_trial_that_those_who_were_called_left_over_calls_everybody(
-    engine: Engine, database_url: str
+    engine: Engine, called: Callable[[], set[int]]
 ) -> None:
     study = builders.create(engine, budget={"trials": 1})
     builders.register(engine, "dead", 1)
-    at_once = SETTINGS.model_copy(update={"poll_seconds": 0.0})
-    conductor = Conductor(engine, at_once, study.study_id)
-    with database.Listener(database_url, database.WORK) as everybody:
-        everybody.wait(0)  # listening
-        conductor.round()
-        assert builders.states(engine, study) == ["waiting"]
-        assert everybody.wait(0) == set()
-        for _ in range(2):
-            conductor.round()
-        assert everybody.wait(DEADLINE_SECONDS) == {study.study_id}
+    called()
+    rounds(engine, study, AT_ONCE, 2)
+    assert builders.states(engine, study) == ["waiting"]
+    assert called() == set()  # but the one worker
+    rounds(engine, study, NO_POLL)
+    assert called() == set()
+    rounds(engine, study, AT_ONCE)
+    assert called() == {study.study_id}
+
+
+def test_a_trial_that_waits_for_an_empty_lane_calls_nobody(
+    engine: Engine, called: Callable[[], set[int]]
+) -> None:
+    """With a pruner, a worker whose lanes are full wants a lane nevertheless."""
+    study = builders.create(engine, budget={"trials": 2})
+    builders.append(engine, study, 2)
+    builders.register(engine, "full", 1)
+    builders.lease(engine, study, 1, "full")
+    called()
+    rounds(engine, study, AT_ONCE)
+    assert called() == set()
 
 
 def test_a_study_that_cannot_be_read_stops_no_other(engine: Engine, database_url: str) -> None:

@@ -21,7 +21,11 @@ _calls = 0
 
 
 def build(settings: Mapping[str, Any], input_shape: tuple[int, ...], classes: int) -> nn.Module:
-    """Return a linear model; ``fault`` says what happens once it has lost its weights."""
+    """Return a linear model; ``fault`` says what happens once it has lost its weights, or here."""
+    if settings["fault"] == "kills-its-builder":
+        os._exit(1)
+    while settings["fault"] == "never-ends":
+        time.sleep(1)
     return Faulty(math.prod(input_shape), classes, settings["fault"])
 
 

@@ -53,6 +53,7 @@ def supervised_worker(url: str, data: Path) -> Iterator[subprocess.Popen[bytes]]
             "REGTUNE_LEASE_SECONDS": str(LEASE_SECONDS),
             "REGTUNE_MAX_ATTEMPTS": str(MAX_ATTEMPTS),
             "REGTUNE_HUNG_SECONDS": str(2 * LEASE_SECONDS),
+            "REGTUNE_BUILD_SECONDS": str(2 * LEASE_SECONDS),
             "OMP_NUM_THREADS": "1",
         },
         start_new_session=True,
@@ -66,7 +67,7 @@ def supervised_worker(url: str, data: Path) -> Iterator[subprocess.Popen[bytes]]
         process.wait()
 
 
-def faulty(engine: Engine, fault: str) -> builders.Study:
+def faulty(engine: Engine, fault: str, trials: int = 4) -> builders.Study:
     """Four trials; the decay is fatal in some of them."""
     return builders.create(
         engine,
@@ -81,7 +82,7 @@ def faulty(engine: Engine, fault: str) -> builders.Study:
         sampler="grid",
         pruner="none",
         training={"max_epochs": 6},
-        budget={"trials": 4},
+        budget={"trials": trials},
     )
 
 
@@ -125,4 +126,19 @@ def test_a_fault_ends_its_own_trial_with_the_reason_and_no_other(
         for row in rows:
             expected = ends[fault] if row.fatal else ("complete", "finished")
             assert (row.state, row.reason) == expected, fault
+    assert audit(engine) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["kills-its-builder", "never-ends"])
+def test_what_cannot_be_built_costs_the_trial_its_leases_and_the_worker_goes_on(
+    engine: Engine, database_url: str, tmp_path: Path, fault: str
+) -> None:
+    study, other = faulty(engine, fault, trials=1), faulty(engine, "raises", trials=1)
+    with supervised_worker(database_url, tmp_path):
+        for one in (study, other):
+            wait_until(lambda one=one: builders.study_state(engine, one) != "active", SECONDS)
+    (row,) = outcomes(engine, study)
+    assert (row.state, row.reason) == ("failed", "lost 2 leases; the last one: its lease ran out")
+    assert builders.states(engine, other) == ["complete"]
     assert audit(engine) == {}

@@ -62,4 +62,4 @@ def sessions(engine: Engine) -> Counter[str]:
         " GROUP BY 1"
     )
     with engine.connect() as connection:
-        return Counter(dict(connection.execute(query).tuples().all()))
+        return Counter(dict(tuple(row) for row in connection.execute(query)))

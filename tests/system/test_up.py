@@ -215,8 +215,10 @@ def test_a_port_is_taken_before_anybody_listens(folder: Path) -> None:
         up(folder, "--workers", "0", REGTUNE_PORT=port) as first,
     ):
         wait_until(lambda: (folder / ".regtune" / "postgres").exists(), SECONDS)
+        first.process.send_signal(signal.SIGSTOP)
         with up(elsewhere, REGTUNE_PORT=port) as second:
             assert second.wait() == 1
-            assert f"regtune: port {port} of 127.0.0.1 is taken by another" in second.text
+            assert f"port {port} of 127.0.0.1 is taken by another `regtune up`" in second.text
             assert not (elsewhere / ".regtune" / "postgres").exists()
+        first.process.send_signal(signal.SIGCONT)
         first.says("regtune is up")

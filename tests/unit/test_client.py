@@ -51,7 +51,8 @@ def test_a_service_that_is_not_there_is_unreachable(url: str) -> None:
 def answered_by(handler: type[BaseHTTPRequestHandler], requests: int = 1) -> Iterator[Client]:
     """A client of something else, which answers so many requests."""
     with HTTPServer(("127.0.0.1", 0), handler) as server:
-        Thread(target=lambda: [server.handle_request() for _ in range(requests)]).start()
+        serve = lambda: [server.handle_request() for _ in range(requests)]  # noqa: E731
+        Thread(target=serve, daemon=True).start()
         host, port = server.server_address[:2]
         with Client(f"http://{host!s}:{port}") as api:
             yield api
@@ -76,7 +77,7 @@ def test_what_is_redirected_is_not_done() -> None:
 
 
 class Shaky(BaseHTTPRequestHandler):
-    """Answers a request after another: busy, an event, cut off in the middle, the last, no more."""
+    """Answers a request after another: busy, an event, half of one, the last one, no more."""
 
     seen: list[str | None]
     answers = (
@@ -124,3 +125,34 @@ def test_whoever_waits_bears_a_service_that_is_away_for_a_moment(
     monkeypatch.setattr(client, "_RECONNECT_SECONDS", 0)
     with answered_by(Recovering, 4) as api:
         assert api.wait("x", lambda: None)["finished_at"] == "now"
+
+
+class Gone(Shaky):
+    """Tells of a study's end, and does not know it any more."""
+
+    answers = ((200, b'id: 7-1\ndata: {"kind": "study_ended"}\n\n'), (404, b""))
+
+
+class Busy(Shaky):
+    answers = ((200, b'{"finished_at": null}'), (503, b""))
+
+
+def test_a_study_that_is_deleted_once_it_has_ended_has_told_everything() -> None:
+    handler = type("Gone", (Gone,), {"seen": []})
+    with answered_by(handler, 2) as api:
+        assert [event["kind"] for event in api.events("x")] == ["study_ended"]
+    assert len(handler.seen) == 2
+
+
+def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_PATIENCE_SECONDS", 0)
+    handler = type("Busy", (Busy,), {"seen": []})
+    with answered_by(handler, 2) as api, pytest.raises(Refused, match="503"):
+        api.wait("x", lambda: None)
+
+
+def test_what_is_refused_for_good_is_not_asked_again() -> None:
+    handler = type("Away", (Busy,), {"seen": [], "answers": ((422, b""), (204, b""))})
+    with answered_by(handler, 2) as api, pytest.raises(Refused, match="422"):
+        next(api.events("x"))
+    assert len(handler.seen) == 1

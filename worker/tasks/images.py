@@ -1,6 +1,5 @@
 """Images that are known by a name, as ``(rows, channels, height, width)``."""
 
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -9,16 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torchvision.datasets import CIFAR10, CIFAR100, KMNIST, MNIST, SVHN, FashionMNIST
+from torchvision.datasets import CIFAR10, CIFAR100, KMNIST, MNIST, SVHN, FashionMNIST, VisionDataset
 
 from regtune.task import Data, Storage
 from worker.tasks.locking import alone
 
 DIGITS_TEST_FRACTION = 0.2
 DIGITS_SPLIT_SEED = 0
-
-LOCK = "downloads.lock"
-"""The file in a folder of downloads that says whether somebody is at it."""
 
 
 def digits(storage: Storage) -> Data:
@@ -111,15 +107,15 @@ def _cifar(dataset: type[CIFAR10], storage: Storage) -> Data:
     return Data(train_x, train_y, test_x, test_y, classes=len(train.classes))
 
 
-def _got(dataset: Callable[..., Any], folder: Path, **which: Any) -> Any:
+def _got(dataset: type[VisionDataset], folder: Path, **which: Any) -> Any:
     """Download what is missing in ``folder``; verify and unpack archives that lie there.
 
     One worker at a time: two would write into each other's files, or read half of one.
     """
     with ExitStack() as stack:
-        with suppress(OSError):  # where nothing can be written, nobody unpacks anything
+        with suppress(OSError):  # as in a folder that may only be read, where all is unpacked
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(alone(folder / LOCK))
+            stack.enter_context(alone(folder / f"{dataset.__name__}.lock"))
         return dataset(folder, download=True, **which)
 
 

@@ -24,6 +24,7 @@ MOST_CLASSES = 20
 _PARQUET = (".parquet", ".pq")
 
 _FAR = 2**12
+"""So many times as far from zero as it is wide is a column of which float32 keeps too little."""
 
 
 def table(storage: Storage, **settings: Any) -> Data:
@@ -67,7 +68,11 @@ def _read(
                     file,
                     csv.ReadOptions(column_names=asked.columns),
                     csv.ParseOptions(delimiter=asked.delimiter),
-                    csv.ConvertOptions(null_values=list(asked.missing), strings_can_be_null=True),
+                    csv.ConvertOptions(
+                        null_values=list(asked.missing),
+                        strings_can_be_null=True,
+                        column_types=dict.fromkeys(asked.categorical, pa.string()),
+                    ),
                 )
         except pa.ArrowException as error:
             raise InvalidData(f"{address!r} cannot be read: {error}") from None
@@ -147,9 +152,10 @@ def _settled(column: pa.ChunkedArray, name: str, asked: TableSettings) -> pa.Arr
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     kind = values.type
-    exact = pa.types.is_integer(kind) or pa.types.is_temporal(kind)
-    if pa.types.is_boolean(kind) or (exact and name in asked.categorical):
-        values = values.cast(pa.string())  # float64 would take ids above 2^53 for one another
+    if name in asked.categorical:
+        return _names(values, name, asked)
+    if pa.types.is_boolean(kind):
+        values = values.cast(pa.string())
     elif pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         values = values.cast(pa.float64(), safe=False)
     elif pa.types.is_null(kind):
@@ -159,29 +165,42 @@ def _settled(column: pa.ChunkedArray, name: str, asked: TableSettings) -> pa.Arr
     else:
         raise InvalidData(
             f"the column {name!r} is of the type {kind}, which is neither a number nor text; name "
-            f"it under task.data.ignore{' or categorical' if exact else ''}"
+            "it under task.data.ignore or categorical"
         )
-    return _as_asked(values, name, asked)
+    if name in asked.numeric and not pa.types.is_floating(values.type):
+        raise InvalidData(f"the column {name!r} should be numeric, but not all of it is numbers")
+    return values
+
+
+def _names(values: pa.Array, name: str, asked: TableSettings) -> pa.Array:
+    """Return categories as text, each as it is: as numbers, long ids would become one another."""
+    if _is_text(values.type):
+        return _known(values, asked.missing)
+    if pa.types.is_floating(values.type):
+        values = pc.if_else(pc.is_nan(values), None, values)
+    try:
+        return values.cast(pa.string())
+    except pa.ArrowException as error:
+        raise InvalidData(
+            f"the column {name!r} is of the type {values.type}, which cannot be categories "
+            f"({error}); name it under task.data.ignore"
+        ) from None
 
 
 def _text(values: pa.Array, missing: Sequence[str]) -> pa.Array:
     """Return text without spaces around it, or as numbers if all of it reads as such."""
-    stripped = pc.utf8_trim_whitespace(values)
-    absent = pc.is_in(stripped, value_set=pa.array(missing, stripped.type))
-    known = pc.if_else(absent, pa.scalar(None, stripped.type), stripped)
+    known = _known(values, missing)
     try:
         return known.cast(pa.float64())
     except pa.ArrowInvalid:
         return known
 
 
-def _as_asked(values: pa.Array, name: str, asked: TableSettings) -> pa.Array:
-    is_number = pa.types.is_floating(values.type)
-    if name in asked.numeric and not is_number:
-        raise InvalidData(f"the column {name!r} should be numeric, but not all of it is numbers")
-    if name in asked.categorical and is_number:
-        return pc.if_else(pc.is_nan(values), None, values).cast(pa.string())
-    return values
+def _known(values: pa.Array, missing: Sequence[str]) -> pa.Array:
+    """Return text without spaces around it, and null where that says that there is none."""
+    stripped = pc.utf8_trim_whitespace(values)
+    absent = pc.is_in(stripped, value_set=pa.array(missing, stripped.type))
+    return pc.if_else(absent, pa.scalar(None, stripped.type), stripped)
 
 
 def _target(values: pa.Array, asked: TableSettings) -> tuple[NDArray[Any], int | None]:
@@ -232,12 +251,12 @@ def _inputs(columns: Mapping[str, pa.Array], asked: TableSettings) -> Columns:
 def _precision(columns: Sequence[NDArray[np.float64]]) -> type[np.float32 | np.float64]:
     """Return in what numbers are kept until they are standardized: float64 where it must be.
 
-    float32 has 24 bits. Of a number that is very many standard deviations from zero, as of a moment
-    in seconds since 1970, less than half of them would be left for what tells it from others.
+    float32 has 24 bits. Of a column that is much further from zero than it is wide, as of moments
+    of a week in seconds since 1970, less than half of them would be left for what varies.
     """
     for column in columns:
         known = column[np.isfinite(column)]
-        if known.size and 0 < known.std() * _FAR < np.abs(known).max():
+        if known.size and 0 < np.ptp(known) * _FAR < np.abs(known).max():
             return np.float64
     return np.float32
 

@@ -57,6 +57,15 @@ def test_what_is_not_under_a_root_is_refused_there_or_not(address, storage, tmp_
         read(address.format(tmp_path=tmp_path), storage)
 
 
+def test_the_name_of_a_local_file_is_nothing_but_a_name(storage, tmp_path):
+    """To fsspec, what follows a double colon is another file system's."""
+    (tmp_path / "data" / "link.csv").symlink_to(tmp_path / "secret" / "t.csv")
+    with pytest.raises(InvalidData, match=r"there is no file 'link.csv::y'"):
+        read("link.csv::y", storage)
+    (tmp_path / "data" / "own.csv::y").write_text("own")
+    assert read("own.csv::y", storage) == b"own"
+
+
 def test_a_file_that_is_not_there_is_said_to_be_missing(storage):
     with pytest.raises(InvalidData, match=r"there is no file 'gone.csv'"):
         read("gone.csv", storage)

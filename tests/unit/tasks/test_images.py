@@ -96,11 +96,12 @@ def test_files_are_fetched_and_unpacked_by_one_worker_at_a_time(tmp_path: Path, 
     alone_in = []
 
     def noted(folder: Path, **options: Any) -> KMNIST:
-        with suppress(BlockingIOError), alone(folder / images.LOCK, fcntl.LOCK_NB):
+        with suppress(BlockingIOError), alone(folder / "KMNIST.lock", fcntl.LOCK_NB):
             pytest.fail("anybody may come in")
         alone_in.append(folder)
         return KMNIST(folder, **options)
 
+    noted.__name__ = "KMNIST"
     monkeypatch.setattr(images, "KMNIST", noted)
     np.testing.assert_array_equal(kmnist(Storage(tmp_path)).test_y, kept["t10k"][1])
     assert alone_in == [tmp_path] * 2
@@ -109,5 +110,5 @@ def test_files_are_fetched_and_unpacked_by_one_worker_at_a_time(tmp_path: Path, 
 def test_files_are_read_where_no_lock_can_be_made(tmp_path: Path):
     """As in a folder that may only be read."""
     kept = write_idx(tmp_path / "KMNIST")
-    (tmp_path / images.LOCK).mkdir()
+    (tmp_path / "KMNIST.lock").mkdir()
     np.testing.assert_array_equal(kmnist(Storage(tmp_path)).test_y, kept["t10k"][1])

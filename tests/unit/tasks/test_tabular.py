@@ -1,6 +1,7 @@
 import json
 import os
 from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -84,16 +85,43 @@ def test_what_a_column_is_may_be_said(tmp_path):
         load(tmp_path, numeric=["town"])
 
 
-def test_categories_may_be_dates_and_ids_of_any_size(tmp_path):
-    days = [date(2026, 11, day) for day in (1, 2, 2, 3) * 5]
+def test_categories_are_what_they_are_dates_and_ids_of_any_size_too(tmp_path):
     ids = [2**53, 2**53 + 1, 2**53 + 1, None] * 5
-    rows = pa.table({"day": days, "id": ids, "y": ["a", "b"] * 10})
-    parquet.write_table(rows, tmp_path / "t.parquet")
+    columns = {
+        "day": [date(2026, 11, day) for day in (1, 2, 2, 3) * 5],
+        "id": ids,
+        "text": [None if id_ is None else f" {id_}" for id_ in ids],
+        "price": [None if id_ is None else Decimal(id_) for id_ in ids],
+        "y": ["a", "b"] * 10,
+    }
+    parquet.write_table(pa.table(columns), tmp_path / "t.parquet")
     with pytest.raises(InvalidData, match=r"'day' is of the type date32.*ignore or categorical"):
         table(Storage(tmp_path), path="t.parquet", target="y")
-    data = table(Storage(tmp_path), path="t.parquet", target="y", categorical=["day", "id"])
-    codes = all_rows("categories", data)
-    assert sorted({tuple(row) for row in codes.tolist()}) == [(0, 0), (1, 1), (2, -1)]
+    named = ["day", "id", "text", "price"]
+    data = table(Storage(tmp_path), path="t.parquet", target="y", categorical=named)
+    rows = {tuple(row) for row in all_rows("categories", data).tolist()}
+    assert rows == {(0, 0, 0, 0), (1, 1, 1, 1), (2, -1, -1, -1)}
+
+
+def test_categories_of_a_csv_file_keep_their_zeros(tmp_path):
+    lines = ["code,y", *["007,a", "7,b", "?,a"] * 6]
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    data = table(Storage(tmp_path), path="t.csv", target="y", categorical=["code"], missing=["?"])
+    assert set(all_rows("categories", data)[:, 0].tolist()) == {-1, 0, 1}
+
+
+def test_what_cannot_be_categories_is_refused(tmp_path):
+    rows = pa.table({"tags": [["a"], ["b", "c"]] * 10, "y": ["a", "b"] * 10})
+    parquet.write_table(rows, tmp_path / "t.parquet")
+    with pytest.raises(InvalidData, match=r"'tags' is of the type list.*cannot be categories"):
+        table(Storage(tmp_path), path="t.parquet", target="y", categorical=["tags"])
+
+
+def test_a_column_that_never_varies_needs_no_more_digits(tmp_path):
+    rows = pa.table({"x": [0.1] * 60, "y": ["a", "b"] * 30})
+    parquet.write_table(rows, tmp_path / "t.parquet")
+    data = table(Storage(tmp_path), path="t.parquet", target="y")
+    assert data.train_x.numbers.dtype == np.float32
 
 
 def test_numbers_with_more_digits_than_float32_keep_them_until_they_are_standardized(tmp_path):
