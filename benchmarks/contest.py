@@ -2,7 +2,9 @@
 
 import math
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -19,6 +21,7 @@ from benchmarks.memory import (
     bytes_per_lane,
     check_memory,
     empty_caches,
+    nothing_captured,
     resident_bytes,
 )
 from benchmarks.peers import Captured, HandTuned, Tutorial, cnn
@@ -31,6 +34,9 @@ from worker.training.engine import Engine
 
 PREPARING_SHARE = 0.7
 """Of a limited time, what is spent at most on compiling."""
+
+EPOCHS_TO_CAPTURE = 3
+"""After so many, all is captured that is called often."""
 
 TRYING_SECONDS = 1.0
 """For how long at least something is tried of which the fastest is wanted."""
@@ -89,8 +95,10 @@ class Events(list[Mapping[str, Any]]):
     """What the engine would have logged."""
 
     def __call__(self, logger: object, method: str, event: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Take an event; nothing is printed."""
+        """Take an event; what has gone wrong is printed as well."""
         self.append(dict(event))
+        if "reason" in event:
+            say(", ".join(f"{key}: {value}" for key, value in event.items()))
         raise structlog.DropEvent
 
     def form(self) -> str:
@@ -125,6 +133,8 @@ class Contest:
 
     def run(self) -> None:
         """Let all take turns."""
+        # An engine of another precision, of the problem before, has changed it for all.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         self._enter("hand-tuned", self._hand_tuned)
         self._enter("tutorial", self._tutorial)
         if self.setting.device.type == "cuda":
@@ -186,6 +196,7 @@ class Contest:
         if name == "hand-tuned":
             raise error
         self.left_out[name] = first_line(error)
+        traceback.print_exception(error)
         self.contenders = [contender for contender in self.contenders if contender.name != name]
         say(f"{self.setting.problem.name}: {name} left out: {self.left_out[name]}")
 
@@ -263,16 +274,20 @@ class Contest:
             check_memory(lanes * footprint.state, self.setting.device)
             before = allocated(self.setting.device)
             engine.join(some_trials(lanes))
-            trying_threads = 2 * EPOCHS_TRIED if lanes < self.setting.threads else 0
-            for form in ("recorded", "compiled"):
-                for _ in range(1 + trying_threads):
-                    engine.train_epoch()
-                if form == "recorded":
-                    engine.settle()
-            if self.setting.device.type == "cuda":
-                training, validation = allocated_peaks(engine, self.setting.device)
-                contender.measured_bytes = (training - before) / lanes
-                contender.validation_bytes = (validation - before) / lanes
+            on_cuda = self.setting.device.type == "cuda"
+            tries = 0 if on_cuda or lanes >= self.setting.threads else 2 * EPOCHS_TRIED
+            with nothing_captured() if on_cuda else nullcontext():
+                for form in ("recorded", "compiled"):
+                    for _ in range(1 + tries):
+                        engine.train_epoch()
+                    if form == "recorded":
+                        engine.settle()
+                if on_cuda:
+                    training, validation = allocated_peaks(engine, self.setting.device)
+                    contender.measured_bytes = (training - before) / lanes
+                    contender.validation_bytes = (validation - before) / lanes
+            for _ in range(EPOCHS_TO_CAPTURE if on_cuda else 0):
+                engine.train_epoch()
         except BaseException:
             engine.close()
             raise

@@ -64,7 +64,6 @@ def main() -> None:
     # A program is worth recording and compiling after some time. What comes after is measured here.
     compiling.CALLS_BEFORE_RECORDING, compiling.SECONDS_BEFORE_COMPILING = 0, 0.0
     torch.set_flush_denormal(True)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     data = mnist(Storage(arguments.data_dir))
     device = torch.device(arguments.device)
     figures: dict[str, Any] = {

@@ -9,7 +9,8 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,17 @@ def check_memory(needed: int, device: torch.device) -> None:
 def allocated(device: torch.device) -> int:
     """Return the bytes that PyTorch has allocated; 0 on a CPU, where it does not count them."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+@contextmanager
+def nothing_captured() -> Iterator[None]:
+    """Hold CUDA graphs off: what a graph needs within a step does not count as allocated."""
+    calls = compiling.CALLS_BEFORE_CAPTURING
+    compiling.CALLS_BEFORE_CAPTURING = sys.maxsize
+    try:
+        yield
+    finally:
+        compiling.CALLS_BEFORE_CAPTURING = calls
 
 
 def allocated_peaks(engine: Engine, device: torch.device) -> tuple[int, int]:

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +24,27 @@ class Place:
     epoch: int
 
 
+KEPT_BYTES = 2**26
+"""Orders of rows are kept for lanes that come to the same place later, so many bytes of them."""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The noise keys of K lanes in an epoch, on the device, once for each of G groups of lanes.
+
+    ``keys_SGN2`` are those of each step, ``group_K`` says which group each lane belongs to; None
+    for a single lane, which has no lane axis.
+    """
+
+    keys_SGN2: Tensor
+    group_K: Tensor | None
+
+    def of_step(self, number: int) -> Tensor:
+        """Return the keys of a step: ``(K, N, 2)``, or ``(N, 2)`` of a single lane."""
+        keys_GN2 = self.keys_SGN2[number]
+        return keys_GN2[0] if self.group_K is None else keys_GN2.index_select(0, self.group_K)
+
+
 @dataclass(frozen=True)
 class Order:
     """The rows that K lanes see in an epoch, one after the other, by number.
@@ -34,10 +57,16 @@ class Order:
     numbers_GR: NDArray[np.int64]
     group: Sequence[int] | int
 
-    @property
-    def of_lanes(self) -> NDArray[np.int64]:
-        """Each lane's numbers, ``(K, R)``; or those of all, ``(R,)``."""
-        return self.numbers_GR[self.group]
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Return numbers and groups on a device: ``(G, R)`` and ``(K,)``; ``(R,)`` and None."""
+        if isinstance(self.group, int):
+            return _on(self.numbers_GR[self.group], device), None
+        return _on(self.numbers_GR, device), _on(np.array(self.group), device)
+
+    def of_lanes(self, device: torch.device) -> Tensor:
+        """Return each lane's numbers, ``(K, R)``; or those of all, ``(R,)``."""
+        numbers, group_K = self.on(device)
+        return numbers if group_K is None else numbers.index_select(0, group_K)
 
     @property
     def seen_apart(self) -> int:
@@ -61,20 +90,22 @@ class Batches:
         self._seeds = [member_seed(seed, member) for member in range(len(splits))]
         self._sites = sites
         self._device = device
+        self._kept_order = lru_cache(max(1, KEPT_BYTES // (8 * self.rows)))(self._order)
 
-    def of_epoch(self, places: Sequence[Place]) -> tuple[Order, Tensor]:
-        """Return the order of K lanes' rows, and the noise keys of each step: ``(K, S, N, 2)``.
+    def of_epoch(self, places: Sequence[Place]) -> tuple[Order, Keys]:
+        """Return the order of K lanes' rows, and their noise keys of each step.
 
-        Batches are cut from the order by ``sizes``. A single lane has no lane axis: its keys are
-        ``(S, N, 2)``. Lanes at the same place see the same rows and noise, and get them as if they
-        were their own: to share them would save a tenth of a step, and be a second program to
-        record and to compile.
+        Batches are cut from the order by ``sizes``. A single lane has no lane axis. Lanes at the
+        same place see the same rows and noise; they come to the device once, and each step gets
+        them as if they were its lanes' own: to share them there too would save a tenth of a step,
+        and be a second program to record and to compile.
         """
         distinct = sorted(set(places))
         group = [distinct.index(place) for place in places] if len(places) > 1 else 0
-        keys = np.stack([self._keys(place) for place in distinct])[group]
-        order = Order(np.stack([self._order(place) for place in distinct]), group)
-        return order, torch.from_numpy(keys).to(self._device, non_blocking=True)
+        order = Order(np.stack([self._kept_order(place) for place in distinct]), group)
+        keys_SGN2 = np.stack([self._keys(place) for place in distinct], axis=1)
+        group_K = None if isinstance(group, int) else _on(np.array(group), self._device)
+        return order, Keys(_on(keys_SGN2, self._device), group_K)
 
     def _order(self, place: Place) -> NDArray[np.int64]:
         training = self._splits[place.member].training
@@ -91,6 +122,10 @@ class Batches:
             ],
             axis=1,
         )
+
+
+def _on(numbers: NDArray[Any], device: torch.device) -> Tensor:
+    return torch.from_numpy(numbers).to(device, non_blocking=True)
 
 
 def batch_sizes(rows: int, batch_size: int) -> list[int]:

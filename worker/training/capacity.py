@@ -31,9 +31,15 @@ WORTHWHILE = 1.2
 MEMORY_MARGIN = 0.8
 """The share of the free memory that lanes may take; the rest is for what is not foreseen."""
 
-_NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
-"""What torch's CPU allocator says; what CUDA does, of pinned memory of the host for example; and
-what cuBLAS and cuDNN do."""
+_NO_MEMORY = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "[CUDA]: out of memory",
+    "STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+)
+"""What torch's CPU allocator says; what CUDA does, of pinned memory of the host for example; what
+Triton, cuBLAS and cuDNN do, and cuBLAS where it has no room to begin."""
 
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 _LIMIT_AND_USE = ("memory.max", "memory.current")

@@ -7,6 +7,7 @@ to step is copied to where the graph looks for it.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from math import nan
 from typing import Any, Protocol
@@ -49,46 +50,59 @@ def capture(form: Form, fixed: Leaves, copies: Leaves, varying: Leaves) -> Captu
     All graphs of a process share the memory that they need within a step, so no two of them may
     run at the same time. Raises whatever keeps CUDA from capturing.
     """
-    inputs = [leaf.clone() for leaf in varying]
+    inputs = [copy_of(leaf) for leaf in varying]
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # libraries set themselves up in a first call, off the record
         form(*copies, *inputs)
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    # Threads that bring rows call CUDA meanwhile; only this one's calls belong to the capture.
-    with torch.cuda.graph(graph, pool=_shared_memory(), capture_error_mode="thread_local"):
-        (output,) = form(*fixed, *inputs)
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        # Threads that bring rows call CUDA meanwhile; only this one's calls belong to the capture.
+        with torch.cuda.graph(graph, pool=_shared_memory(), capture_error_mode="thread_local"):
+            (output,) = form(*fixed, *inputs)
+    finally:
+        torch.cuda.set_stream(current)  # a capture that cannot begin leaves its own one behind
     output.fill_(nan)  # what a graph does not write there is no result
     return Captured(graph, inputs, output)
 
 
 def first_replay(
     captured: Callable[..., Tensor],
-    form: Form,
+    expected: Tensor,
     fixed: Leaves,
     copies: Leaves,
     varying: Leaves,
     groups: Sequence[Group],
     tolerance: float,
 ) -> tuple[Tensor, bool]:
-    """Call what was captured; return the result, and whether the form does the same on ``copies``.
+    """Call what was captured; return the result, and whether the form has done the same.
 
-    If it does not, the form is what was called in the end. What stands in ``copies`` itself, and
-    not as a copy, is taken for unchanged. ``groups`` are those of ``fixed``, see ``agreement``.
+    The form has returned ``expected`` and changed ``copies``. If it has not done the same, it is
+    what was called in the end, as where there is no memory to compare. What stands in ``copies``
+    itself, and not as a copy, is taken for unchanged. ``groups`` are those of ``fixed``, see
+    ``agreement``.
     """
-    (expected,) = form(*copies, *varying)
     result = captured(*varying)
     changed = [
         (group, copy, leaf)
         for group, copy, leaf in zip(groups, copies, fixed, strict=True)
         if copy is not leaf
     ]
-    if largest_difference([("result", expected, result), *changed]) <= tolerance:
-        return result, True
+    with suppress(torch.OutOfMemoryError):
+        if largest_difference([("result", expected, result), *changed]) <= tolerance:
+            return result, True
     for _, copy, leaf in changed:
         leaf.copy_(copy)
     return expected, False
+
+
+def copy_of(tensor: Tensor) -> Tensor:
+    """Return a copy that lies in memory as the original does, which ``clone`` does not promise."""
+    copy = torch.empty_strided(
+        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+    )
+    return copy.copy_(tensor)
 
 
 @cache

@@ -45,6 +45,7 @@ from worker.training.capturing import (
     Form,
     Leaves,
     capture,
+    copy_of,
     first_replay,
 )
 from worker.training.cores import synchronize
@@ -213,16 +214,18 @@ class Program:
         """Capture a form and call it once."""
         try:
             captured = capture(form, fixed, self._copies(fixed), varying)
+            copies = self._copies(fixed)
+            (expected,) = form(*copies, *varying)
         except Exception as error:  # noqa: BLE001 - whatever it is, the form itself still works
             self._capturable = False
             log.warning("not_captured", program=self.name, reason=first_line(error))
             return form(*fixed, *varying)[0]
-        copies = self._copies(fixed)
         result, agrees = first_replay(
-            captured, form, fixed, copies, varying, self._groups, TOLERANCE
+            captured, expected, fixed, copies, varying, self._groups, TOLERANCE
         )
         if agrees:
             self._captured = captured
+            log.info("captured", program=self.name, lanes=self.lanes)
         else:
             self._capturable = False
             log.warning("not_captured", program=self.name, reason="it computes something else")
@@ -618,8 +621,9 @@ def nothing_compiles() -> Iterator[None]:
 def _compile_for_device(recording: GraphModule, examples: Leaves, threads: int) -> Form:
     _load_compiler()
     options: dict[str, Any] = {"compile_threads": 1}
-    if examples[0].device.type != "cpu":
-        return _compile(recording, examples, options)
+    if examples[0].device.type == "cuda":
+        with torch.cuda.device(examples[0].device):  # a thread's current one is the first
+            return _compile(recording, examples, options)
     options |= {"cpp_wrapper": True, "cpp.threads": threads}
     for more in (_VECTORS_KNOWN, _VECTORS_KNOWN | _LOOPS_APART):
         # Whatever keeps it from compiling so, there is another way to try.
@@ -666,11 +670,3 @@ def _seconds(form: Form, arguments: Leaves) -> float:
 def first_line(error: Exception) -> str:
     """Return the first line of what an error says, after its kind."""
     return f"{type(error).__name__}: {error}".partition("\n")[0]
-
-
-def copy_of(tensor: Tensor) -> Tensor:
-    """Return a copy that lies in memory as the original does, which ``clone`` does not promise."""
-    copy = torch.empty_strided(
-        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
-    )
-    return copy.copy_(tensor)

@@ -72,7 +72,8 @@ class Cores:
         """``threads`` are the CPU cores to use."""
         self.threads = threads
         self._on_cpu = device.type == "cpu"
-        self._pool = ThreadPoolExecutor(threads, "lanes", prepare_thread, (device,))
+        at_once = threads if self._on_cpu else 1
+        self._pool = ThreadPoolExecutor(at_once, "lanes", prepare_thread, (device,))
         self._spread = Spread()
 
     def run(self, work: Callable[[Chunk], Tensor], lanes: int, *, trying: bool = True) -> Tensor:
@@ -97,7 +98,15 @@ class Cores:
 
         futures = [self._pool.submit(in_thread, chunk) for chunk in chunks]
         wait(futures)
-        return torch.cat([future.result() for future in futures])
+        results = []
+        try:
+            for future in futures:
+                results.append(future.result())
+        finally:
+            # An exception knows this frame. Were the frame to know the exception, whatever memory
+            # its own frames hold would be kept until somebody collects garbage.
+            del future, futures
+        return torch.cat(results)
 
     def note(self, seconds: float) -> None:
         """Note how long the latest epoch took."""

@@ -139,15 +139,18 @@ class Engine:
             models = _build_members(own, prepared, training.seed, dtype)
             for model in models:
                 arrange_weights(model, prepared.rows.input_shape, device)
+            sample = prepared.rows.first(SAMPLE_ROWS)
             self.model = LaneModel(
                 models[0],
-                prepared.rows.first(SAMPLE_ROWS).on(torch.device("cpu")),
+                sample.on(torch.device("cpu")),
                 _objective(task, own, data, prepared, knobs),
                 penalize=training.penalized,
                 knobs=knobs,
                 augment=_augmentations(training, prepared),
                 autocast=torch.bfloat16 if training.precision == "bf16" else None,
             ).to(device)
+            if device.type != "cpu":
+                self.model.try_again(sample.on(device))
         self._initial = _stacked([self.model.parameters_of(m) for m in models], device)
         self._initial_buffers = _stacked([self.model.buffers_of(m) for m in models], device)
         memory_format = memory_format_of_rows(models[0], prepared.rows.input_shape, device)

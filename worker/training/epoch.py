@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from statistics import median
 from time import perf_counter
 
@@ -48,6 +48,12 @@ this in each lane; beyond so many rows nothing is gained."""
 
 CAPTURED_BATCHES = 4
 """Streamed batches that CUDA graphs keep as their own: steps of two sizes, and evaluations."""
+
+_EPSILONS = {"bf16": torch.finfo(torch.bfloat16).eps, "tf32": 2.0**-10}
+"""Of products in a study's precision, where that is coarser than float32."""
+
+SCALES_KEPT = 64
+"""Of lanes of different splits, for as many groups of them: a CUDA graph goes by addresses."""
 
 WARM_UP_SECONDS = 1.0
 REHEARSAL_SECONDS = 0.2
@@ -105,7 +111,7 @@ class Held:
 
     def targets(self, order: Order) -> Tensor:
         """Return the targets of these rows, on the device."""
-        y = self.rows.y[torch.from_numpy(order.of_lanes)]
+        y = self.rows.y[order.of_lanes(self.rows.y.device)]
         return y.to(self.weight_MR.device)
 
 
@@ -161,7 +167,7 @@ class Epochs:
         self.programs = Programs(
             compiles=compiles and model.vectorized,
             constants=[*self._supply.fixed.tensors, *tested.fixed.tensors],
-            epsilon=torch.finfo(torch.bfloat16).eps if training.precision == "bf16" else 0.0,
+            epsilon=_EPSILONS.get(training.precision, 0.0),
         )
         self._replicas: queue.LifoQueue[LaneStep] = queue.LifoQueue()
         for _ in range(threads if self._device.type == "cpu" else 1):  # as many chunks at a time
@@ -175,6 +181,7 @@ class Epochs:
             )
         self._cores = Cores(threads, self._device)
         self._later: Callable[[], None] | None = None
+        self._of_lanes = lru_cache(SCALES_KEPT)(self._scale_and_shift)
 
     def train(
         self,
@@ -294,7 +301,7 @@ class Epochs:
                     source,
                     rate_SK[0],
                     coefficients_SCK[0],
-                    keys[..., 0, :, :],
+                    keys.of_step(0),
                     *batch,
                 )
             )
@@ -414,7 +421,7 @@ class Epochs:
                 loss_K = take(index.shape)(
                     rate_SK[number],
                     coefficients_SCK[number],
-                    keys[..., number, :, :],
+                    keys.of_step(number),
                     *brought,
                     index,
                 )
@@ -470,7 +477,7 @@ class Epochs:
         measure = program.bind(step.ways_to_measure(), parameters, buffers, source)
         with closing(held.supply.batches(order, [size] * len(weights))) as batches:
             for batch, counts in zip(batches, weights, strict=True):
-                measured = measure(counts, *batch)
+                measured = measure(counts.contiguous(), *batch)
                 total_TK += measured[:terms]
                 ranked.append(measured[terms:].clone())  # a recorded program writes there again
                 tick()
@@ -485,11 +492,14 @@ class Epochs:
     def _source(self, supply: Supply, members: Sequence[int]) -> Source:
         if len(self._splits) == 1:
             return supply.fixed
+        return supply.fixed._replace(of_lanes=self._of_lanes(tuple(members)))
+
+    def _scale_and_shift(self, members: Sequence[int]) -> tuple[Tensor, Tensor]:
         scale_K, shift_K = (
             torch.stack([getattr(self._splits[member], part) for member in members])
             for part in ("scale", "shift")
         )
-        return supply.fixed._replace(of_lanes=(scale_K, shift_K))
+        return scale_K, shift_K
 
     def _scheduled(
         self, rate_K: NDArray[np.float64], places: Sequence[Place]

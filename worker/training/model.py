@@ -130,6 +130,14 @@ class LaneModel:
         self.objective = self.objective.to(device)
         return self
 
+    def try_again(self, sample: Rows) -> None:
+        """Try ``vmap`` on rows where the model lies now: each device has operations of its own.
+
+        As for recurrent layers, which are one operation of cuDNN's.
+        """
+        if self.vectorized:
+            self._over_lanes = self._vmap_or_loop(sample)
+
     @property
     def sites(self) -> tuple[str, ...]:
         """The names of the model's dropout sites."""
@@ -311,6 +319,9 @@ class LaneModel:
                 "the model draws random numbers other than in nn.Dropout and its kin (functional "
                 "dropout, or attention's own); use dropout modules instead"
             )
+        return self._vmap_or_loop(sample)
+
+    def _vmap_or_loop(self, sample: Rows) -> LaneMap:
         try:
             self._try(vmap, sample)
         except (RuntimeError, ValueError, NotImplementedError) as refusal:
@@ -327,8 +338,10 @@ class LaneModel:
             {name: torch.stack([part, part]) for name, part in parts.items()}
             for parts in (self.parameters_of(self._model), self.buffers_of(self._model))
         )
-        strengths = neutral_strengths(2, x.dtype)
-        keys = torch.zeros(2, self.keys, 2, dtype=torch.int32)
+        strengths = {
+            name: value.to(x.device) for name, value in neutral_strengths(2, x.dtype).items()
+        }
+        keys = torch.zeros(2, self.keys, 2, dtype=torch.int32, device=x.device)
         self.gradients(parameters, buffers, strengths, Batch(x, y, keys, per_lane=True))
         self.measure(parameters, buffers, x, y, x.new_ones(x.shape[:2]), per_lane=True)
 

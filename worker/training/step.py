@@ -150,7 +150,7 @@ class LaneStep:
         x, _, per_lane = gather(source, batch)
         for name, found_K in self._model.statistics(parameters, buffers, x, per_lane).items():
             total[name].add_(found_K)
-        return torch.full((), x.shape[int(per_lane)])
+        return x.new_full((), x.shape[int(per_lane)])
 
 
 def gather(source: Source, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor, bool]:

@@ -60,9 +60,10 @@ class Resident:
 
     def batches(self, order: Order, sizes: Sequence[int]) -> BatchIterator:
         """Yield the numbers of each batch's rows."""
-        index = torch.from_numpy(order.of_lanes).to(self._device, non_blocking=True)
+        numbers, group_K = order.on(self._device)
         for size, end in zip(sizes, accumulate(sizes), strict=True):
-            yield (index[..., end - size : end],)
+            batch = numbers[..., end - size : end]
+            yield (batch if group_K is None else batch.index_select(0, group_K),)
 
 
 class Streamed:

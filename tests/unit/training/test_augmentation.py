@@ -254,10 +254,11 @@ def test_the_loss_of_mixed_rows_is_that_of_mixup(build):
     engine = build(augment=[], batch_size=1000, settings={"hidden": [], "norm": "none"})
     engine.join([trial(0, mixup=0.8, learning_rate=1e-12)])
     weights = {name: part[0].clone() for name, part in engine._tensors.parameters.items()}
-    order, (keys,) = engine._epochs.batches.of_epoch([Place(0, 1)])
-    rows = engine._epochs._validation.rows.on(torch.device("cpu"))
-    x, y = rows.x[order.of_lanes], rows.y[order.of_lanes]
-    share_B = own_shares(strength(0.8), keys[-1], len(y))
+    order, keys = engine._epochs.batches.of_epoch([Place(0, 1)])
+    cpu = torch.device("cpu")
+    rows, numbers = engine._epochs._validation.rows.on(cpu), order.of_lanes(cpu)
+    x, y = rows.x[numbers], rows.y[numbers]
+    share_B = own_shares(strength(0.8), keys.of_step(0)[-1], len(y))
     targets = nn.functional.one_hot(y, 3).double()
     targets = share_B[:, None] * targets + (1 - share_B[:, None]) * targets.roll(1, 0)
     weight, bias = (

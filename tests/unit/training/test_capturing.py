@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from worker.training.capturing import Captured, capture, first_replay
+from worker.training.capturing import Captured, capture, copy_of, first_replay
 
 TOLERANCE = 1e-3
 
@@ -40,7 +40,10 @@ def test_what_changes_is_copied_in_and_the_result_is_copied_out():
 def test_the_first_replay_takes_exactly_one_step():
     state, x = torch.ones(3), torch.full((3,), 2.0)
     copies = [state.clone()]
-    result, agrees = first_replay(taped(state), step, [state], copies, [x], ["state"], TOLERANCE)
+    (expected,) = step(*copies, x)
+    result, agrees = first_replay(
+        taped(state), expected, [state], copies, [x], ["state"], TOLERANCE
+    )
     assert agrees
     assert result.item() == 9
     assert state.tolist() == [3, 3, 3]
@@ -48,12 +51,37 @@ def test_the_first_replay_takes_exactly_one_step():
 
 def test_a_capture_that_computes_something_else_is_noticed_and_undone():
     state, x = torch.ones(3), torch.full((3,), 2.0)
+    copies = [state.clone()]
+    (expected,) = step(*copies, x)
     result, agrees = first_replay(
-        taped(state, factor=1.1), step, [state], [state.clone()], [x], ["state"], TOLERANCE
+        taped(state, factor=1.1), expected, [state], copies, [x], ["state"], TOLERANCE
     )
     assert not agrees
     assert result.item() == 9
     assert state.tolist() == [3, 3, 3]
+
+
+def test_a_capture_that_there_is_no_memory_to_check_is_undone(monkeypatch):
+    def too_large(pairs: object) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("worker.training.capturing.largest_difference", too_large)
+    state, x = torch.ones(3), torch.full((3,), 2.0)
+    copies = [state.clone()]
+    (expected,) = step(*copies, x)
+    result, agrees = first_replay(
+        taped(state, factor=1.1), expected, [state], copies, [x], ["state"], TOLERANCE
+    )
+    assert (agrees, result.item()) == (False, 9)
+    assert state.tolist() == [3, 3, 3]
+
+
+@pytest.mark.parametrize("form", [torch.channels_last, torch.contiguous_format])
+def test_a_copy_lies_in_memory_as_the_original_does(form):
+    original = torch.rand(2, 3, 4, 5).to(memory_format=form)[:, 1:]
+    copy = copy_of(original)
+    assert copy.stride() == original.stride()
+    assert torch.equal(copy, original)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,9 +1,13 @@
 """How lanes are spread over cores."""
 
+import gc
+import weakref
+from contextlib import suppress
+
 import pytest
 import torch
 
-from worker.training.cores import EPOCHS_TRIED, Cores, Spread, chunk_sizes
+from worker.training.cores import EPOCHS_TRIED, Chunk, Cores, Spread, chunk_sizes
 
 
 def chosen(spread: Spread, chunks: int, most: int, seconds: dict[int, float]) -> list[int]:
@@ -72,3 +76,28 @@ def test_the_sizes_that_come_up_when_lanes_get_fewer(lanes, rarer):
 )
 def test_lanes_are_cut_into_chunks_of_few_sizes(lanes, threads, sizes):
     assert chunk_sizes(lanes, threads) == sizes
+
+
+class Large:
+    """Stands for the tensors that were in use when memory ran out."""
+
+
+def test_what_has_raised_keeps_nothing_of_what_it_held():
+    """Not even until somebody collects garbage: the memory is wanted for fewer lanes."""
+    cores = Cores(2, torch.device("cpu"))
+    held: list[weakref.ref[Large]] = []
+
+    def work(chunk: Chunk) -> torch.Tensor:
+        large = Large()
+        held.append(weakref.ref(large))
+        raise MemoryError(large)
+
+    gc.disable()
+    try:
+        for _ in range(3):
+            with suppress(MemoryError):
+                cores.run(work, 8)
+        assert [large() for large in held] == [None] * 6
+    finally:
+        gc.enable()
+        cores.close()
