@@ -8,6 +8,9 @@ COPY . /source
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels /source
 
 FROM python:3.11-slim
+# Steps are compiled: the compiler is used on a GPU as well.
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
 # Volumes take over the owner of the folders that they cover.
 RUN useradd --create-home --uid 10001 regtune && install --directory --owner regtune /data /claims
 COPY requirements/worker.txt /requirements.txt

@@ -22,6 +22,7 @@ from service.dashboard import Dashboard
 from service.edge import Context
 from service.newsroom import Newsroom
 from service.openapi import PROBLEM, describe
+from service.origins import SameOrigin
 from service.scheduler.loop import Scheduler
 
 log = structlog.get_logger()
@@ -72,6 +73,7 @@ def create_app(settings: Settings, *, schedule: bool = True) -> FastAPI:
         CapacityLimiter(settings.pool_size),
     )
     problems.install(app)
+    app.add_middleware(SameOrigin)
     for part in (studies, trials, history, events, workers, health):
         app.include_router(part.router)
     app.router.default = Dashboard(

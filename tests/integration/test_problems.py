@@ -355,6 +355,21 @@ def test_two_who_act_on_one_study_at_once_never_break_each_other(
     assert statuses <= {200, 409}
 
 
+@pytest.mark.parametrize("origin", ["https://elsewhere.example", "http://127.0.0.1:1", "null"])
+def test_a_page_of_another_site_may_only_look(
+    client: httpx.Client, engine: Engine, origin: str
+) -> None:
+    study = builders.create(engine)
+    foreign = {"Origin": origin}
+    detail = problem(client.post("/v1/studies/study/cancel", headers=foreign), 403)["detail"]
+    assert repr(origin) in detail
+    problem(client.delete("/v1/studies/study", headers=foreign), 403)
+    assert client.get("/v1/studies/study", headers=foreign).status_code == 200
+    assert builders.study_state(engine, study) == "active"
+    own = {"Origin": str(client.base_url).rstrip("/")}
+    assert client.post("/v1/studies/study/cancel", headers=own).status_code == 200
+
+
 @pytest.mark.parametrize("error", errors.RegtuneError.__subclasses__())
 def test_every_domain_error_has_a_status_of_its_own(error: type[errors.RegtuneError]) -> None:
     if error.__module__ == errors.__name__ and error is not errors.AddressTaken:

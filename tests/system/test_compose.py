@@ -38,7 +38,7 @@ STUDY = {
 def compose(project: Path) -> dict[str, Any]:
     """The file, its variables at their defaults."""
     text = (project / "docker-compose.yml").read_text()
-    loaded: dict[str, Any] = yaml.safe_load(re.sub(r"\$\{\w+:-(\w+)\}", r"\1", text))
+    loaded: dict[str, Any] = yaml.safe_load(re.sub(r"\$\{\w+:-([\w.]+)\}", r"\1", text))
     return loaded
 
 
