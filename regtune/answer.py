@@ -15,19 +15,31 @@ _SHARES = ("accuracy", "balanced_accuracy")
 
 
 def show(best: Document, console: Console) -> None:
-    """Print the best trial of a study beside the one without regularization."""
-    baseline = best["baseline"]
+    """Print the best trial of a study beside the reference points; gains are over everything off.
+
+    The best is the one of the lowest validation loss; no test figure had a part in that.
+    """
+    others = [best["default"], best["baseline"]]
     table = Table(box=None, pad_edge=False)
     table.add_column(best["study"], style="bold")
     table.add_column(f"best (trial {best['number']})", justify="right")
-    table.add_column("no regularization", justify="right")
+    table.add_column("common default", justify="right")
+    table.add_column("everything off", justify="right")
     table.add_column("gain", justify="right")
     for name in _told(best):
-        unregularized = _value(baseline["params"][name]) if baseline else _NOTHING
-        table.add_row(name.replace("_", " "), _value(best["params"][name]), unregularized)
+        values = [_value(trial["params"][name]) if trial else _NOTHING for trial in others]
+        table.add_row(name.replace("_", " "), _value(best["params"][name]), *values)
     table.add_section()
-    table.add_row("validation loss", *_losses(best, baseline))
-    table.add_row(f"test {best['score'].replace('_', ' ')}", *_scores(best, baseline))
+    for key in ("validation_loss", "test_loss"):
+        losses = [trial[key] if trial else None for trial in (best, *others)]
+        table.add_row(key.replace("_", " "), *map(_number, losses), _less(losses[0], losses[-1]))
+    scores = [trial["test_score"] if trial else None for trial in (best, *others)]
+    is_share = best["score"] in _SHARES
+    table.add_row(
+        f"test {best['score'].replace('_', ' ')}",
+        *map(_per_cent if is_share else _number, scores),
+        _more(scores[0], scores[-1], is_share),
+    )
     console.print()
     console.print(table)
 
@@ -49,36 +61,26 @@ def _told(best: Document) -> list[str]:
     ]
 
 
-def _losses(best: Document, baseline: Document | None) -> list[str]:
-    """Return the best loss, the baseline's, and by how much of it the best is lower."""
-    loss = best["validation_loss"]
-    if baseline is None or not baseline["validation_loss"]:
-        return [_number(loss), _NOTHING, _NOTHING]
-    before = baseline["validation_loss"]
-    return [_number(loss), _number(before), f"{(loss - before) / abs(before):+.1%}"]
+def _less(loss: float | None, before: float | None) -> str:
+    """Return by how much of the other loss this one is lower."""
+    if loss is None or not before:
+        return _NOTHING
+    return f"{(loss - before) / abs(before):+.1%}"
 
 
-def _scores(best: Document, baseline: Document | None) -> list[str]:
-    """Return the best trial's score, the baseline's, and what is between them."""
-    score = best["test_score"]
-    before = baseline["test_score"] if baseline else None
-    if score is None:  # as R² of a single test row
-        return [_NOTHING] * 3
-    if best["score"] not in _SHARES:
-        return _in_numbers(score, before)
-    if before is None:
-        return [f"{score:.2%}", _NOTHING, _NOTHING]
-    return [f"{score:.2%}", f"{before:.2%}", f"{100 * (score - before):+.2f} points"]
+def _more(score: float | None, before: float | None, is_share: bool) -> str:
+    """Return what is between two scores; one of a single test row may be unknown, as R²."""
+    if score is None or before is None:
+        return _NOTHING
+    return f"{100 * (score - before):+.2f} points" if is_share else f"{score - before:+.4g}"
 
 
-def _in_numbers(score: float, before: float | None) -> list[str]:
-    if before is None:
-        return [_number(score), _NOTHING, _NOTHING]
-    return [_number(score), _number(before), f"{score - before:+.4g}"]
+def _per_cent(share: float | None) -> str:
+    return _NOTHING if share is None else f"{share:.2%}"
 
 
-def _number(value: float) -> str:
-    return f"{value:.4g}"
+def _number(value: float | None) -> str:
+    return _NOTHING if value is None else f"{value:.4g}"
 
 
 def _value(value: Any) -> str:

@@ -129,7 +129,7 @@ class Client:
         return self._get(f"{_path(name)}/trials/{number}")
 
     def best(self, name: str) -> Document:
-        """Return the best trial and the baseline; Refused with status 404 until there is one."""
+        """Return the best trial and the reference points; Refused, 404, until there is one."""
         return self._get(f"{_path(name)}/best")
 
     def act(self, name: str, verb: Verb) -> Document:

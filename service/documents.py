@@ -93,3 +93,8 @@ class TrialResult(Document):
     def of(cls, result: Result) -> Self:
         """Return the document of a result."""
         return cls.model_validate(result)
+
+    @classmethod
+    def maybe(cls, result: Result | None) -> Self | None:
+        """Return the document of a result, if there is one."""
+        return None if result is None else cls.of(result)

@@ -122,13 +122,13 @@ def best(session: Session, study: Study, stands: Standing) -> Result:
     return _result(study, row)
 
 
-def baseline(session: Session, study: Study) -> Result | None:
-    """Return the trial with everything off; None until it is complete."""
-    row = session.execute(
-        text(f"{_RESULTS} {_BASELINE}"),
+def references(session: Session, study: Study) -> Mapping[str, Result]:
+    """Return the reference points that are complete, by kind: baseline and default."""
+    rows = session.execute(
+        text(f"{_RESULTS} {_REFERENCES}"),
         {"study_id": study.study_id, "reference_trials": REFERENCE_TRIALS},
-    ).one_or_none()
-    return _result(study, row) if row else None
+    )
+    return {row.kind: _result(study, row) for row in rows}
 
 
 def trials_by_number(
@@ -273,6 +273,6 @@ FROM regtune.trials
 WHERE study_id = :study_id AND state = 'complete'
 """
 
-_BASELINE = "AND number < :reference_trials AND kind = 'baseline'"
+_REFERENCES = "AND number < :reference_trials AND kind IN ('baseline', 'default')"
 
 _BEST = "AND value < 'Infinity' ORDER BY value, number LIMIT 1"

@@ -204,6 +204,9 @@ class StudyDetail(StudySummary):
     baseline: TrialResult | None = Field(
         description="The trial with everything off; null until it is complete."
     )
+    default: TrialResult | None = Field(
+        description="The trial with common strengths; null until it is complete."
+    )
     warning: str | None = Field(
         description="Why nothing happens, if no living worker offers the study's task on a device "
         "as it requires, or all that do have refused it because their data differ or "
@@ -327,7 +330,7 @@ def _detail(session: Session, study: Study, context: Context) -> StudyDetail:
         best = TrialResult.of(records.best(session, study, stands))
     except NoBestYet:
         best = None
-    baseline = records.baseline(session, study)
+    references = records.references(session, study)
     alive_seconds = context.settings.lease_seconds
     return StudyDetail(
         **_summary(study, stands),
@@ -339,7 +342,8 @@ def _detail(session: Session, study: Study, context: Context) -> StudyDetail:
         ],
         eta_seconds=records.eta_seconds(session, study, stands),
         best=best,
-        baseline=TrialResult.of(baseline) if baseline else None,
+        baseline=TrialResult.maybe(references.get("baseline")),
+        default=TrialResult.maybe(references.get("default")),
         warning=admission.warning(session, study, alive_seconds) if study.live else None,
     )
 

@@ -141,7 +141,7 @@ class TrialDetail(TrialSummary):
 
 
 class Best(TrialResult):
-    """The best trial of a study, and the baseline beside it."""
+    """The best trial of a study, and the reference points beside it."""
 
     study: str = Field(description="The study's name.", examples=["digits"])
     searched: list[str] = Field(
@@ -151,6 +151,9 @@ class Best(TrialResult):
     score: str = Field(description="What validation and test score are.", examples=["accuracy"])
     baseline: TrialResult | None = Field(
         description="The trial with everything off; null until it is complete."
+    )
+    default: TrialResult | None = Field(
+        description="The trial with common strengths; null until it is complete."
     )
 
 
@@ -229,13 +232,14 @@ def get_best(name: StudyName, session: InTransaction) -> Best:
     """Look at the trial with the lowest validation loss; 404 until one is complete."""
     study = studies.find(session, name)
     result = TrialResult.of(records.best(session, study, standing.of(session, study.study_id)))
-    baseline = records.baseline(session, study)
+    references = records.references(session, study)
     return Best(
         study=name,
         **result.model_dump(),
         searched=list(study.spec.search.searched()),
         score=study.model.score if study.model else "accuracy",
-        baseline=TrialResult.of(baseline) if baseline else None,
+        baseline=TrialResult.maybe(references.get("baseline")),
+        default=TrialResult.maybe(references.get("default")),
     )
 
 

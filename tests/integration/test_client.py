@@ -272,7 +272,7 @@ def test_watching_shows_each_change_and_says_by_its_exit_code_how_it_ended(
     code, out, _ = run("watch", "x")
     assert code == 0
     assert out.startswith("x: 2 of 5 trials done, best validation loss 0.4, completed\n")
-    assert "no regularization" in out
+    assert "everything off" in out
     builders.create(engine, "y")
     api.act("y", "cancel")
     code, out, _ = run("watch", "y", "--json")

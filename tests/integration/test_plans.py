@@ -134,7 +134,7 @@ def test_what_is_asked_all_the_time_reads_no_big_table_from_end_to_end(
         lambda session: events.newest(session, [id_]),
         lambda session: standing.of(session, id_),
         lambda session: records.best(session, study, STANDS),
-        lambda session: records.baseline(session, study),
+        lambda session: records.references(session, study),
         lambda session: records.eta_seconds(session, study, STANDS),
         lambda session: records.trials_by_number(session, study, None, None, True, 100),
         lambda session: records.trials_by_value(session, study, None, None, True, 100),

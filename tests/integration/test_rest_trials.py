@@ -306,9 +306,12 @@ def test_the_best_trial_is_found_by_validation_loss_alone(
     assert shown["best"] == {
         key: value
         for key, value in best.items()
-        if key not in ("study", "searched", "score", "baseline")
+        if key not in ("study", "searched", "score", "baseline", "default")
     }
     assert shown["baseline"] == baseline
+    default = best["default"]
+    assert (default["number"], default["kind"], default["test_score"]) == (1, "default", 0.5)
+    assert shown["default"] == default
 
 
 def test_there_is_no_best_trial_before_one_is_complete(
@@ -329,7 +332,8 @@ def test_the_baseline_is_missing_until_it_is_complete(client: httpx.Client, engi
     builders.append(engine, study, 2)
     (baseline, default) = builders.lease(engine, study, 2)
     finish(engine, default, builders.completed(0.5), 0.5)
-    assert client.get("/v1/studies/study/best").json()["baseline"] is None
+    best = client.get("/v1/studies/study/best").json()
+    assert (best["baseline"], best["default"]["number"]) == (None, 1)
     finish(engine, baseline, builders.completed(0.75), 0.75)
     assert client.get("/v1/studies/study/best").json()["baseline"]["number"] == 0
 

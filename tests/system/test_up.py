@@ -119,7 +119,13 @@ def test_a_study_is_trained_and_a_second_run_trains_it_under_a_fresh_name(folder
     with up(folder, "--study", study) as first:
         assert first.wait() == 0, first.text
         assert processes_in(folder) == []
-        for words in ("best (trial ", "no regularization", "validation loss", "test accuracy"):
+        for words in (
+            "best (trial ",
+            "common default",
+            "everything off",
+            "validation loss",
+            "test accuracy",
+        ):
             assert words in first.text
         assert "study small completed" in first.text
         assert re.search(r"http://127\.0\.0\.1:\d+/dashboard", first.text)
