@@ -153,14 +153,19 @@ class Stack:
             return
         try:
             # When a study ends, it is too late for an experiment to pay.
-            epochs = self._engine.train_epoch(progress, trying=self._more_to_come)
+            epochs: Sequence[LaneEpoch] | None = self._engine.train_epoch(
+                progress, trying=self._more_to_come
+            )
         except (Interrupted, DeviceLost):
             raise
         except Exception as error:  # noqa: BLE001 - a user's crash is data
             if capacity.is_out_of_memory(error) and self._engine.slots > 1:
-                self._take_fewer_lanes()
-                return
-            epochs = self._train_apart(error, progress)
+                epochs = None
+            else:
+                epochs = self._train_apart(error, progress)
+        if epochs is None:  # only now: the error's frames held what the step had allocated
+            self._take_fewer_lanes()
+            return
         for epoch in epochs:
             for curves in (self._curves, self._epochs):
                 curves.setdefault(epoch.key, []).append(_as_epoch(epoch))
@@ -354,9 +359,9 @@ class Stack:
         self._engine.max_lanes = self._capacity.lanes
         if not self._settings.lanes:
             self._memory.keep(self._capacity, *self._situation)
+        capacity.free_memory(self._device)
         self._give_back(self._engine.lanes[self._engine.slots :])
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        capacity.free_memory(self._device)
         log.warning("out_of_memory", study=self.study.name, lanes=self._capacity.lanes)
 
     def _give_back(self, keys: Sequence[int]) -> None:
@@ -484,11 +489,14 @@ class Stack:
         room = self._engine.free_slots
         joining, too_many = joining[:room], joining[room:]
         self._given_back |= set(too_many)
+        has_room = True
         try:
             self._join(joining, {id_: one.checkpoint for id_, one in answer.resumed.items()})
         except Exception as error:
             if not capacity.is_out_of_memory(error) or self._engine.slots == 1:
                 raise
+            has_room = False
+        if not has_room:
             self._given_back |= set(joining)
             self._take_fewer_lanes()
 

@@ -315,7 +315,8 @@ def test_running_out_of_memory_halves_the_lanes_and_loses_no_trial(engine, run, 
     for ours, theirs in zip(trials(engine, tight), trials(engine, ample), strict=True):
         assert (ours.state, ours.lost_leases) == ("complete", 0)
         if ours.number < 2:  # the later ones depend on which trials had ended
-            assert ours.value == pytest.approx(theirs.value, rel=1e-4)
+            # Lanes are cut into other chunks; Adam's first steps make much of rounding.
+            assert ours.value == pytest.approx(theirs.value, rel=5e-3)
     assert the_worker(engine).lanes == 2
     assert the_worker(engine).capacity == {
         "lanes": 2,

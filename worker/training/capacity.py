@@ -6,6 +6,7 @@ runs beside others was suggested without knowing how they end. On a CPU each cor
 of lanes at a time, so beyond a chunk for each core lanes would only take turns.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -121,6 +122,8 @@ def measure(
             if not is_out_of_memory(error) or not rates:
                 raise
             reason = f"{lanes} lanes ran out of memory"
+        if lanes not in rates:
+            free_memory(device)  # which the error's frames have held
             break
         log.debug("rehearsed", lanes=lanes, trial_epochs_per_second=round(rates[lanes], 3))
         if _in_vain(list(rates.values())):
@@ -134,6 +137,13 @@ def measure(
         lanes *= 2
     chosen = min(lanes for lanes in rates if rates[lanes] * WORTHWHILE >= max(rates.values()))
     return Capacity(chosen, reason, footprint.total, round(rates[chosen], 4))
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what a device's memory was reserved for and nobody uses, after it ran out."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _in_vain(rates: Sequence[float]) -> bool:
