@@ -237,13 +237,13 @@ def test_broken_yaml_is_refused_with_its_line(run: Run, tmp_path: Path) -> None:
     assert "line 6" in err
 
 
-def test_the_answer_is_shown_beside_the_baseline(run: Run, engine: Engine) -> None:
+def test_the_answer_is_shown_beside_the_reference_points(run: Run, engine: Engine) -> None:
     train(engine, builders.create(engine, "x"), [0.5, 0.4])
     code, out, _ = run("best", "x")
     assert code == 0
     lines = [line.split() for line in out.splitlines()]
-    assert ["validation", "loss", "0.4", "0.5", "-20.0%"] in lines
-    assert ["test", "accuracy", "80.00%", "80.00%", "+0.00", "points"] in lines
+    assert ["validation", "loss", "0.4", "0.4", "0.5", "-20.0%"] in lines
+    assert ["test", "accuracy", *["80.00%"] * 3, "+0.00", "points"] in lines
     assert json.loads(run("best", "x", "--json")[1])["baseline"]["validation_loss"] == 0.5
 
 
