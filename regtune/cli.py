@@ -189,7 +189,7 @@ def list_(
         return
     table = Table("study", "state", "trials", "best loss", box=None, pad_edge=False)
     for study in studies:
-        trials = f"{progress.ended(study)}/{study['budget_trials']}"
+        trials = f"{progress.ended(study)} ({study['progress']:.0%})"
         loss = study["best_validation_loss"]
         best = "–" if loss is None else f"{loss:.4g}"
         table.add_row(study["name"], study["state"], trials, best)
@@ -248,7 +248,7 @@ def change(
         raise typer.BadParameter("name what to change: --trials, --seconds, …")
     with _client() as api:
         study = api.change(name, changes)
-    _out.out(f"study {name} may have {study['budget_trials']} trials, priority {study['priority']}")
+    _out.out(f"study {name}: {progress.budget_in_words(study)}; priority {study['priority']}")
 
 
 @app.command()
@@ -438,7 +438,10 @@ def check_task(
 
 @db.command()
 def upgrade() -> None:
-    """Bring the schema up to date; safe at any time, and from several places at once."""
+    """Bring the schema up to date; safe to run twice, and from several places at once.
+
+    Before an upgrade to a newer version, stop the service and all workers.
+    """
     settings = _settings()
     database.upgrade(settings.direct_database_url or _database_url(settings))
     _out.out("the database's schema is up to date")

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from regtune.client import Client, Document, is_live
+from regtune.spec import MOST_TRIALS
 
 _LOOK_SECONDS, _LONGEST_LOOK_SECONDS, _LOOK_SHARE = 0.5, 5.0, 1 / 50
 """A study is looked at the more seldom the longer it has been watched: each look costs the service,
@@ -40,6 +41,21 @@ def ended(study: Document) -> int:
     """Return how many trials of a study will not change any more."""
     counts: dict[str, int] = study["counts"]
     return sum(counts[state] for state in ("complete", "pruned", "failed", "cancelled"))
+
+
+def budget_in_words(study: Document) -> str:
+    """Return how far a study is, by the limits that it has: ``3 of 40 trials done, …``."""
+    parts = [f"{ended(study)} of {study['budget_trials']} trials done"]
+    if study["budget_trials"] >= MOST_TRIALS:  # of which nobody has asked for fewer
+        parts = [f"{ended(study)} trials done"]
+    limits = {
+        "budget_seconds": f"{study['budget_seconds'] or 0:g} s",
+        "budget_trial_epochs": f"{study['budget_trial_epochs']} trial-epochs",
+    }
+    asked = [words for key, words in limits.items() if study[key] is not None]
+    if asked:
+        parts.append(f"{study['progress']:.0%} of the budget of {' and '.join(asked)}")
+    return ", ".join(parts)
 
 
 def seconds_taken(study: Document) -> float:
@@ -77,8 +93,8 @@ def _as_bar(looks: Iterable[Document], console: Console) -> Document:
             progress.update(
                 bar,
                 description=study["name"],
-                completed=ended(study),
-                total=study["budget_trials"],
+                completed=study["progress"],
+                total=1.0,
                 words=_in_words(study),
             )
     return study
@@ -99,7 +115,7 @@ def _without_time_left(study: Document) -> Document:
 
 
 def _in_words(study: Document) -> str:
-    parts = [f"{ended(study)} of {study['budget_trials']} trials done"]
+    parts = [budget_in_words(study)]
     if study["counts"]["running"]:
         parts.append(f"{study['counts']['running']} running")
     if study["best_validation_loss"] is not None:

@@ -26,7 +26,14 @@ from regtune.spec.reading import (
 )
 from regtune.spec.search import STRENGTHS, Search, default_search
 from regtune.spec.shape import NO_SHAPE, read_shape
-from regtune.spec.study import NAME_PATTERN, REFERENCE_TRIALS, Requires, StudySpec, Validation
+from regtune.spec.study import (
+    MOST_TRIALS,
+    NAME_PATTERN,
+    REFERENCE_TRIALS,
+    Requires,
+    StudySpec,
+    Validation,
+)
 from regtune.spec.task import (
     CLASSIFICATION_SCORES,
     REGRESSION_SCORES,
@@ -40,6 +47,7 @@ from regtune.spec.training import Training
 __all__ = [
     "CLASSIFICATION_SCORES",
     "MAX_BODY_BYTES",
+    "MOST_TRIALS",
     "NAME_PATTERN",
     "NO_SHAPE",
     "REFERENCE_TRIALS",

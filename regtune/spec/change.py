@@ -7,6 +7,7 @@ from pydantic import model_validator as validate_model
 from pydantic_core import PydanticCustomError
 
 from regtune.spec.parts import SpecModel, with_computed_defaults
+from regtune.spec.study import MOST_TRIALS
 
 
 class BudgetChange(SpecModel):
@@ -19,7 +20,7 @@ class BudgetChange(SpecModel):
     trials: int = Field(
         1,
         ge=1,
-        le=100_000,
+        le=MOST_TRIALS,
         description="How many trials; not fewer than there are already.",
         examples=[80],
     )

@@ -29,6 +29,9 @@ from regtune.spec.task import (
 from regtune.spec.training import AUGMENTATIONS, Training
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+MOST_TRIALS = 100_000
+"""A study's trials, where nobody has asked for fewer."""
+
 REFERENCE_TRIALS = 2
 """Every study first trains two reference points: everything off, and a common default."""
 MAX_MEMBERS = 256
@@ -97,9 +100,9 @@ class Budget(SpecModel):
     model_config = ConfigDict(json_schema_extra=with_computed_defaults("trials"))
 
     trials: int = Field(
-        100_000,
+        MOST_TRIALS,
         ge=1,
-        le=100_000,
+        le=MOST_TRIALS,
         description="How many trials, exactly; the two reference points count. Default: as many "
         "as the seconds or trial_epochs allow.",
         examples=[40],

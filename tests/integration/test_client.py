@@ -252,7 +252,7 @@ def test_studies_and_workers_are_listed(run: Run, engine: Engine) -> None:
     assert run("workers")[1] == "no workers; `regtune worker` starts one\n"
     train(engine, builders.create(engine, "x"), [0.5])
     register(engine, "w", "h")
-    assert run("list")[1].splitlines()[1].split() == ["x", "active", "1/5", "0.5"]
+    assert run("list")[1].splitlines()[1].split() == ["x", "active", "1", "(20%)", "0.5"]
     assert run("workers")[1].splitlines()[1].split() == ["w", "yes", "cpu", "4"]
     with transaction(engine) as session:
         workers.beat(session, "w", wanted_lanes=0, study_id=None, occupancy=0.934)
@@ -278,6 +278,14 @@ def test_watching_shows_each_change_and_says_by_its_exit_code_how_it_ended(
     code, out, _ = run("watch", "y", "--json")
     assert code == cli.FAILED
     assert [json.loads(line)["state"] for line in out.splitlines()] == ["cancelled"]
+
+
+def test_a_study_is_measured_by_the_limits_that_it_has(run: Run, engine: Engine) -> None:
+    builders.create(engine, "x", budget={"seconds": 600})
+    _, out, _ = run("change", "x", "--seconds", "900")
+    assert out == "study x: 0 trials done, 0% of the budget of 900 s; priority 1\n"
+    _, out, _ = run("change", "x", "--trials", "30")
+    assert out == "study x: 0 of 30 trials done, 0% of the budget of 900 s; priority 1\n"
 
 
 def test_plain_lines_come_seldom_and_the_last_one_always(
@@ -336,7 +344,10 @@ def test_a_study_is_changed_and_its_history_shown_on_the_command_line(
 ) -> None:
     api.submit(YAML)
     code, out, _ = run("change", "digits", "--trials", "9", "--priority", "3", "--seconds", "60")
-    assert (code, out) == (0, "study digits may have 9 trials, priority 3\n")
+    assert (code, out) == (
+        0,
+        "study digits: 0 of 9 trials done, 0% of the budget of 60 s; priority 3\n",
+    )
     assert run("change", "digits", "--seconds", "none")[0] == 0
     study = api.study("digits")
     assert (study["budget_trials"], study["budget_seconds"], study["priority"]) == (9, None, 3)
