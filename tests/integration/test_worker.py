@@ -21,7 +21,7 @@ from tests.threads import run_until_over, working
 from tests.waiting import wait_until
 from worker.refusals import FIRST_SECONDS
 from worker.tasks import decoding
-from worker.training import residence
+from worker.training import capacity, residence
 from worker.training.epoch import Epochs
 
 SHORT = {"training": {"max_epochs": 4, "batch_size": 256}, "budget": {"trials": 6}}
@@ -296,7 +296,11 @@ def test_a_worker_that_cannot_keep_decoded_images_leaves_the_study_to_others(
 
 
 def test_running_out_of_memory_halves_the_lanes_and_loses_no_trial(engine, run, monkeypatch):
-    """The same study, with and without a device that holds two lanes at most."""
+    """The same study, with and without a device that holds two lanes at most.
+
+    On one core, so that lanes are not cut apart: Adam's first steps make much of other rounding.
+    """
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     ample = builders.create(engine, "ample", **SHORT)
     run(ample, lanes=4)
     train = Epochs.train
@@ -315,8 +319,7 @@ def test_running_out_of_memory_halves_the_lanes_and_loses_no_trial(engine, run, 
     for ours, theirs in zip(trials(engine, tight), trials(engine, ample), strict=True):
         assert (ours.state, ours.lost_leases) == ("complete", 0)
         if ours.number < 2:  # the later ones depend on which trials had ended
-            # Lanes are cut into other chunks; Adam's first steps make much of rounding.
-            assert ours.value == pytest.approx(theirs.value, rel=5e-3)
+            assert ours.value == pytest.approx(theirs.value, rel=1e-4)
     assert the_worker(engine).lanes == 2
     assert the_worker(engine).capacity == {
         "lanes": 2,
@@ -342,7 +345,9 @@ def test_a_trial_that_does_not_fit_even_alone_fails_with_the_reason(engine, run,
 
 
 def test_a_worker_says_how_many_lanes_it_has_found_and_how_full_they_were(engine, run, tmp_path):
-    study = builders.create(engine, **SHORT)
+    """Of more trials than lanes: once nothing waits, empty ones say nothing."""
+    trials = 2 * capacity.provisional(torch.device("cpu"))
+    study = builders.create(engine, **SHORT | {"budget": {"trials": trials}})
     run(study)
     worker = the_worker(engine)
     assert worker.capacity is not None
