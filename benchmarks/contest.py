@@ -20,14 +20,13 @@ from benchmarks.memory import (
     allocated_peaks,
     bytes_per_lane,
     check_memory,
-    empty_caches,
     nothing_captured,
     resident_bytes,
 )
 from benchmarks.peers import Captured, HandTuned, Tutorial, cnn
 from benchmarks.problems import STRENGTHS, Setting, build_engine, held_rows, some_trials
 from regtune.spec.training import Precision
-from worker.training.capacity import Footprint
+from worker.training.capacity import Footprint, free_memory
 from worker.training.compiling import first_line
 from worker.training.cores import EPOCHS_TRIED, synchronize
 from worker.training.engine import Engine
@@ -165,7 +164,7 @@ class Contest:
             engine.close()
         self._engines.clear()
         self.contenders.clear()
-        empty_caches()
+        free_memory(self.setting.device)
 
     def _enter(
         self, name: str, prepare: Callable[[str], Contender], share: float = PREPARING_SHARE
@@ -184,7 +183,7 @@ class Contest:
             self._leave_out(name, error)
             return None
         finally:
-            empty_caches()
+            free_memory(self.setting.device)
         self.contenders.append(contender)
         took = perf_counter() - started
         how = ", ".join(part for part in (contender.form, contender.reason) if part)

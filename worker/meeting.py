@@ -166,13 +166,13 @@ class Meetings:
         self._leased = ()
         return answer
 
-    def beat_in_time(self, report: Report) -> None:
-        """Say that an idle worker lives and all its lanes are free, if a beat is due.
+    @property
+    def beat_is_due(self) -> bool:
+        """Whether an idle worker must be heard of."""
+        return self._said is None or time.monotonic() >= self._beat_due
 
-        Raise what the database may.
-        """
-        if self._said is not None and time.monotonic() < self._beat_due:
-            return
+    def beat(self, report: Report) -> None:
+        """Say that an idle worker lives and all its lanes are free; raise what the database may."""
         study_id = self._said[1] if self._said else None
         try:
             with database.transaction(self._database) as session:

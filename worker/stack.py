@@ -197,7 +197,8 @@ class Stack:
 
     def beat_in_time(self) -> None:
         """Say that the worker lives, if it is idle and must be heard of."""
-        self._meetings.beat_in_time(self._report())
+        if self._meetings.beat_is_due:
+            self._meetings.beat(self._report())
 
     def renew(self) -> None:
         """Renew the leases, in the middle of an epoch; from any thread."""

@@ -25,6 +25,7 @@ from service.scheduler.conductor import Conductor
 from service.scheduler.loop import Scheduler
 from tests import builders
 from tests.audit import audit
+from tests.hearing import heard_on
 from tests.waiting import wait_until
 
 DEADLINE_SECONDS = 60
@@ -260,23 +261,12 @@ def test_a_suspect_that_waits_keeps_no_lane_empty(engine: Engine) -> None:
 
 
 AT_ONCE = SETTINGS.model_copy(update={"poll_seconds": 0.0})
-MARK = 77
 
 
 @pytest.fixture
 def called(engine: Engine, database_url: str) -> Iterator[Callable[[], set[int]]]:
     """Says of which studies all workers have heard since it was last asked."""
-    with database.Listener(database_url, database.WORK) as listener:
-        listener.wait(0)
-
-        def so_far() -> set[int]:
-            with engine.begin() as connection:
-                connection.execute(text(f"NOTIFY {database.WORK}, '{MARK}'"))
-            known: set[int] = set()
-            while MARK not in known:
-                known |= listener.wait(30)
-            return known - {MARK}
-
+    with heard_on(engine, database_url, database.WORK) as so_far:
         yield so_far
 
 

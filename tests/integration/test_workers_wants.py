@@ -3,30 +3,19 @@
 from collections.abc import Callable, Iterator
 
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine
 
 from regtune import database, workers
 from regtune.database import transaction
 from service.scheduler import glances
 from tests import builders
-
-MARK = 77
+from tests.hearing import heard_on
 
 
 @pytest.fixture
 def heard(engine: Engine, database_url: str) -> Iterator[Callable[[], set[int]]]:
     """Says of which studies a scheduler has heard since it was last asked."""
-    with database.Listener(database_url, database.NEWS) as listener:
-        listener.wait(0)
-
-        def so_far() -> set[int]:
-            with engine.begin() as connection:
-                connection.execute(text(f"NOTIFY {database.NEWS}, '{MARK}'"))
-            known: set[int] = set()
-            while MARK not in known:
-                known |= listener.wait(30)
-            return known - {MARK}
-
+    with heard_on(engine, database_url, database.NEWS) as so_far:
         yield so_far
 
 
