@@ -17,7 +17,7 @@ data folder must hold ``phoneme.csv`` (OpenML 1489) for the landscape of that na
 import argparse
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +36,7 @@ from service.scheduler.suggestion import as_suggestion, predetermined
 from worker.tasks.images import digits, fashion_mnist, mnist
 from worker.training import engine as engine_module
 from worker.training.engine import KNOBS, Engine
-from worker.training.lanes import LaneTrial
+from worker.training.lanes import LaneEpoch, LaneTrial
 
 FOLDER = Path(__file__).parent / "data"
 POINTS = 60 + REFERENCE_TRIALS
@@ -216,24 +216,33 @@ def train(landscape: Landscape, seed: int, data_dir: Path, threads: int) -> Curv
     engine = build_engine(landscape, seed, data_dir, threads)
     max_epochs = landscape.spec.training.max_epochs
     measured = np.full((3, len(points), max_epochs), math.nan, np.float32)
-    waiting = [
+    trials = [
         LaneTrial(key=key, **{**point, "patience": max_epochs + 1})
         for key, point in enumerate(points)
     ]
+    for epoch in train_all(engine, trials):
+        measured[:, epoch.key, epoch.epoch - 1] = (
+            epoch.validation_loss,
+            epoch.train_loss,
+            epoch.seconds,
+        )
+    engine.close()
+    return Curves(points, *measured)
+
+
+def train_all(engine: Engine, trials: Sequence[LaneTrial]) -> Iterator[LaneEpoch]:
+    """Train so many trials to their ends, as many at once as there is room for; yield all epochs.
+
+    The engine is left empty and open.
+    """
+    waiting = list(trials)
     while waiting or engine.lanes:
         room = engine.free_slots
         engine.join(waiting[:room])
         waiting = waiting[room:]
         epochs = engine.train_epoch()
-        for epoch in epochs:
-            measured[:, epoch.key, epoch.epoch - 1] = (
-                epoch.validation_loss,
-                epoch.train_loss,
-                epoch.seconds,
-            )
+        yield from epochs
         engine.leave([epoch.key for epoch in epochs if epoch.ended])
-    engine.close()
-    return Curves(points, *measured)
 
 
 def build_engine(landscape: Landscape, seed: int, data_dir: Path, threads: int) -> Engine:

@@ -36,7 +36,7 @@ from scipy.interpolate import RBFInterpolator
 
 from benchmarks.curves import FOLDER, LANDSCAPES, SEEDS, Curves, path_of
 from benchmarks.replaying import play
-from benchmarks.study import suggest
+from benchmarks.stock import suggest
 from regtune.space import Fixed
 from regtune.spec import StudySpec, parse_spec
 from service.scheduler.mirror import Mirror

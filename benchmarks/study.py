@@ -16,13 +16,18 @@ to train and to validate on, and the same cores; they take turns, a study each f
 The seconds count from the moment when all programs have started: for regtune from the POST to the
 study's end, for Optuna from the loading of the data to the end of the last process.
 
+All trials of a study share held-out rows, initial weights and order, so its lowest loss is as much
+a matter of that one draw as of the strengths that were found. In the end, therefore, everybody's
+best strengths are trained again under other seeds, the same for all, as lanes of one engine.
+
     python benchmarks/study.py --data-dir ~/data --quick      # under two minutes
     python benchmarks/study.py --data-dir ~/data --json study.json
 """
 
 import argparse
 import json
-import multiprocessing
+import logging
+import math
 import os
 import shutil
 import socket
@@ -30,88 +35,59 @@ import struct
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
-from multiprocessing.synchronize import Barrier
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean, median
 from time import perf_counter
 from typing import Any
 
 import numpy as np
-import optuna
+import structlog
 import torch
 from numpy.typing import NDArray
-from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from rich.console import Console
 
-from benchmarks.peers import BATCH_ROWS, HandTuned, Held, Strengths, mlp, shortened
+from benchmarks.peers import BATCH_ROWS, shortened
+from benchmarks.retraining import Again, train_again
+from benchmarks.stock import Crowd, share_out
 from regtune import gpus, progress, supervisor
 from regtune.client import Client
 from regtune.settings import Settings
-from regtune.space import Fixed
 from regtune.spec import StudySpec, parse_spec
 from regtune.supervisor import Signals, Site
 from regtune.task import Data, Storage
 from worker.tasks.images import mnist
-from worker.tasks.preparation import prepare
 
 ROWS, TEST_ROWS = 60_000, 10_000
 STUDY = "benchmark"
-READY_SECONDS = 300.0
 OURS, OURS_AT_FIRST, OURS_IN_BF16 = "regtune", "regtune, first", "regtune, bf16"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Figures:
     """What a study took and found; ``total_seconds`` count from the start of the programs."""
 
     seconds: float
     total_seconds: float
     best_validation_loss: float
-    trials: int
+    trials: float
     median_epochs: float
-    epochs: int
+    epochs: float
 
 
 @dataclass(frozen=True)
-class Crowd:
-    """How the peer spreads its trials: so many processes with so many threads each."""
+class Outcome(Figures):
+    """The same of one study, and the strengths and patience of its best trial."""
 
-    processes: int
-    threads: int
-
-    def __str__(self) -> str:
-        """Say it as the report does."""
-        return "Optuna" if self.processes == 1 else f"Optuna × {self.processes}"
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a process of the peer is given."""
-
-    spec: StudySpec
-    data_dir: Path
-    device: str
-    journal: Path | None
-    threads: int
-    trials: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class Share:
-    """What a process of the peer has done."""
-
-    losses: Sequence[float]
-    epochs: Sequence[int]
-    seconds: float
+    best_params: Mapping[str, float]
 
 
 def main() -> None:
     """Run all studies in turn; print and write what came out."""
     arguments = parse_arguments()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     # Its own programs set what suits them; Optuna's shall have what they would have anywhere.
     os.environ.pop("OMP_WAIT_POLICY", None)
     os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)  # set by torch as soon as it is imported
@@ -146,8 +122,14 @@ def main() -> None:
             rounds.append({name: done[name] for name in names})
             print_rows(str(seed), rounds[-1], first=not seed)
             write_json(arguments, rounds)
-    print_rows("mean", means(rounds))
-    print(CAPTION)
+        print_rows("mean", means(rounds))
+        print(CAPTION)
+        if arguments.again:
+            best = {name: [outcomes[name].best_params for outcomes in rounds] for name in rounds[0]}
+            study = partial(study_spec, arguments)
+            again = train_again(study, best, arguments.again, data_dir, device(), arguments.cores)
+            print_again(again)
+            write_json(arguments, rounds, again)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -164,10 +146,13 @@ def parse_arguments() -> argparse.Namespace:
         "--processes", type=int, nargs="+", help="of the peers; default: 1, and one for each core"
     )
     parser.add_argument("--bf16", action="store_true", help="regtune also in bfloat16 autocast")
+    parser.add_argument(
+        "--again", type=int, help="seeds under which the best are trained again; default: 8"
+    )
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     arguments = parser.parse_args()
-    full = {"seeds": 3, "trials": 32, "epochs": 20, "rows": ROWS}
-    quick = {"seeds": 1, "trials": 16, "epochs": 6, "rows": 9_600}
+    full = {"seeds": 3, "trials": 32, "epochs": 20, "rows": ROWS, "again": 8}
+    quick = {"seeds": 1, "trials": 16, "epochs": 6, "rows": 9_600, "again": 2}
     for name, value in (quick if arguments.quick else full).items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
@@ -212,6 +197,7 @@ def run_ours(spec: StudySpec, data_dir: Path) -> Outcome:
             total_seconds = perf_counter() - started
             numbers = [trial["number"] for trial in api.trials(spec.name)]
             epochs = [len(api.trial(spec.name, number)["epochs"]) for number in numbers]
+            best_params = api.best(spec.name)["params"]
     return Outcome(
         seconds=progress.seconds_taken(study),
         total_seconds=total_seconds,
@@ -219,6 +205,7 @@ def run_ours(spec: StudySpec, data_dir: Path) -> Outcome:
         trials=len(epochs),
         median_epochs=median(epochs),
         epochs=sum(epochs),
+        best_params=best_params,
     )
 
 
@@ -238,118 +225,20 @@ def running_site(home: Path) -> Iterator[Site]:
 def run_peer(spec: StudySpec, data_dir: Path, crowd: Crowd) -> Outcome:
     """Run the study as a good engineer would with Optuna alone."""
     with tempfile.TemporaryDirectory(prefix="optuna-") as folder:
-        shares, seconds, total_seconds = share_out(spec, data_dir, crowd, Path(folder) / "journal")
+        shares, seconds, total_seconds = share_out(
+            spec, data_dir, device(), crowd, Path(folder) / "journal"
+        )
     epochs = [count for share in shares for count in share.epochs]
+    complete = [one for share in shares for one in zip(share.losses, share.params, strict=True)]
+    best_loss, best_params = min(complete, key=itemgetter(0))
     return Outcome(
         seconds=seconds,
         total_seconds=total_seconds,
-        best_validation_loss=min(loss for share in shares for loss in share.losses),
+        best_validation_loss=best_loss,
         trials=len(epochs),
         median_epochs=median(epochs),
         epochs=sum(epochs),
-    )
-
-
-def share_out(
-    spec: StudySpec, data_dir: Path, crowd: Crowd, journal: Path
-) -> tuple[Sequence[Share], float, float]:
-    """Share a study's trials out among processes; return what they did, and in which seconds."""
-    started = perf_counter()
-    context = multiprocessing.get_context("spawn")
-    ready = context.Barrier(crowd.processes + 1)
-    ends, processes = [], []
-    for number in range(crowd.processes):
-        ours, theirs = context.Pipe()
-        task = Task(
-            spec,
-            data_dir,
-            device(),
-            journal if crowd.processes > 1 else None,
-            crowd.threads,
-            trials=len(range(number, spec.budget.trials, crowd.processes)),
-            seed=spec.sampler.seed * crowd.processes + number,
-        )
-        processes.append(context.Process(target=optimize, args=(task, ready, theirs)))
-        ends.append(ours)
-        processes[-1].start()
-        theirs.close()
-    ready.wait(READY_SECONDS)
-    began = perf_counter()
-    shares = [end.recv() for end in ends]
-    ended = perf_counter()
-    for process in processes:
-        process.join()
-    return shares, ended - began, ended - started
-
-
-def optimize(task: Task, ready: Barrier, end: Any) -> None:
-    """Train some trials of a study, in a process of its own; send what came out."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    torch.set_num_threads(task.threads)
-    torch.set_flush_denormal(True)
-    ready.wait(READY_SECONDS)
-    training, validation = task.spec.training, task.spec.validation
-    data = mnist(Storage(task.data_dir))
-    prepared = prepare(data, validation, training.seed, torch.float32)
-    rows = Held.of(prepared.on(torch.device(task.device)))
-    study = optuna.create_study(
-        study_name=task.spec.name,
-        storage=storage(task.journal),
-        sampler=optuna.samplers.TPESampler(seed=task.seed),
-        pruner=optuna.pruners.MedianPruner(),
-        load_if_exists=True,
-    )
-    curves, losses = list[list[float]](), list[float]()
-
-    def objective(trial: optuna.Trial) -> float:
-        curves.append([])
-        losses.append(train(trial, task.spec, rows, curves[-1]))
-        return losses[-1]
-
-    began = perf_counter()
-    study.optimize(objective, n_trials=task.trials)
-    end.send(Share(losses, [len(curve) for curve in curves], perf_counter() - began))
-
-
-def train(trial: optuna.Trial, spec: StudySpec, rows: Held, curve: list[float]) -> float:
-    """Train a trial with early stopping; return its best validation loss.
-
-    Each epoch's is appended to ``curve``. Raises TrialPruned when the pruner says so.
-    """
-    params = suggest(trial, spec)
-    strengths = Strengths(params["weight_decay"], params["dropout"], params["l1_lambda"])
-    torch.manual_seed(spec.training.seed)
-    model = HandTuned(mlp, rows, strengths)
-    for number in range(1, spec.training.max_epochs + 1):
-        curve.append(model.train_epoch())
-        trial.report(curve[-1], number)
-        if trial.should_prune():
-            raise optuna.TrialPruned
-        best_epoch = 1 + curve.index(min(curve))
-        if number - best_epoch >= params["patience"]:
-            break
-    return min(curve)
-
-
-def suggest(trial: optuna.Trial, spec: StudySpec) -> dict[str, float]:
-    """Suggest what regtune would search, from the same ranges; below a range's low end is zero."""
-    params: dict[str, float] = {}
-    for name, parameter in spec.search.parameters().items():
-        if isinstance(parameter, Fixed):
-            params[name] = parameter.root
-            continue
-        match parameter.distribution():
-            case optuna.distributions.FloatDistribution(low=low, high=high, log=log):
-                params[name] = parameter.used(trial.suggest_float(name, low, high, log=log))
-            case optuna.distributions.IntDistribution(low=low, high=high, log=log):
-                params[name] = trial.suggest_int(name, low, high, log=log)
-    return params
-
-
-def storage(journal: Path | None) -> BaseStorage:
-    """Return the fastest storage that serves one process, or several."""
-    return (
-        InMemoryStorage() if journal is None else JournalStorage(JournalFileBackend(str(journal)))
+        best_params=best_params,
     )
 
 
@@ -381,18 +270,18 @@ def free_port() -> int:
         return port
 
 
-def means(rounds: Sequence[Mapping[str, Outcome]]) -> dict[str, Outcome]:
+def means(rounds: Sequence[Mapping[str, Outcome]]) -> dict[str, Figures]:
     """Return the mean of each figure, for each contender."""
     return {name: mean([outcomes[name] for outcomes in rounds]) for name in rounds[0]}
 
 
-def mean(outcomes: Sequence[Outcome]) -> Outcome:
+def mean(outcomes: Sequence[Outcome]) -> Figures:
     """Return the mean of each figure."""
-    columns = zip(*(asdict(outcome).values() for outcome in outcomes), strict=True)
-    return Outcome(*(fmean(column) for column in columns))  # type: ignore[arg-type]
+    names = [each.name for each in fields(Figures)]
+    return Figures(**{name: fmean(getattr(one, name) for one in outcomes) for name in names})
 
 
-def print_rows(name: str, outcomes: Mapping[str, Outcome], *, first: bool = False) -> None:
+def print_rows(name: str, outcomes: Mapping[str, Figures], *, first: bool = False) -> None:
     """Print a line of the table for each contender, and its head before the first."""
     if first:
         heads = (
@@ -420,7 +309,24 @@ def print_rows(name: str, outcomes: Mapping[str, Outcome], *, first: bool = Fals
         print(f"{name:6}{who:15}" + "".join(f"{cell:>18}" for cell in cells), flush=True)
 
 
-def write_json(arguments: argparse.Namespace, rounds: Sequence[Mapping[str, Outcome]]) -> None:
+def print_again(again: Again) -> None:
+    """Print how good everybody's best strengths are under seeds that they were not chosen by."""
+    seeds = next(iter(again.losses.values())).shape[1]
+    print(f"\nbest strengths trained again, the mean of {seeds} other seeds:")
+    peer = next(name for name in again.losses if not name.startswith(OURS))
+    for name, losses in again.losses.items():
+        studies = ", ".join(f"{loss:.5f}" for loss in losses.mean(axis=1))
+        above, error = again.against(name, peer)
+        told = f"{above:+12.5f}" + ("" if math.isnan(error) else f" ± {error:.5f}")
+        difference = "" if name == peer else f"{told} of {peer}'s"
+        print(f"{name:15}{losses.mean():10.5f} ({studies}){difference}", flush=True)
+
+
+def write_json(
+    arguments: argparse.Namespace,
+    rounds: Sequence[Mapping[str, Outcome]],
+    again: Again | None = None,
+) -> None:
     """Write all figures so far where they are wanted."""
     if arguments.json:
         figures = {
@@ -433,6 +339,11 @@ def write_json(arguments: argparse.Namespace, rounds: Sequence[Mapping[str, Outc
                 {name: asdict(outcome) for name, outcome in outcomes.items()} for outcomes in rounds
             ],
             "mean": {name: asdict(outcome) for name, outcome in means(rounds).items()},
+            **(
+                {"trained_again": {name: own.tolist() for name, own in again.losses.items()}}
+                if again
+                else {}
+            ),
         }
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
 
