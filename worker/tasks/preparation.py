@@ -110,8 +110,11 @@ def prepare(
 
     def rows(x: Tensor, y: NDArray[Any]) -> Rows:
         targets = torch.from_numpy(np.concatenate([y] * copies))
-        numbers = targets.is_floating_point() or (data.classes is None and not own_loss)
-        return Rows(x, targets.to(dtype if numbers else None), pending)
+        if data.classes is not None:
+            targets = targets.long()
+        elif targets.is_floating_point() or not own_loss:
+            targets = targets.to(dtype)
+        return Rows(x, targets, pending)
 
     return Prepared(
         rows=rows(train_x, train_y),

@@ -48,7 +48,7 @@ from worker.training.layout import (
     memory_format_of_rows,
     stacked,
 )
-from worker.training.model import LaneModel
+from worker.training.model import LaneModel, UnsupportedModel
 from worker.training.noise import initial_weights, member_seed
 from worker.training.objective import (
     LossOfRows,
@@ -282,8 +282,8 @@ class Engine:
         ]
 
     def fits(self, checkpoint: Checkpoint) -> bool:
-        """Say whether a checkpoint is of this model and this training."""
-        return checkpoint.fits(self._starting_tensors(1))
+        """Say whether a checkpoint is of this model and this training; takes no memory."""
+        return checkpoint.fits(self._starting_tensors(1, torch.device("meta")))
 
     def train_epoch(self, tick: Tick = lambda: None, *, trying: bool = True) -> list[LaneEpoch]:
         """Train every trial for one epoch of its own and validate it; in the order of ``lanes``.
@@ -462,10 +462,14 @@ class Engine:
     def _trial_of_each_lane(self) -> list[LaneTrial]:
         return [lane.trial for lane in self._lanes for _ in range(self._members)]
 
-    def _starting_tensors(self, trials: int) -> LaneTensors:
+    def _starting_tensors(self, trials: int, device: torch.device | None = None) -> LaneTensors:
+        parameters_M, buffers_M = (
+            {name: part.to(device or part.device) for name, part in parts_M.items()}
+            for parts_M in (self._initial, self._initial_buffers)
+        )
         return LaneTensors.starting(
-            self._initial,
-            self._initial_buffers,
+            parameters_M,
+            buffers_M,
             self._optimizer.moments,
             trials,
             averaging=self._training.averaging == "swa",
@@ -490,6 +494,12 @@ def _build_members(
     for member in range(len(prepared.splits)):
         with initial_weights(member_seed(seed, member)):
             model: nn.Module = task.model(prepared.rows.input_shape, prepared.outputs)
+        for name, part in (*model.named_parameters(), *model.named_buffers()):
+            if part.is_complex():
+                raise UnsupportedModel(
+                    f"{name} holds complex numbers, which no optimizer here knows; keep real and "
+                    "imaginary parts as two numbers"
+                )
         models.append(model.to(dtype))
     return models
 

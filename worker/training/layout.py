@@ -29,7 +29,8 @@ def arrange_weights(model: nn.Module, input_shape: Sequence[int], device: torch.
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             module.to(memory_format=torch.channels_last)
-        elif isinstance(module, nn.Linear):
+        # A parametrized weight is computed anew whenever it is looked at.
+        elif isinstance(module, nn.Linear) and "weight" in module._parameters:
             reads_rows = module.in_features == prod(input_shape)
             if reads_rows and module.out_features >= MANY_OUTPUTS:
                 module.weight.data = module.weight.data.t().contiguous().t()

@@ -1,11 +1,13 @@
 """K copies of one model, computed together."""
 
 import copy
+import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
+import numpy as np
 import structlog
 import torch
 from torch import Tensor, nn
@@ -136,7 +138,7 @@ class LaneModel:
         As for recurrent layers, which are one operation of cuDNN's.
         """
         if self.vectorized:
-            self._over_lanes = self._vmap_or_loop(sample)
+            self._over_lanes = self._vmap_or_loop(self.replica(), sample)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -311,27 +313,42 @@ class LaneModel:
         }
 
     def _choose_map(self, sample: Rows) -> LaneMap:
-        """Try a step in a loop, which any model must pass, then under vmap."""
-        before = torch.get_rng_state()
-        self._try(loop, sample)
-        if not torch.equal(before, torch.get_rng_state()):
+        """Try a step in a loop, which any model must pass, then under vmap.
+
+        On a copy: what a forward pass leaves lying in a module, such as a mask for later, cannot be
+        copied afterwards if it was made under ``vmap``.
+        """
+        trial = self.replica()
+        before = _states_of_generators()
+        found = trial._try(loop, sample)
+        if before != _states_of_generators():
             raise UnsupportedModel(
                 "the model draws random numbers other than in nn.Dropout and its kin (functional "
                 "dropout, or attention's own); use dropout modules instead"
             )
-        return self._vmap_or_loop(sample)
+        if not _alike(found, trial._try(loop, sample)):
+            raise UnsupportedModel(
+                "the model makes something else of the same rows the second time: it draws random "
+                "numbers other than in dropout modules, or remembers what is no buffer of its own; "
+                "register what it remembers with register_buffer"
+            )
+        return self._vmap_or_loop(trial, sample)
 
-    def _vmap_or_loop(self, sample: Rows) -> LaneMap:
+    def _vmap_or_loop(self, trial: "LaneModel", sample: Rows) -> LaneMap:
         try:
-            self._try(vmap, sample)
+            trial._try(vmap, sample)
         except (RuntimeError, ValueError, NotImplementedError) as refusal:
             self.refusal = str(refusal).partition("\n")[0]
             log.warning("lanes_run_one_by_one", reason=self.refusal)
             return loop
         return vmap
 
-    def _try(self, over_lanes: LaneMap, sample: Rows) -> None:
-        """Take one gradient and one evaluation of two lanes, out of step with each other."""
+    def _try(self, over_lanes: LaneMap, sample: Rows) -> Sequence[Tensor]:
+        """Take one gradient and two evaluations of two lanes; return all that came out.
+
+        Rows to train on are each lane's own, since lanes are out of step with each other; those to
+        validate on may be shared by all.
+        """
         self._over_lanes = over_lanes
         x, y = torch.stack([sample.x, sample.x]), torch.stack([sample.y, sample.y])
         parameters, buffers = (
@@ -342,8 +359,30 @@ class LaneModel:
             name: value.to(x.device) for name, value in neutral_strengths(2, x.dtype).items()
         }
         keys = torch.zeros(2, self.keys, 2, dtype=torch.int32, device=x.device)
-        self.gradients(parameters, buffers, strengths, Batch(x, y, keys, per_lane=True))
-        self.measure(parameters, buffers, x, y, x.new_ones(x.shape[:2]), per_lane=True)
+        gradients, loss_K = self.gradients(
+            parameters, buffers, strengths, Batch(x.clone(), y, keys, per_lane=True)
+        )
+        weight = x.new_ones(x.shape[:2])
+        shared = self.measure(parameters, buffers, x[0].clone(), y[0], weight[0], per_lane=False)
+        measured = self.measure(parameters, buffers, x, y, weight, per_lane=True)
+        return [*gradients.values(), *buffers.values(), loss_K, shared, measured]
+
+
+def _states_of_generators() -> tuple[object, ...]:
+    """Return the states of the generators that a model may draw from without being handed one."""
+    of_numpy = np.random.get_state(legacy=False)
+    words, place = of_numpy["state"]["key"].tobytes(), of_numpy["state"]["pos"]
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), words, place
+
+
+def _alike(ones: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Say whether tensors are the same but for the order in which a device adds up."""
+    return all(
+        torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(one.abs().max()), equal_nan=True)
+        if one.is_floating_point() and one.numel()
+        else torch.equal(one, other)
+        for one, other in zip(ones, others, strict=True)
+    )
 
 
 def lanes_of(parameters: Tensors) -> int:
@@ -427,16 +466,20 @@ def loop(function: Callable[..., Any], in_dims: tuple[int | None, ...]) -> Calla
     """Map ``function`` over lanes one by one, with the signature and result of ``vmap``.
 
     Arguments whose ``in_dims`` entry is 0 are cut along their first axis, as views, so that what
-    the function writes in place into a buffer stays written.
+    the function writes in place into a buffer stays written. What lanes share is copied for each,
+    since a model may write into its input, and the next lane would get what the last one left.
     """
 
     def mapped(*arguments: Any) -> Any:
-        leaves = pytree.tree_leaves(arguments[0])
+        lanes = pytree.tree_leaves(arguments[0])[0].shape[0]
         results = [
             function(
-                *(_lane(a, k) if d == 0 else a for a, d in zip(arguments, in_dims, strict=True))
+                *(
+                    _lane(argument, k) if d == 0 else _copy_for_one_of(lanes, argument)
+                    for argument, d in zip(arguments, in_dims, strict=True)
+                )
             )
-            for k in range(leaves[0].shape[0])
+            for k in range(lanes)
         ]
         return pytree.tree_map(lambda *lanes: stacked(lanes), *results)
 
@@ -445,3 +488,7 @@ def loop(function: Callable[..., Any], in_dims: tuple[int | None, ...]) -> Calla
 
 def _lane(argument: Any, k: int) -> Any:
     return pytree.tree_map(lambda tensor_K: tensor_K[k], argument)
+
+
+def _copy_for_one_of(lanes: int, argument: Any) -> Any:
+    return pytree.tree_map(torch.clone, argument) if lanes > 1 else argument

@@ -8,6 +8,7 @@ for Hash Functions" (2018), keyed here at its start and in its middle; it decide
 about secrets. Why not Philox or reseeded generators: docs/decisions/0002-noise.md.
 """
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import pi, prod
@@ -29,10 +30,20 @@ RADIUS_BITS, ANGLE_BITS = 18, 14
 
 @contextmanager
 def initial_weights(seed: int) -> Iterator[None]:
-    """Make every random draw on the CPU inside a pure function of ``seed``."""
+    """Make every random draw on the CPU inside a pure function of ``seed``.
+
+    A model may be built with draws of Python's and NumPy's generators, too.
+    """
+    others = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        yield
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(others[0])
+            np.random.set_state(others[1])
 
 
 def member_seed(seed: int, member: int) -> int:

@@ -150,11 +150,13 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def smoothed_cross_entropy(logits_BC: Tensor, y_B: Tensor, smoothing: Tensor) -> Tensor:
     """Return each row's cross-entropy with its label mixed with the uniform distribution: ``(B,)``.
 
-    As ``cross_entropy(…, label_smoothing=ε, reduction="none")``, with ε as a tensor.
+    As ``cross_entropy(…, label_smoothing=ε, reduction="none")``, with ε as a tensor. A class that a
+    model excludes, by a logit of minus infinity, does no harm where ε is 0.
     """
     log_BC = nn.functional.log_softmax(logits_BC, dim=1)
     hit_B = log_BC.gather(1, y_B[:, None])[:, 0]
-    return -((1 - smoothing) * hit_B + smoothing * log_BC.mean(1))
+    all_B = torch.where(smoothing > 0, log_BC.mean(1), 0.0)
+    return -((1 - smoothing) * hit_B + smoothing * all_B)
 
 
 def perturbed(parts: Sequence[Tensor], deviation: Tensor, key_2: Tensor) -> list[Tensor]:

@@ -20,12 +20,24 @@ def unchanged(model: nn.Module) -> None:
     """Do nothing to a model."""
 
 
+def perceptron() -> nn.Module:
+    """The built-in model, as one would write it down."""
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(6, 16, bias=False),
+        nn.BatchNorm1d(16),
+        nn.ReLU(),
+        nn.Linear(16, 3),
+    )
+
+
 def plain_training(
     engine: Engine,
     epochs: int,
     optimizer: str = "adamw",
     decay: float = 0.0,
     *,
+    build: Callable[[], nn.Module] = perceptron,
     before_step: Change = unchanged,
     after_step: Change = unchanged,
     evaluated: Callable[[nn.Module, list[Tensor]], nn.Module] = lambda model, batches: model,
@@ -45,13 +57,7 @@ def plain_training(
     x = torch.from_numpy((data.train_x - mean) / deviation)
     y = torch.from_numpy(data.train_y)
     torch.manual_seed(SEED)
-    model = nn.Sequential(
-        nn.Flatten(),
-        nn.Linear(6, 16, bias=False),
-        nn.BatchNorm1d(16),
-        nn.ReLU(),
-        nn.Linear(16, 3),
-    ).double()
+    model = build().double()
     stepper = plain_optimizer(optimizer, model, decay)
     curve = []
     for number in range(1, epochs + 1):
@@ -76,8 +82,8 @@ def plain_training(
 
 def plain_optimizer(name: str, model: nn.Module, decay: float) -> torch.optim.Optimizer:
     """Return torch's optimizer of this name, with decay on the weights alone."""
-    weights = [model[1].weight, model[4].weight]
-    others = [*model[2].parameters(), model[4].bias]
+    weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     groups = [{"params": weights, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
     match name:
         case "sgd":
