@@ -195,10 +195,12 @@ class Stack:
         self._apply(report, answer)
         return True
 
-    def beat_in_time(self) -> None:
-        """Say that the worker lives, if it is idle and must be heard of."""
-        if self._meetings.beat_is_due:
-            self._meetings.beat(self._report())
+    def beat_in_time(self) -> bool:
+        """Say that the worker lives, if it is idle and must be heard of.
+
+        Return whether it is known, as far as that has been asked.
+        """
+        return not self._meetings.beat_is_due or self._meetings.beat(self._report())
 
     def renew(self) -> None:
         """Renew the leases, in the middle of an epoch; from any thread."""
@@ -354,12 +356,17 @@ class Stack:
         ]
         self._writer.write(self.study, saved)
 
-    def _take_fewer_lanes(self) -> None:
-        """Go on with half as many lanes; give the other trials back, at no cost to them."""
-        self._capacity = self._capacity.halved()
+    def _take_fewer_lanes(self, joining: int = 0) -> None:
+        """Go on with half as many lanes; give the other trials back, at no cost to them.
+
+        ``joining`` is how many trials were to train besides those that are in the stack.
+        """
+        trials = len(self._engine.lanes) + joining
+        self._capacity = self._capacity.halved(trials * self._engine.members)
         self._engine.max_lanes = self._capacity.lanes
         if not self._settings.lanes:
-            self._memory.keep(self._capacity, *self._situation)
+            seconds = capacity.ACCIDENT_SECONDS
+            self._memory.keep(self._capacity, *self._situation, seconds=seconds)
         capacity.free_memory(self._device)
         self._give_back(self._engine.lanes[self._engine.slots :])
         capacity.free_memory(self._device)
@@ -499,7 +506,7 @@ class Stack:
             has_room = False
         if not has_room:
             self._given_back |= set(joining)
-            self._take_fewer_lanes()
+            self._take_fewer_lanes(len(joining))
 
 
 def _halves(keys: Sequence[int]) -> list[Sequence[int]]:

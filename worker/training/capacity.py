@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import inf
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, time
 from typing import Any
 
 import structlog
@@ -45,6 +45,9 @@ Triton, cuBLAS and cuDNN do, and cuBLAS where it has no room to begin."""
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 _LIMIT_AND_USE = ("memory.max", "memory.current")
 _MEMORY = Path("/proc/meminfo")
+
+ACCIDENT_SECONDS = 86_400.0
+"""How long it is remembered that lanes have run out of memory: another program may have held it."""
 
 PATIENCE_SECONDS = 20.0
 """A measurement that has taken as long is over: the steps are so long that few lanes will do."""
@@ -80,12 +83,13 @@ class Capacity:
     trial_epochs_per_second: float | None = None
     data: str | None = None
 
-    def halved(self) -> "Capacity":
-        """Return what is left after these lanes have run out of memory."""
+    def halved(self, trained: int) -> "Capacity":
+        """Return what is left after so many lanes have run out of memory in training."""
+        lanes = min(self.lanes, trained)
         return replace(
             self,
-            lanes=max(1, self.lanes // 2),
-            reason=f"{self.lanes} lanes ran out of memory",
+            lanes=max(1, lanes // 2),
+            reason=f"{lanes} lanes ran out of memory",
             trial_epochs_per_second=None,
         )
 
@@ -158,16 +162,26 @@ class Memory:
         self._path = path
 
     def recall(self, *situation: object) -> Capacity | None:
-        """Return the capacity that was measured in the same situation, if any was."""
-        known = self._read().get(_key(situation))
-        return Capacity(**known) if known else None
+        """Return the capacity that was measured in the same situation, if it still holds."""
+        known = dict(self._read().get(_key(situation), {}))
+        if not known or known.pop("until", inf) < time():
+            return None
+        try:
+            return Capacity(**known)
+        except TypeError:  # of another version
+            return None
 
-    def keep(self, capacity: Capacity, *situation: object) -> None:
-        """Remember a capacity; a file that cannot be written costs a measurement next time."""
+    def keep(self, capacity: Capacity, *situation: object, seconds: float = inf) -> None:
+        """Remember a capacity, for so long.
+
+        A file that cannot be written costs a measurement next time.
+        """
+        until = {} if seconds == inf else {"until": time() + seconds}
+        entry = {_key(situation): {**asdict(capacity), **until}}
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             draft = self._path.with_suffix(f".{os.getpid()}")
-            draft.write_text(json.dumps({**self._read(), _key(situation): asdict(capacity)}))
+            draft.write_text(json.dumps({**self._read(), **entry}))
             draft.replace(self._path)
         except OSError as error:
             log.warning("capacity_not_kept", reason=str(error))

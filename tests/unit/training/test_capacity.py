@@ -1,6 +1,7 @@
 """How many lanes: as many as memory and speed are good for."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,8 +106,29 @@ def test_lanes_are_those_of_whole_trials(monkeypatch):
 
 
 def test_half_the_lanes_remain_after_an_accident_and_never_none():
-    assert Capacity(9, "").halved() == Capacity(4, "9 lanes ran out of memory")
-    assert Capacity(1, "").halved().lanes == 1
+    assert Capacity(9, "").halved(9) == Capacity(4, "9 lanes ran out of memory")
+    assert Capacity(9, "").halved(3) == Capacity(1, "3 lanes ran out of memory")
+    assert Capacity(1, "").halved(1).lanes == 1
+
+
+def test_an_accident_is_remembered_for_as_long_as_it_is_said_and_no_longer(tmp_path, monkeypatch):
+    memory = Memory(tmp_path / "capacity.json")
+    memory.keep(Capacity(4, "an accident"), "here", seconds=60)
+    memory.keep(Capacity(8, "measured"), "there")
+    assert memory.recall("here") == Capacity(4, "an accident")
+    monkeypatch.setattr(capacity, "time", lambda: time.time() + 61)
+    assert memory.recall("here") is None
+    assert memory.recall("there") == Capacity(8, "measured")
+
+
+def test_what_another_version_remembered_is_measured_again(tmp_path):
+    memory = Memory(tmp_path / "capacity.json")
+    memory.keep(Capacity(4, ""), "here")
+    stored = json.loads((tmp_path / "capacity.json").read_text())
+    for entry in stored.values():
+        entry["colour"] = "red"
+    (tmp_path / "capacity.json").write_text(json.dumps(stored))
+    assert memory.recall("here") is None
 
 
 def test_what_was_measured_is_remembered_for_the_same_situation_alone(tmp_path):
