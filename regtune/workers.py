@@ -12,6 +12,9 @@ from sqlalchemy.orm import Session
 from regtune import tables
 from regtune.task import Offer
 
+FORGOTTEN_DAYS = 30
+"""Spot machines and containers have a new name each time; their rows would pile up for ever."""
+
 
 @dataclass(frozen=True)
 class Worker:
@@ -55,7 +58,7 @@ def register(
     """Write a worker's row; one that starts again under its old name gets no rights from it.
 
     ``device_kind`` is torch's word for it; ``memory_bytes`` is all that the device has, or the
-    machine where it is a CPU.
+    machine where it is a CPU. Workers not heard of for ``FORGOTTEN_DAYS`` are forgotten.
     """
     session.execute(
         _REGISTER,
@@ -72,6 +75,8 @@ def register(
             "tasks": sorted(offer.tasks),
         },
     )
+    # Last, and waiting for nobody: two that register at once could else wait for each other.
+    session.execute(_FORGET, {"days": FORGOTTEN_DAYS})
 
 
 def beat(
@@ -83,14 +88,16 @@ def beat(
     lanes: int | None = None,
     occupancy: float | None = None,
     capacity: Mapping[str, Any] | None = None,
-) -> None:
+) -> bool:
     """Say that a worker lives, how many lanes it wants filled and which live study it trains.
+
+    Return whether it is known; whoever has been forgotten has to register again.
 
     ``lanes``, ``occupancy`` and ``capacity`` stay as they are where they are None. The fields of
     ``capacity`` are ``lanes``, ``reason`` and, where they are known, ``bytes_per_lane``,
     ``trial_epochs_per_second`` and ``data``.
     """
-    session.execute(
+    found = session.execute(
         _BEAT,
         {
             "name": name,
@@ -101,6 +108,7 @@ def beat(
             "capacity": json.dumps(capacity) if capacity else None,
         },
     )
+    return found.first() is not None
 
 
 def leave(session: Session, name: str) -> None:
@@ -140,6 +148,13 @@ def refusals(session: Session, study_id: int) -> Mapping[str, str]:
     return {row.name: row.reason for row in rows}
 
 
+_FORGET = text("""
+DELETE FROM regtune.workers
+WHERE name IN (SELECT name FROM regtune.workers
+               WHERE heartbeat_at < now() - make_interval(days => :days)
+               FOR UPDATE SKIP LOCKED)
+""")
+
 _REGISTER = text("""
 INSERT INTO regtune.workers (name, host, pid, device, device_kind, memory_bytes, lanes,
                              wanted_lanes, datasets, models, tasks, started_at,
@@ -166,6 +181,7 @@ SET heartbeat_at = now(), wanted_lanes = :wanted_lanes,
     occupancy = coalesce(cast(:occupancy AS double precision), occupancy),
     capacity = coalesce(cast(:capacity AS jsonb), capacity)
 WHERE name = :name
+RETURNING name
 """)
 
 _EVERYONE = text("""

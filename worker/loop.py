@@ -105,17 +105,7 @@ class Worker:
         """
         database.check(self._database)
         with transaction(self._database) as session:
-            workers.register(
-                session,
-                name=self.name,
-                host=socket.gethostname(),
-                pid=os.getpid(),
-                device=describe(self._device),
-                device_kind=self._device.type,
-                memory_bytes=capacity.total_bytes(self._device),
-                lanes=self._lanes,
-                offer=self._offer,
-            )
+            self._register(session)
         log.info("worker_started", worker=self.name, device=str(self._device), lanes=self._lanes)
         with self._listener:
             while not self._shutdown.requested:
@@ -130,6 +120,19 @@ class Worker:
             log.warning("database_lost", worker=self.name, error=str(error).splitlines()[0])
         self._database.dispose()
         log.info("worker_stopped", worker=self.name)
+
+    def _register(self, session: Session) -> None:
+        workers.register(
+            session,
+            name=self.name,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            device=describe(self._device),
+            device_kind=self._device.type,
+            memory_bytes=capacity.total_bytes(self._device),
+            lanes=self._lanes,
+            offer=self._offer,
+        )
 
     def _train_next(self) -> bool:
         """Train the study whose turn it is for as long as it has trials; say if another's came.
@@ -406,9 +409,15 @@ class Worker:
         return self._waiting is not None and self._waiting == before
 
     def _beat_in_time(self) -> None:
-        """Say that the worker lives and that all its lanes are free, if it must be heard of."""
+        """Say that the worker lives and that all its lanes are free, if it must be heard of.
+
+        Nobody gives trials to a worker that was silent for so long, by the database's clock, that
+        it has been forgotten: such a one is idle, and registers again.
+        """
         if self._stack:
-            self._stack.beat_in_time()
+            if not self._stack.beat_in_time():
+                with transaction(self._database) as session:
+                    self._register(session)
         elif time.monotonic() >= self._idle_beat:
             self._idle_beat = time.monotonic() + self._settings.poll_seconds  # if it fails
             with transaction(self._database) as session:
@@ -416,7 +425,8 @@ class Worker:
 
     def _beat(self, session: Session) -> None:
         """Say that a worker without a stack lives."""
-        workers.beat(session, self.name, wanted_lanes=self._lanes, study_id=None)
+        if not workers.beat(session, self.name, wanted_lanes=self._lanes, study_id=None):
+            self._register(session)
         self._idle_beat = time.monotonic() + self._settings.lease_seconds / BEATS_A_LEASE
 
 

@@ -171,13 +171,16 @@ class Meetings:
         """Whether an idle worker must be heard of."""
         return self._said is None or time.monotonic() >= self._beat_due
 
-    def beat(self, report: Report) -> None:
-        """Say that an idle worker lives and all its lanes are free; raise what the database may."""
+    def beat(self, report: Report) -> bool:
+        """Say that an idle worker lives and all its lanes are free; return whether it is known.
+
+        Raises what the database may.
+        """
         study_id = self._said[1] if self._said else None
         try:
             with database.transaction(self._database) as session:
                 self._said = None
-                self._beat(session, report, report.slots, study_id)
+                return self._beat(session, report, report.slots, study_id)
         except database.FAULTS:
             self._said = None  # it may not have been heard
             raise
@@ -358,13 +361,16 @@ class Meetings:
         """Its shape for as long as it may pass over trials of others that have waited longer."""
         return self._shape if time.monotonic() < self._stays_until else None
 
-    def _beat(self, session: Session, report: Report, wanted: int, study_id: int | None) -> None:
-        """Say that the worker lives and how many lanes it wants filled, if that is news."""
+    def _beat(self, session: Session, report: Report, wanted: int, study_id: int | None) -> bool:
+        """Say that the worker lives and how many lanes it wants filled, if that is news.
+
+        Return whether the worker is known, as far as that has been asked.
+        """
         if (wanted, study_id) == self._said and time.monotonic() < self._beat_due:
-            return
+            return True
         self._said = wanted, study_id
         self._beat_due = time.monotonic() + self._settings.lease_seconds / BEATS_A_LEASE
-        workers.beat(
+        return workers.beat(
             session,
             self._worker,
             wanted_lanes=wanted,

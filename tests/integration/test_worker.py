@@ -165,6 +165,26 @@ def test_an_idle_worker_is_heard_of_and_wants_all_its_lanes_filled(
         wait_until(lambda: the_worker(engine).study is None, 60)
 
 
+def test_an_idle_worker_that_was_forgotten_registers_again(
+    engine: Engine, database_url: str, tmp_path: Path
+) -> None:
+    """Before its first study, and while one that it has trained may still get trials."""
+    settings = Settings(data_dir=tmp_path, poll_seconds=0.1, lanes=2, lease_seconds=1)
+    study = builders.create(engine, **SHORT)
+
+    def forget_and_train(trials: int) -> None:
+        wait_until(lambda: workers_of(engine), 60)
+        with engine.begin() as connection:
+            connection.execute(text("DELETE FROM regtune.workers"))
+        wait_until(lambda: workers_of(engine), 60)
+        builders.append(engine, study, 1)
+        wait_until(lambda: builders.states(engine, study) == ["complete"] * trials, 60)
+
+    with working(database_url, settings):
+        forget_and_train(1)
+        forget_and_train(2)
+
+
 def test_a_worker_whose_report_is_refused_gives_its_trials_back_and_goes_on(
     engine: Engine, database_url: str, tmp_path: Path
 ) -> None:

@@ -1,9 +1,9 @@
-"""What workers want, and that they wake nobody by saying so."""
+"""What workers want, that they wake nobody by saying so, and how long they are known."""
 
 from collections.abc import Callable, Iterator
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, text
 
 from regtune import database, workers
 from regtune.database import transaction
@@ -38,3 +38,19 @@ def test_lanes_are_wanted_by_the_living_who_have_the_task(engine: Engine) -> Non
         assert glances.of(session, study.study_id, 30, 2).wanted_lanes == 2
     with transaction(engine) as session:
         assert glances.of(session, study.study_id, 0, 2).wanted_lanes == 0
+
+
+def test_workers_that_nobody_has_heard_of_for_long_are_forgotten(engine: Engine) -> None:
+    for name, days in (("gone", workers.FORGOTTEN_DAYS + 1), ("away", workers.FORGOTTEN_DAYS - 1)):
+        builders.register(engine, name)
+        with engine.begin() as connection:
+            connection.execute(
+                text(
+                    "UPDATE regtune.workers SET heartbeat_at = now() - make_interval(days => :days)"
+                    " WHERE name = :name"
+                ),
+                {"days": days, "name": name},
+            )
+    builders.register(engine, "new")
+    with transaction(engine) as session:
+        assert {worker.name for worker in workers.everyone(session, 30)} == {"away", "new"}
