@@ -24,6 +24,7 @@ from regtune.spec.models import MODEL_SETTINGS
 from regtune.spec.parts import in_plain_words
 from regtune.spec.search import Search
 from regtune.spec.study import (
+    FAULTS,
     NAME_PATTERN,
     Budget,
     Pruner,
@@ -150,9 +151,14 @@ def _field_errors(
 ) -> tuple[FieldError, ...]:
     """Return every field at fault; a list of wrong values alone passes for an empty one besides."""
     return tuple(
-        _field_error(detail, posted, fields_of)
+        told
         for detail in error.errors()
         if detail["type"] != "too_short" or not detail["input"]
+        for told in (
+            [FieldError("", fault) for fault in detail["ctx"]["faults"]]
+            if detail["type"] == FAULTS
+            else [_field_error(detail, posted, fields_of)]
+        )
     )
 
 

@@ -2,11 +2,11 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
 from pydantic import field_validator as validate_field
 from pydantic import model_validator as validate_model
 from pydantic_core import PydanticCustomError
@@ -39,8 +39,19 @@ MAX_MEMBERS = 256
 MAX_GRID_POINTS = 2**63 - 1
 """Most points that can be shuffled by number."""
 
+FAULTS = "faults"
+"""The kind of a validation error that stands for several, whose messages are in its context."""
+
 SamplerName = Literal["tpe", "random", "grid", "qmc", "cmaes", "gp"]
 PrunerName = Literal["none", "extrapolation", "median", "asha", "hyperband"]
+PRUNER_SETTINGS: Mapping[PrunerName, Sequence[str]] = {
+    "none": (),
+    "extrapolation": ("first_epoch",),
+    "median": ("first_epoch", "startup_trials"),
+    "asha": ("first_epoch", "reduction_factor"),
+    "hyperband": ("first_epoch", "reduction_factor"),
+}
+"""What may be set of each pruner."""
 
 
 class Validation(PartlyUsed):
@@ -143,7 +154,7 @@ class Sampler(SpecModel):
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of the suggestions.", examples=[0])
 
 
-class Pruner(SpecModel):
+class Pruner(PartlyUsed):
     """Who stops trials early that look bad."""
 
     name: PrunerName = Field(
@@ -170,6 +181,23 @@ class Pruner(SpecModel):
         description="asha and hyperband: one in so many goes on at each rung.",
         examples=[3],
     )
+
+    @validate_field("first_epoch", "startup_trials", "reduction_factor")
+    @classmethod
+    def _check_pruner_has_it(cls, value: int | None, info: ValidationInfo) -> int | None:
+        name, pruner = str(info.field_name), info.data.get("name")
+        if pruner is None or name in PRUNER_SETTINGS[pruner]:
+            return value
+        # A default says nothing, and what older versions have shown is posted again.
+        if value != cls.model_fields[name].default:
+            raise PydanticCustomError(
+                "pruner", "is no setting of the pruner {pruner}; leave it out", {"pruner": pruner}
+            )
+        return value
+
+    def _unused(self) -> tuple[str, ...]:
+        used = ("name", *PRUNER_SETTINGS[self.name])
+        return tuple(name for name in type(self).model_fields if name not in used)
 
 
 class Requires(SpecModel):
@@ -289,7 +317,40 @@ class StudySpec(SpecModel):
         return value
 
     @validate_model(mode="after")
-    def _check_augmentation(self) -> Self:
+    def _check_together(self) -> Self:
+        """Check what concerns several fields; whatever is wrong is told at once.
+
+        A check that takes another one for granted is left out where that finds a fault.
+        """
+        checks: tuple[tuple[Callable[[], None], Callable[[], None] | None], ...] = (
+            (self._check_augmentation, None),
+            (self._agree_on_decay, None),
+            (self._check_settings, None),
+            (self._check_sampler_knows_conditions, None),
+            (self._check_grid, None),
+            (self._check_pruner_may_act, None),
+            (self._check_reference_points_fit, None),
+            (self._check_reference_shape, self._check_settings),
+            (self._agree_on_learning_rate, self._check_reference_shape),
+        )
+        faults: list[str] = []
+        passed: list[Callable[[], None]] = []
+        for check, granted in checks:
+            if granted is not None and granted not in passed:
+                continue
+            try:
+                check()
+            except PydanticCustomError as error:
+                faults.append(error.message())
+            else:
+                passed.append(check)
+        if faults:
+            raise PydanticCustomError(
+                FAULTS, "{told}", {"told": "; ".join(faults), "faults": faults}
+            )
+        return self
+
+    def _check_augmentation(self) -> None:
         if any(self.search.augment_strength.numbers()) and not self.training.augment:
             raise PydanticCustomError(
                 "augment",
@@ -308,13 +369,11 @@ class StudySpec(SpecModel):
                 "out, or search mixup or input_noise",
                 {"dataset": self.task.dataset},
             )
-        return self
 
-    @validate_model(mode="after")
-    def _agree_on_decay(self) -> Self:
+    def _agree_on_decay(self) -> None:
         """Let each optimizer that is searched decay in its own form, unless one is named."""
         if self.search.optimizer is None:
-            return self
+            return
         optimizers = self.search.optimizer.root
         if "adamw" in optimizers and self.training.decay_of("adamw") == "coupled":
             raise PydanticCustomError(
@@ -324,10 +383,8 @@ class StudySpec(SpecModel):
                 "search adam instead",
             )
         self.__dict__["training"] = self.training.with_searched_optimizer()
-        return self
 
-    @validate_model(mode="after")
-    def _check_settings(self) -> Self:
+    def _check_settings(self) -> None:
         """Check the choices of settings, one by one and then together."""
         choices = {name: options.root for name, options in self.search.model.items()}
         for name in choices:
@@ -339,7 +396,6 @@ class StudySpec(SpecModel):
                 self.task.with_settings(settings)
             except ValidationError as error:
                 raise self._unfit(settings, error) from None
-        return self
 
     def _check_is_setting(self, name: str) -> None:
         if name in NO_SETTINGS:
@@ -376,12 +432,8 @@ class StudySpec(SpecModel):
             },
         )
 
-    @validate_model(mode="after")
-    def _check_reference_shape(self) -> Self:
-        """Let the reference points, which keep to task and training, be of a searched shape.
-
-        What is checked after this may take it for granted.
-        """
+    def _check_reference_shape(self) -> None:
+        """Let the reference points, which keep to task and training, be of a searched shape."""
         for name, options in self.search.shaping().items():
             own = value_at(name, self.task, self.training)
             if own not in options.root:
@@ -396,14 +448,12 @@ class StudySpec(SpecModel):
                         "where": f"task.{place}" if place != name else f"training.{name}",
                     },
                 )
-        return self
 
-    @validate_model(mode="after")
-    def _agree_on_learning_rate(self) -> Self:
+    def _agree_on_learning_rate(self) -> None:
         """Let a learning rate that is not searched be one value, wherever it was named."""
         fixed = self.search.under(self.training.optimizer)["learning_rate"]
         if not isinstance(fixed, Fixed) or fixed.root == self.training.learning_rate:
-            return self
+            return
         if "learning_rate" in self.training.model_fields_set:
             raise PydanticCustomError(
                 "learning_rate",
@@ -412,10 +462,8 @@ class StudySpec(SpecModel):
                 {"fixed": fixed.root, "named": self.training.learning_rate},
             )
         self.__dict__["training"] = self.training.model_copy(update={"learning_rate": fixed.root})
-        return self
 
-    @validate_model(mode="after")
-    def _check_sampler_knows_conditions(self) -> Self:
+    def _check_sampler_knows_conditions(self) -> None:
         conditional = self.search.conditional
         if conditional and self.sampler.name in ("cmaes", "gp"):
             raise PydanticCustomError(
@@ -424,12 +472,10 @@ class StudySpec(SpecModel):
                 "at random; take tpe, random, qmc or grid, or give it one range",
                 {"name": conditional[0], "sampler": self.sampler.name},
             )
-        return self
 
-    @validate_model(mode="after")
-    def _check_grid(self) -> Self:
+    def _check_grid(self) -> None:
         if self.sampler.name != "grid":
-            return self
+            return
         for dimension in self.search.dimensions():
             parameter = dimension.parameter
             if isinstance(parameter, Range) and not isinstance(parameter.low, int):
@@ -454,10 +500,18 @@ class StudySpec(SpecModel):
                 "{points} trials",
                 {"size": size, "points": points},
             )
-        return self
 
-    @validate_model(mode="after")
-    def _check_reference_points_fit(self) -> Self:
+    def _check_pruner_may_act(self) -> None:
+        first, epochs = self.pruner.first_epoch, self.training.max_epochs
+        if first is not None and first >= epochs:
+            raise PydanticCustomError(
+                "pruner",
+                "pruner.first_epoch must be smaller than training.max_epochs, which is {epochs}, "
+                "but {first} is given; take pruner: none to prune no trial",
+                {"epochs": epochs, "first": first},
+            )
+
+    def _check_reference_points_fit(self) -> None:
         least = min(REFERENCE_TRIALS, self.budget.trials) * self.training.max_epochs
         if self.budget.trial_epochs is not None and self.budget.trial_epochs < least:
             raise PydanticCustomError(
@@ -466,7 +520,6 @@ class StudySpec(SpecModel):
                 "train for max_epochs, but {given} is given",
                 {"least": least, "given": self.budget.trial_epochs},
             )
-        return self
 
     @property
     def first_prunable_epoch(self) -> int:

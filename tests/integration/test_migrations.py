@@ -1,6 +1,7 @@
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import optuna
 import pytest
@@ -139,6 +140,37 @@ def test_what_the_first_version_left_is_read_and_gone_on_with(old_database_url: 
 def test_a_worker_of_a_version_that_does_not_count_cannot_end_a_trial(engine: Engine) -> None:
     with pytest.raises(IntegrityError, match="null value in column"), engine.begin() as connection:
         connection.execute(text("INSERT INTO regtune.charges (study_id, seconds) VALUES (1, 2)"))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (
+            {"name": "extrapolation", "first_epoch": 9, "startup_trials": 3, "reduction_factor": 4},
+            {"name": "extrapolation", "first_epoch": 9},
+        ),
+        (
+            {"name": "median", "first_epoch": None, "startup_trials": 3, "reduction_factor": 4},
+            {"name": "median", "first_epoch": None, "startup_trials": 3},
+        ),
+        ({"name": "asha", "first_epoch": 50, "startup_trials": 3}, {"name": "none"}),
+    ],
+)
+def test_settings_of_a_pruner_that_do_nothing_are_dropped(
+    old_database_url: str, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    engine = database.connect(old_database_url)
+    with engine.begin() as connection:
+        connection.execute(
+            text("UPDATE regtune.studies SET spec = jsonb_set(spec, '{pruner}', :pruner)"),
+            {"pruner": json.dumps(before)},
+        )
+    database.upgrade(old_database_url)
+    with transaction(engine) as session:
+        shown = studies.find(session, "old").spec.canonical()["pruner"]
+    assert shown == {**shown, **after}
+    assert shown.keys() <= before.keys()
+    engine.dispose()
 
 
 def test_the_tables_of_the_first_version_can_be_gone_back_to(old_database_url: str) -> None:

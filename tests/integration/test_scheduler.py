@@ -392,15 +392,23 @@ def test_gp_suggests_where_torch_is_installed(engine: Engine, database_url: str)
     assert len(run_one_by_one(engine, database_url, study, rebuild=False)) == 5
 
 
-@pytest.mark.parametrize("pruner", ["extrapolation", "median", "asha", "hyperband"])
+@pytest.mark.parametrize(
+    ("pruner", "settings"),
+    [
+        ("extrapolation", {}),
+        ("median", {"startup_trials": 3}),
+        ("asha", {}),
+        ("hyperband", {}),
+    ],
+)
 def test_a_pruner_stops_bad_trials_but_never_a_reference_point(
-    engine: Engine, database_url: str, pruner: str
+    engine: Engine, database_url: str, pruner: str, settings: dict[str, int]
 ) -> None:
     study = builders.create(
         engine,
         budget={"trials": 20},
         training={"max_epochs": 9},
-        pruner={"name": pruner, "first_epoch": 2, "startup_trials": 3},
+        pruner={"name": pruner, "first_epoch": 2, **settings},
     )
 
     def slow(lease: Lease) -> tuple[list[float], None]:

@@ -183,11 +183,11 @@ WEAK = [max(0.6, 1.0 - 0.1 * epoch) + 0.01 * max(0, epoch - 4) for epoch in rang
 """Weak regularization leads until it overfits; strong regularization ends far below it."""
 
 
-def verdicts(curves: Mapping[int, Sequence[float]], pruner: str) -> dict[int, int]:
+def verdicts(curves: Mapping[int, Sequence[float]], pruner: str, **settings: int) -> dict[int, int]:
     """The epoch at which each trial of a study is told to stop, by number."""
     mirror = Mirror(
         spec(
-            pruner={"name": pruner, "first_epoch": FIRST, "startup_trials": 0},
+            pruner={"name": pruner, "first_epoch": FIRST, **settings},
             training={"max_epochs": EPOCHS},
             budget={"trials": len(curves)},
         )
@@ -207,7 +207,7 @@ def verdicts(curves: Mapping[int, Sequence[float]], pruner: str) -> dict[int, in
 
 def test_strong_regularization_that_wins_late_is_kept_where_the_median_throws_it_away() -> None:
     study = {0: WEAK, 1: WEAK, 2: WEAK, 3: STRONG, 4: WEAK}
-    assert verdicts(study, "median") == {3: FIRST}
+    assert verdicts(study, "median", startup_trials=0) == {3: FIRST}
     assert verdicts(study, "extrapolation") == {4: FIRST}
 
 

@@ -466,6 +466,21 @@ def test_the_learning_rate_defaults_by_optimizer() -> None:
             "budget.trial_epochs must be at least 100, so that the reference points",
         ),
         ({"sampler": "grid"}, "", "search.weight_decay is a range"),
+        (
+            {"pruner": {"startup_trials": 3}},
+            "pruner.startup_trials",
+            "is no setting of the pruner extrapolation; leave it out",
+        ),
+        (
+            {"pruner": {"name": "none", "first_epoch": 3}},
+            "pruner.first_epoch",
+            "is no setting of the pruner none",
+        ),
+        (
+            {"pruner": {"first_epoch": 5}, "training": {"max_epochs": 5}},
+            "",
+            "pruner.first_epoch must be smaller than training.max_epochs, which is 5, but 5 is",
+        ),
     ],
 )
 def test_what_is_wrong_is_named_with_what_would_be_right(
@@ -489,6 +504,19 @@ def test_such_names_are_fine(name: str) -> None:
 def test_every_mistake_is_named_at_once() -> None:
     found = refusal(budget={"trials": 0}, priority=0, training={"batch_size": 0})
     assert {name for name, _ in found} == {"budget.trials", "priority", "training.batch_size"}
+
+
+def test_every_mistake_that_several_fields_make_together_is_named_at_once() -> None:
+    found = refusal(
+        sampler="grid",
+        pruner={"first_epoch": 60},
+        budget={"trial_epochs": 10},
+        training={"learning_rate": 0.1},
+        search={"augment_strength": [0.5], "learning_rate": 0.2},
+    )
+    assert [field for field, _ in found] == [""] * 5
+    for name in ("augment_strength", "sampler grid", "first_epoch", "trial_epochs", "fixed at 0.2"):
+        assert sum(name in message for _, message in found) == 1
 
 
 @pytest.mark.parametrize("data", [None, 3, "study", [1], []])
@@ -620,6 +648,24 @@ def test_a_study_from_before_there_were_folds_and_noise_reads_the_same() -> None
 def test_settings_of_models_and_data_sets_are_read_back_the_same(task: dict[str, Any]) -> None:
     study = spec(task={"dataset": "digits", **task})
     assert parse_spec(study.canonical()) == study
+
+
+@pytest.mark.parametrize(
+    ("pruner", "settings"),
+    [
+        ("none", set()),
+        ("extrapolation", {"first_epoch"}),
+        ("median", {"first_epoch", "startup_trials"}),
+        ("asha", {"first_epoch", "reduction_factor"}),
+        ("hyperband", {"first_epoch", "reduction_factor"}),
+    ],
+)
+def test_a_pruner_shows_the_settings_that_it_has(pruner: str, settings: set[str]) -> None:
+    shown = spec(pruner=pruner).canonical()["pruner"]
+    assert shown.keys() == {"name", *settings}
+    assert spec(pruner=shown).canonical()["pruner"] == shown
+    as_once = {"first_epoch": None, "startup_trials": 5, "reduction_factor": 3, "name": pruner}
+    assert spec(pruner=as_once).canonical()["pruner"] == shown
 
 
 def test_settings_that_have_no_meaning_are_not_shown() -> None:
