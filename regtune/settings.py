@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,10 +22,17 @@ class Settings(BaseSettings):
     )
     direct_database_url: str | None = Field(
         None,
-        description="Address around a proxy that pools transactions, where `database_url` is one.",
+        description="Address around a proxy that pools transactions, where REGTUNE_DATABASE_URL "
+        "is one.",
     )
     url: str = Field("http://127.0.0.1:8700", description="Where the client finds the service.")
     host: str = Field("127.0.0.1", description="Address that the service listens on.")
+    hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Names by which clients may call the service, with commas between: its own, "
+        "or those of a proxy in front of it. On its own machine it is localhost besides. Default: "
+        "any, if it listens for other machines; else none.",
+    )
     port: int = Field(8700, ge=0, le=65_535, description="Port that the service listens on.")
     home: Path = Field(Path(".regtune"), description="Folder of the embedded database and logs.")
     data_dir: Path = Field(
@@ -88,8 +96,13 @@ class Settings(BaseSettings):
         10, ge=1, description="A study with so many failed trials in a row fails."
     )
     max_body_bytes: int = Field(MAX_BODY_BYTES, ge=1024, description="Largest request body.")
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    log_format: Literal["console", "json"] = "console"
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info",
+        description="The least that is logged, to standard error: debug, info, warning or error.",
+    )
+    log_format: Literal["console", "json"] = Field(
+        "console", description="How: console, for people, or json, an object a line."
+    )
 
     @property
     def suspect_from(self) -> int:
@@ -99,12 +112,17 @@ class Settings(BaseSettings):
         """
         return max(1, self.max_attempts - 1)
 
-    @field_validator("data_roots", mode="before")
+    @field_validator("data_roots", "hosts", mode="before")
     @classmethod
     def _split_at_commas(cls, value: object) -> object:
         if not isinstance(value, str):
             return value
         return _parts(value)
+
+    @field_validator("hosts")
+    @classmethod
+    def _check_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(_host_name, names))
 
     @field_validator("tasks", mode="before")
     @classmethod
@@ -121,6 +139,20 @@ class Settings(BaseSettings):
 
 
 _CLASS = r"\w+(\.\w+)*:\w+(\.\w+)*"
+
+
+def _host_name(text: str) -> str:
+    """Return a machine's name or address as it is compared."""
+    name = text.lower().removeprefix("[").removesuffix("]").rstrip(".")
+    try:
+        return str(ip_address(name))
+    except ValueError:
+        if not re.fullmatch(r"[\w-]+(\.[\w-]+)*", name):
+            raise ValueError(
+                f"{text!r} is no name of a machine: give it without scheme, port and path, as in "
+                "tuner.example"
+            ) from None
+        return name
 
 
 def _parts(text: str) -> tuple[str, ...]:

@@ -73,7 +73,7 @@ def create_app(settings: Settings, *, schedule: bool = True) -> FastAPI:
         CapacityLimiter(settings.pool_size),
     )
     problems.install(app)
-    app.add_middleware(SameOrigin)
+    app.add_middleware(SameOrigin, address=settings.host, names=settings.hosts)
     for part in (studies, trials, history, events, workers, health):
         app.include_router(part.router)
     app.router.default = Dashboard(

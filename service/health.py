@@ -10,6 +10,8 @@ from regtune import database
 from service.documents import Document
 from service.edge import InContext
 
+PROBES = ("/healthz", "/readyz")
+
 router = APIRouter(tags=["health"])
 
 

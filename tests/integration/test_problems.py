@@ -160,7 +160,7 @@ def test_a_body_is_read_up_to_its_limit_and_no_further(client: httpx.Client) -> 
 def test_an_endless_body_is_cut_off(client: httpx.Client, path: str) -> None:
     method = "POST" if path.startswith("/v1") else "PUT"
     head = (
-        f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         "Transfer-Encoding: chunked\r\n\r\n"
     )
     chunk = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
@@ -183,7 +183,7 @@ def test_an_endless_body_is_cut_off(client: httpx.Client, path: str) -> None:
 
 def test_a_huge_body_that_announces_itself_is_not_even_read(client: httpx.Client) -> None:
     head = (
-        "POST /v1/studies HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        "POST /v1/studies HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         "Content-Length: 1000000000000\r\n\r\n"
     )
     with socket.create_connection((client.base_url.host, client.base_url.port or 0), 30) as raw:
@@ -193,7 +193,7 @@ def test_a_huge_body_that_announces_itself_is_not_even_read(client: httpx.Client
 
 def test_a_sender_who_hangs_up_is_no_internal_error(client: httpx.Client) -> None:
     head = (
-        "POST /v1/studies HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        "POST /v1/studies HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         "Content-Length: 1000\r\n\r\n"
     )
     with capture_logs() as logs:
@@ -368,6 +368,40 @@ def test_a_page_of_another_site_may_only_look(
     assert builders.study_state(engine, study) == "active"
     own = {"Origin": str(client.base_url).rstrip("/")}
     assert client.post("/v1/studies/study/cancel", headers=own).status_code == 200
+
+
+def test_a_name_that_leads_to_the_own_machine_by_trickery_is_not_answered(
+    client: httpx.Client, engine: Engine
+) -> None:
+    builders.create(engine)
+    port = client.base_url.port
+    for host in ("elsewhere.example", f"Elsewhere.example:{port}", f"0.0.0.0:{port}", "[::1"):
+        answer = client.get("/v1/studies/study", headers={"Host": host})
+        name = host.lower().removesuffix(f":{port}")
+        assert repr(name) in problem(answer, 421)["detail"]
+        assert client.get("/readyz", headers={"Host": host}).is_success
+    for host in (f"localhost:{port}", "LOCALHOST", "a.localhost.", f"[::1]:{port}", "127.0.0.2"):
+        assert client.get("/v1/studies/study", headers={"Host": host}).is_success
+
+
+@pytest.mark.parametrize(
+    ("settings", "statuses"),
+    [
+        ({}, (421, 421)),
+        ({"hosts": ("Tuner.example.",)}, (200, 421)),
+        ({"host": "0.0.0.0"}, (200, 200)),
+        ({"host": "0.0.0.0", "hosts": ("tuner.example",)}, (200, 421)),
+    ],
+)
+def test_a_service_has_the_names_that_it_is_given_and_any_where_others_reach_it(
+    database_url: str, settings: dict[str, Any], statuses: tuple[int, int]
+) -> None:
+    with serving(app(database_url, **settings)) as client:
+        answers = [
+            client.get("/v1/studies", headers={"Host": host})
+            for host in ("tuner.example:8700", "elsewhere.example")
+        ]
+    assert tuple(answer.status_code for answer in answers) == statuses
 
 
 @pytest.mark.parametrize("error", errors.RegtuneError.__subclasses__())
