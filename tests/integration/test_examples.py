@@ -1,5 +1,9 @@
 """The studies in examples/, shortened, on small files of the kind that they name."""
 
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +19,12 @@ from regtune.settings import Settings
 from regtune.spec import load_yaml, parse_spec
 from tests.audit import audit
 from tests.builders import states, study_state
+from tests.serving import app, serving
 from tests.threads import run_until_over
 from tests.unit.tasks.files_of_others import write_cifar, write_idx
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
+FOLDER = Path(__file__).parents[2] / "examples"
+EXAMPLES = sorted(FOLDER.glob("*.yaml"))
 TRIALS = 3
 RANDOM = np.random.default_rng(0)
 
@@ -83,3 +89,23 @@ def test_an_example_runs(path, engine, database_url, tmp_path, monkeypatch):
     assert study_state(engine, study) == "completed"
     assert set(states(engine, study)) <= {"complete", "pruned"}
     assert audit(engine) == {}
+
+
+def test_a_loop_of_ones_own_gets_what_the_study_got(engine, database_url, tmp_path):
+    whole = load_yaml((FOLDER / "digits.yaml").read_text())
+    with transaction(engine) as session:
+        study, _ = studies.create(session, parse_spec({**whole, "budget": {"trials": 8}}), "test")
+    run_until_over(engine, database_url, Settings(data_dir=tmp_path, poll_seconds=0.1), study)
+    with serving(app(database_url)) as client:
+        best = client.get("/v1/studies/digits/best").json()
+        said = subprocess.run(
+            [sys.executable, FOLDER / "own_loop.py"],
+            env=os.environ | {"REGTUNE_URL": str(client.base_url)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    loss, epoch, accuracy = map(float, re.findall(r"[0-9.]+(?=[ ,%])", said))
+    assert loss == pytest.approx(best["validation_loss"], rel=0.5)
+    assert 100 * best["test_score"] == pytest.approx(accuracy, abs=3)
+    assert epoch >= 5
