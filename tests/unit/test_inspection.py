@@ -244,8 +244,8 @@ def test_every_option_of_what_makes_shapes_is_checked(run: Any, tmp_path: Path) 
     ("name", "says"),
     [
         ("OtherRowsEachTime", "data() returned other rows at its second call"),
-        ("OwnNoise", "gave different numbers"),
-        ("KeepsSomething", "gave different numbers"),
+        ("OwnNoise", "something else of the same rows the second time"),
+        ("KeepsSomething", "something else of the same rows the second time"),
         ("FunctionalDropout", "UnsupportedModel: the model draws random numbers"),
         ("Overflows", "the loss is not finite"),
         ("LossRaises", "IndexError: index 7 is out of bounds"),

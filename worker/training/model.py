@@ -377,12 +377,14 @@ def _states_of_generators() -> tuple[object, ...]:
 
 def _alike(ones: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     """Say whether tensors are the same but for the order in which a device adds up."""
-    return all(
-        torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(one.abs().max()), equal_nan=True)
-        if one.is_floating_point() and one.numel()
-        else torch.equal(one, other)
-        for one, other in zip(ones, others, strict=True)
-    )
+    return all(_is_close(one, other) for one, other in zip(ones, others, strict=True))
+
+
+def _is_close(one: Tensor, other: Tensor) -> bool:
+    if not one.is_floating_point() or not one.numel():
+        return torch.equal(one, other)
+    size = float(torch.where(one.isfinite(), one, 0.0).abs().max())
+    return torch.allclose(one, other, rtol=1e-3, atol=1e-3 * size, equal_nan=True)
 
 
 def lanes_of(parameters: Tensors) -> int:
