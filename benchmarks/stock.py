@@ -56,7 +56,6 @@ class Share:
     """Of the trials that were not pruned; ``params`` are theirs."""
     params: Sequence[Mapping[str, float]]
     epochs: Sequence[int]
-    seconds: float
 
 
 def share_out(
@@ -117,10 +116,8 @@ def optimize(task: Task, ready: Barrier, end: Any) -> None:
         complete.append(params)
         return losses[-1]
 
-    began = perf_counter()
     study.optimize(objective, n_trials=task.trials)
-    seconds = perf_counter() - began
-    end.send(Share(losses, complete, [len(curve) for curve in curves], seconds))
+    end.send(Share(losses, complete, [len(curve) for curve in curves]))
 
 
 def train(

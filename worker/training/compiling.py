@@ -284,7 +284,9 @@ class Program:
                 fastest_way = seconds.index(min(seconds))
                 if seconds[fastest_way] < CLEARLY_FASTER * seconds[0]:
                     usual, faster = (recordings[way][0].forward for way in (0, fastest_way))
-                    found = self._found_different(usual, faster, arguments)
+                    found = self._differences(
+                        usual, self._copies(arguments), faster, self._copies(arguments)
+                    )
                     chosen = fastest_way if self._are_rounding(found, usual, arguments) else 0
             self.recording, self.examples = recordings[chosen]
             self._known = is_marked(self.recording, self.examples, self.threads)
@@ -306,10 +308,6 @@ class Program:
         results = [("result", a, b) for a, b in zip(one(*ones), other(*others), strict=True)]
         arguments = zip(groups, ones, others, strict=True)
         return differences((group, a, b) for group, a, b in [*results, *arguments] if a is not b)
-
-    def _found_different(self, one: Form, other: Form, arguments: Leaves) -> Mapping[Group, float]:
-        """Return by how much two forms differ on copies of the same arguments."""
-        return self._differences(one, self._copies(arguments), other, self._copies(arguments))
 
     def _are_rounding(self, found: Mapping[Group, float], form: Form, arguments: Leaves) -> bool:
         """Say whether differences from a form are no more than other rounding might make."""
@@ -343,9 +341,9 @@ class Program:
         if challenger is None or champion is None:
             return
         try:
-            found = self._found_different(champion, challenger, arguments)
-            agrees = self._are_rounding(found, champion, arguments)
             copies, others = self._copies(arguments), self._copies(arguments)
+            found = self._differences(champion, copies, challenger, others)
+            agrees = self._are_rounding(found, champion, arguments)
             seconds, before = compared(challenger, copies, champion, others)
         except Exception as error:  # noqa: BLE001 - whatever it is, the champion still works
             self.obstacle = first_line(error)
