@@ -11,7 +11,7 @@ Answers are the service's JSON documents; every field is described in its OpenAP
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, Self
 from urllib.parse import quote
@@ -94,7 +94,7 @@ class Client:
             media_type = "application/yaml"
         headers = {"Content-Type": media_type}
         response = self._request("POST", "/v1/studies", content=body, headers=headers)
-        return response.json(), response.status_code == httpx.codes.CREATED
+        return _document(response), response.status_code == httpx.codes.CREATED
 
     def study(self, name: str) -> Document:
         """Return a study: its spec, state, progress and best trial so far."""
@@ -134,16 +134,14 @@ class Client:
 
     def act(self, name: str, verb: Verb) -> Document:
         """Pause, resume, stop or cancel a study; return how it stands then."""
-        document: Document = self._request("POST", f"{_path(name)}/{verb}").json()
-        return document
+        return _document(self._request("POST", f"{_path(name)}/{verb}"))
 
     def change(self, name: str, changes: Mapping[str, Any]) -> Document:
         """Change a live study, as ``{"budget": {"trials": 80}, "priority": 3}``; return it.
 
         What is left out stays; None takes a limit of the budget away.
         """
-        document: Document = self._request("PATCH", _path(name), json=dict(changes)).json()
-        return document
+        return _document(self._request("PATCH", _path(name), json=dict(changes)))
 
     def delete(self, name: str) -> None:
         """Delete a study that is over, with all its trials; its history stays."""
@@ -235,8 +233,7 @@ class Client:
             yield response
 
     def _get(self, path: str, query: Mapping[str, str] | None = None) -> Document:
-        document: Document = self._request("GET", path, params=query).json()
-        return document
+        return _document(self._request("GET", path, params=query))
 
     def _request(self, method: str, path: str, **options: Any) -> httpx.Response:
         try:
@@ -285,6 +282,18 @@ def _is_temporary(error: BaseException) -> bool:
 
 def _path(name: str) -> str:
     return f"/v1/studies/{quote(name, safe='')}"
+
+
+def _document(response: httpx.Response) -> Document:
+    """Read what the service has answered; Refused if it is something else that listens there."""
+    with suppress(ValueError):
+        if isinstance(document := response.json(), dict):
+            return document
+    raise Refused(
+        response.status_code,
+        f"unexpected answer of the type {response.headers.get('content-type', 'none')!r}: "
+        "is this the address of a regtune service, and is REGTUNE_URL right?",
+    )
 
 
 def _refused(response: httpx.Response) -> Refused:

@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from regtune import optuna_tables
-from regtune.errors import DatabaseUnavailable, UnknownSchema
+from regtune.errors import DatabaseUnavailable, RightsMissing, UnknownSchema
 from regtune.tables import SCHEMA
 
 WORK = "regtune_work"
@@ -265,46 +265,27 @@ def check(engine: Engine) -> None:
         )
 
 
-def compare(url: str) -> list[Any]:
-    """Return the differences between the migrations' outcome and the tables in the code."""
-    from alembic.autogenerate import compare_metadata
-    from sqlalchemy.dialects.postgresql.base import ischema_names
-
-    from regtune.tables import TransactionId, metadata
-
-    ischema_names["xid8"] = TransactionId  # the one type of ours that SQLAlchemy does not know
-    engine = connect(url)
-    with engine.connect() as connection:
-        context = MigrationContext.configure(
-            connection,
-            opts={
-                "version_table_schema": SCHEMA,
-                "include_schemas": True,
-                "include_object": _only_ours,
-                "compare_type": True,
-                "compare_server_default": True,
-            },
-        )
-        differences = list(compare_metadata(context, metadata))
-    engine.dispose()
-    return differences
-
-
-def _only_ours(item: Any, name: str | None, kind: str, reflected: bool, other: Any) -> bool:
-    return kind != "table" or item.schema == SCHEMA
-
-
 @contextmanager
 def reachable() -> Iterator[None]:
-    """Turn a driver's connection error into DatabaseUnavailable, with its first line."""
+    """Turn a driver's error into one of ours, with its first line, where a person can mend it.
+
+    Raise DatabaseUnavailable for a connection that fails, UnknownSchema for a table that is not
+    there, RightsMissing for what the role may not do.
+    """
     try:
         yield
     except DBAPIError as error:
-        if not is_outage(error):
-            raise
-        raise DatabaseUnavailable(
-            f"the database cannot be reached: {str(error.orig).splitlines()[0]}"
-        ) from error
+        said = str(error.orig).partition("\n")[0]
+        if is_outage(error):
+            raise DatabaseUnavailable(f"the database cannot be reached: {said}") from error
+        if isinstance(error.orig, psycopg.errors.InsufficientPrivilege):
+            raise RightsMissing(
+                f"the database's role may not do what regtune needs: {said}; grant it CREATE on "
+                "the database and on the schema public, or make it the database's owner"
+            ) from error
+        if isinstance(error.orig, psycopg.errors.UndefinedTable):
+            raise UnknownSchema(f"{said}; run `regtune db upgrade`") from error
+        raise
 
 
 FAULTS = (DBAPIError, TimeoutError)

@@ -77,20 +77,8 @@ class DatabaseUnavailable(RegtuneError):
     """The database cannot be reached."""
 
 
-class InvalidData(RegtuneError):
-    """The study's data set cannot be trained on as it is."""
-
-
-class NoRoom(RegtuneError):
-    """There is no room on this machine for what the study trains on; another one may have it."""
-
-
-class NoRoomForModel(NoRoom):
-    """There is no room on this machine for training the study's model."""
-
-
-class DataDiffer(RegtuneError):
-    """The rows of the data set are not those that the study began with."""
+class RightsMissing(RegtuneError):
+    """The database's role lacks a right that regtune needs."""
 
 
 class AddressTaken(RegtuneError):

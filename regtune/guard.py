@@ -4,7 +4,7 @@ It reads its parent's end from a pipe, which closes in whatever way the parent e
 included. A parent that has tidied up itself says so before; else the guard ends the process groups
 that were named to it and stops the embedded database.
 
-Lines read: ``watch GROUP``, ``done``.
+Lines read: ``watch GROUP``, ``forget GROUP``, ``done``.
 """
 
 import os

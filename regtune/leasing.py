@@ -1,4 +1,4 @@
-"""Who may train what, until when: append, lease, renew, release, expire.
+"""Who may train what, until when: append, lease, release, expire; a report renews.
 
 A lease is a fresh token on a trial's row. Every later write carries it and touches no row once the
 lease is gone. Expiry goes by the database's clock; ``now`` is a parameter so that tests own it.

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -23,16 +24,35 @@ class NotInstalled(RegtuneError):
     """A part of regtune is not installed."""
 
 
+class Hidden(RegtuneError):
+    """Another module has the name of a part of regtune, and would be imported instead."""
+
+
 def command(program: str, *options: str) -> list[str]:
     """Return the command line of a program, a part of regtune or a module of it.
 
-    Raise NotInstalled if it could not run.
+    Raise NotInstalled if it could not run, and Hidden if something else would run in its place.
     """
     part = program.partition(".")[0]
+    _check_path(part)
     if importlib.util.find_spec(_NEEDS[part]) is None:
         raise NotInstalled(f"the {part} is not installed here: pip install 'regtune[{part}]'")
     # -P: a folder named `worker` where the person happens to be is not ours.
     return [sys.executable, "-P", "-m", program, *options]
+
+
+def _check_path(part: str) -> None:
+    ours = Path(__file__).resolve().parent.parent / part
+    # What `-P` leaves out is not looked at: only these folders come before our own.
+    for folder in filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)):
+        for found in (Path(folder, part), Path(folder, f"{part}.py")):
+            if found.is_file() or (found / "__init__.py").is_file():
+                if found.resolve() == ours:
+                    return
+                raise Hidden(
+                    f"{found} hides regtune's own {part!r}, since PYTHONPATH names its folder; "
+                    "give it another name, or move what is to be imported to a folder of its own"
+                )
 
 
 def environment(workers: int = 1, **changes: str) -> dict[str, str]:

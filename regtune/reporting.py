@@ -303,6 +303,10 @@ WITH lease AS (
     FROM curve WHERE NOT EXISTS (
         SELECT FROM moved WHERE moved.trial_id = curve.trial_id AND moved.epoch = curve.epoch)
     ON CONFLICT DO NOTHING
+), counted AS (
+    UPDATE regtune.trials t SET epochs = greatest(t.epochs, reached.epochs)
+    FROM (SELECT trial_id, max(epoch) AS epochs FROM curve GROUP BY trial_id) reached
+    WHERE t.trial_id = reached.trial_id
 ), beyond AS (
     DELETE FROM public.trial_intermediate_values v USING held
     WHERE v.trial_id = held.trial_id AND NOT EXISTS (

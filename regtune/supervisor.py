@@ -198,8 +198,10 @@ class Site:
     def _start_children(self, devices: Sequence[str]) -> None:
         self.logs.mkdir(parents=True, exist_ok=True)
         self._service = self._start("service", "service")
+        # Names that stay where the database is its own; else others of this host may share it.
+        crew = "" if self._embedded else f"{os.getpid()}-"
         for number, device in enumerate(devices):
-            name = f"{socket.gethostname()}-{number}"
+            name = f"{socket.gethostname()}-{crew}{number}"
             options = "--device", device, "--name", name
             self._start(f"worker-{number}", "worker", *options, workers=len(devices))
 

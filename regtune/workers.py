@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from regtune import tables
+from regtune import shares, tables
 from regtune.task import Offer
 
 FORGOTTEN_DAYS = 30
@@ -111,14 +111,14 @@ def beat(
     return found.first() is not None
 
 
-def leave(session: Session, name: str) -> None:
-    """Say that a worker has stopped."""
+def leave(session: Session, name: str, host: str, pid: int) -> None:
+    """Say that a worker has stopped, unless another process has its name by now."""
     session.execute(
         text(
             "UPDATE regtune.workers SET stopped_at = now(), wanted_lanes = 0, study_id = NULL"
-            " WHERE name = :name"
+            " WHERE name = :name AND host = :host AND pid = :pid"
         ),
-        {"name": name},
+        {"name": name, "host": host, "pid": pid},
     )
 
 
@@ -141,11 +141,19 @@ def offered(session: Session, alive_seconds: float) -> Offer:
 def refusals(session: Session, study_id: int) -> Mapping[str, str]:
     """Return why workers train no trial of a study now, by their names.
 
-    They have other data than the study began with, until they are restarted; or they had no room
-    for it, and have not tried again since.
+    They have other data than the study began with, until they are restarted; or they lacked what it
+    takes, such as room or a file, and have not tried again since.
     """
     rows = session.execute(_REFUSALS, {"study_id": study_id})
     return {row.name: row.reason for row in rows}
+
+
+def others_may_train(session: Session, study_id: int, worker: str, alive_seconds: float) -> bool:
+    """Say whether another living worker could train a study, and has never refused to."""
+    found = session.execute(
+        _OTHERS, {"study_id": study_id, "worker": worker, "alive_seconds": alive_seconds}
+    )
+    return found.first() is not None
 
 
 _FORGET = text("""
@@ -200,4 +208,14 @@ WHERE e.study_id = :study_id AND e.kind = 'study_refused'
   AND (e.detail ->> 'tries_again_in_seconds' IS NULL OR now() <
        e.at + make_interval(secs => cast(e.detail ->> 'tries_again_in_seconds' AS float)))
 ORDER BY e.event_id
+""")
+
+_OTHERS = text(f"""
+SELECT FROM regtune.workers w JOIN regtune.studies s ON s.study_id = :study_id
+WHERE w.name <> :worker AND w.stopped_at IS NULL AND {shares.SUITS}
+  AND w.heartbeat_at > now() - make_interval(secs => :alive_seconds)
+  AND NOT EXISTS (SELECT FROM regtune.events e
+                  WHERE e.study_id = s.study_id AND e.kind = 'study_refused'
+                    AND e.actor = w.name AND e.at >= w.started_at)
+LIMIT 1
 """)

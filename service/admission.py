@@ -52,7 +52,7 @@ def warning(session: Session, study: Study, alive_seconds: float) -> str | None:
         return (
             f"all of the {len(suited)} living workers that could train it have refused it; the "
             "study waits for another, or for one to try again: once it is restarted, or after some "
-            f"minutes where it lacked room. {suited[-1].name}: "
+            f"minutes where it lacked something. {suited[-1].name}: "
             f"{refusals[suited[-1].name]}"
         )
     return None

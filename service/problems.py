@@ -24,12 +24,10 @@ from starlette.routing import Match
 from regtune.errors import (
     BudgetSpent,
     DatabaseUnavailable,
-    DataDiffer,
-    InvalidData,
     InvalidSpec,
-    NoRoom,
     NotFound,
     RegtuneError,
+    RightsMissing,
     StaleView,
     StudyActive,
     StudyDiffers,
@@ -53,12 +51,10 @@ _STATUS: Mapping[type[RegtuneError], HTTPStatus] = {
     StudyActive: HTTPStatus.CONFLICT,
     StudyOver: HTTPStatus.CONFLICT,
     BudgetSpent: HTTPStatus.CONFLICT,
-    InvalidData: HTTPStatus.CONFLICT,
-    NoRoom: HTTPStatus.CONFLICT,
-    DataDiffer: HTTPStatus.CONFLICT,
     StaleView: HTTPStatus.SERVICE_UNAVAILABLE,
     UnknownSchema: HTTPStatus.SERVICE_UNAVAILABLE,
     DatabaseUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
+    RightsMissing: HTTPStatus.SERVICE_UNAVAILABLE,
     RegtuneError: HTTPStatus.INTERNAL_SERVER_ERROR,
 }
 

@@ -16,17 +16,7 @@ from sqlalchemy.orm import Session
 
 from regtune import database, events, leasing, reporting, shapes, shares, studies, task, workers
 from regtune.database import transaction
-from regtune.errors import (
-    DatabaseUnavailable,
-    DataDiffer,
-    InvalidData,
-    InvalidSpec,
-    NoRoom,
-    NoRoomForModel,
-    NotFound,
-    RegtuneError,
-    storable,
-)
+from regtune.errors import DatabaseUnavailable, InvalidSpec, NotFound, RegtuneError, storable
 from regtune.leasing import Lease
 from regtune.reporting import Failed
 from regtune.settings import Settings
@@ -35,6 +25,7 @@ from regtune.studies import Study
 from worker.building import Building
 from worker.checkpoints import CheckpointStore
 from worker.devices import describe
+from worker.errors import DataDiffer, DataMissing, InvalidData, NoRoom, NoRoomForModel
 from worker.heartbeat import BEATS_A_LEASE, Heartbeat
 from worker.meeting import Turn
 from worker.refusals import Refusals
@@ -47,6 +38,9 @@ from worker.training.engine import Engine
 log = structlog.get_logger()
 
 _SLICE_SECONDS = 0.5
+
+_MISSING = (DataMissing, ImportError, OSError)
+"""What is raised where a machine lacks a file, the right to read it, a package or the network."""
 
 _POLLS_A_LOOK = 8
 """An idle worker looks for itself so seldom: schedulers, which poll, call again where a trial was
@@ -115,7 +109,7 @@ class Worker:
         self._drop_stack()
         try:
             with transaction(self._database) as session:
-                workers.leave(session, self.name)
+                workers.leave(session, self.name, socket.gethostname(), os.getpid())
         except database.FAULTS as error:
             log.warning("database_lost", worker=self.name, error=str(error).splitlines()[0])
         self._database.dispose()
@@ -153,7 +147,8 @@ class Worker:
             self._drop_stack()
             return self._begin(turn)
         except (*database.FAULTS, DatabaseUnavailable, NotFound) as error:
-            log.warning("database_lost", worker=self.name, error=str(error).splitlines()[0])
+            event = "study_gone" if isinstance(error, NotFound) else "database_lost"
+            log.warning(event, worker=self.name, error=str(error).splitlines()[0])
             if self._stack is not None:
                 self._stack.release()
                 self._drop_stack()
@@ -266,7 +261,7 @@ class Worker:
         )
 
     def _build_stack(self, study: Study, shape: str, leases: Sequence[Lease] = ()) -> Stack | None:
-        """Build a study's stack; if the task's own code raises, a trial of it fails by that."""
+        """Build a study's stack; None if it cannot be built here."""
         try:
             with Building(
                 self._database, self._settings, self.name, self._lanes, leases, self._shutdown
@@ -286,38 +281,52 @@ class Worker:
                 )
         except DataDiffer as difference:
             self._refused.add(study.study_id)
-            self._record_refusal(study, difference)
+            with transaction(self._database) as session:
+                self._record_refusal(session, study, difference)
             self._give_back(leases)
-        except NoRoom as lack:
-            self._leave_to_others(study, shape, lack, leases)
         except (*database.FAULTS, NotFound):  # the database
             raise
         except Exception as error:  # noqa: BLE001 - a user's crash is data
             if capacity.is_out_of_memory(error):
-                self._leave_to_others(study, shape, NoRoomForModel(first_line(error)), leases)
+                error = NoRoomForModel(first_line(error))
+            if self._leaves_to_others(study, shape, error):
+                self._give_back(leases)
             else:
                 log.error("task_failed", study=study.name, error=str(error))
                 self._fail_one(study, shape, error, leases)
         return None
 
-    def _leave_to_others(
-        self, study: Study, shape: str, lack: NoRoom, leases: Sequence[Lease]
-    ) -> None:
-        """Refuse a study that this machine has no room for, until that may have changed.
+    def _leaves_to_others(self, study: Study, shape: str, error: Exception) -> bool:
+        """Refuse a study for a while, rather than fail a trial by an error; say if that is right.
 
-        One shape of many that has still no room then, and that nobody has built, fails a trial:
-        else nobody would train the smaller ones.
+        Of workers that find out at once that they lack the same, one sees that the others have.
         """
-        one_shape = shape != NO_SHAPE and isinstance(lack, NoRoomForModel)
-        if one_shape and self._refused.postponed(study.study_id):
-            with transaction(self._database) as session:
-                built = _is_built(session, study, shape)
-            if not built:
-                self._fail_one(study, shape, lack, leases)
-                return
-        seconds = self._refused.postpone(study.study_id)
-        self._record_refusal(study, lack, tries_again_in_seconds=seconds)
-        self._give_back(leases)
+        with transaction(self._database) as session:
+            study = studies.lock(session, study.study_id)  # it may have been built meanwhile
+            if not self._is_for_others(session, study, shape, error):
+                return False
+            seconds = self._refused.postpone(study.study_id)
+            self._record_refusal(session, study, error, tries_again_in_seconds=seconds)
+            return True
+
+    def _is_for_others(self, session: Session, study: Study, shape: str, error: Exception) -> bool:
+        """Say whether others may train a study, or this worker itself a while later.
+
+        What others have built can be trained: whatever is wrong is wrong here alone. Room may be
+        there later. What is missing on this machine, others may have, unless all have refused.
+        But one shape of many that has still no room at the second try, and that nobody has built,
+        fails a trial: else nobody would train the smaller ones.
+        """
+        if _is_built(session, study, shape):
+            return True
+        if isinstance(error, NoRoom):
+            one_shape = shape != NO_SHAPE and isinstance(error, NoRoomForModel)
+            return not (one_shape and self._refused.postponed(study.study_id))
+        if not isinstance(error, _MISSING):
+            return False
+        return study.model is not None or workers.others_may_train(
+            session, study.study_id, self.name, self._settings.lease_seconds
+        )
 
     def _give_back(self, leases: Sequence[Lease]) -> None:
         """Give back what a study was to be built for."""
@@ -325,29 +334,31 @@ class Worker:
             with transaction(self._database) as session:
                 leasing.release(session, leases, self.name)
 
-    def _record_refusal(self, study: Study, reason: RegtuneError, **detail: float) -> None:
+    def _record_refusal(
+        self, session: Session, study: Study, error: Exception, **detail: float
+    ) -> None:
         """Say in a study's history why this worker leaves it to others."""
-        log.error("study_refused", study=study.name, reason=str(reason), **detail)
-        with transaction(self._database) as session:
-            events.record(
-                session,
-                study.study_id,
-                "study_refused",
-                self.name,
-                detail={"reason": storable(str(reason)), **detail},
-            )
+        reason = str(error) if isinstance(error, RegtuneError) else first_line(error)
+        log.error("study_refused", study=study.name, reason=reason, **detail)
+        events.record(
+            session,
+            study.study_id,
+            "study_refused",
+            self.name,
+            detail={"reason": storable(reason), **detail},
+        )
 
     def _fail_one(
         self, study: Study, shape: str, error: Exception, leases: Sequence[Lease]
     ) -> None:
-        """Fail one trial alone: other workers may well have what this one lacks.
+        """Fail one trial alone: the next one may go better.
 
         Data that cannot be trained on, and wrong settings, are the same for all of them, and end
         the study, unless another shape of it was built before.
         """
         failed = Failed.by(error)
         with transaction(self._database) as session:
-            studies.lock(session, study.study_id)
+            study = studies.lock(session, study.study_id)
             leases = leases or self._lease_one(session, study, shape)
             reporting.finish(session, [(lease, failed) for lease in leases], self.name)
             if isinstance(error, InvalidData | InvalidSpec) and study.model is None:

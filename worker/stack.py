@@ -15,7 +15,6 @@ from sqlalchemy import Engine as Database
 
 from regtune import shapes, studies
 from regtune.database import FAULTS, Listener, transaction
-from regtune.errors import DataDiffer
 from regtune.leasing import Lease
 from regtune.reporting import Completed, Epoch, Failed, Outcome, Pruned
 from regtune.settings import Settings
@@ -24,6 +23,7 @@ from regtune.studies import ModelFacts, Study
 from regtune.task import Storage
 from worker.checkpoints import CheckpointStore, CheckpointWriter, Saved
 from worker.devices import describe
+from worker.errors import DataDiffer
 from worker.meeting import Answer, Meetings, Report, Turn
 from worker.shutdown import Interrupted
 from worker.training import capacity
@@ -497,14 +497,16 @@ class Stack:
         room = self._engine.free_slots
         joining, too_many = joining[:room], joining[room:]
         self._given_back |= set(too_many)
-        has_room = True
+        no_room: Failed | None = None
         try:
             self._join(joining, {id_: one.checkpoint for id_, one in answer.resumed.items()})
         except Exception as error:
-            if not capacity.is_out_of_memory(error) or self._engine.slots == 1:
+            if not capacity.is_out_of_memory(error):
                 raise
-            has_room = False
-        if not has_room:
+            no_room = Failed.by(error)
+        if no_room and self._engine.slots == 1:
+            self._outcomes |= dict.fromkeys(joining, no_room)
+        elif no_room:
             self._given_back |= set(joining)
             self._take_fewer_lanes(len(joining))
 

@@ -5,7 +5,7 @@ the service and the database for this connection. When the connection is lost, s
 and another replica leads within its next poll.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 from sqlalchemy import Connection, Engine, text
 
@@ -21,8 +21,13 @@ class Leadership:
         self._connection: Connection | None = None
         self._led: set[int] = set()
 
-    def claim(self, live: Iterable[int]) -> set[int]:
-        """Let go of studies that are over, try to lead the other live ones; return those led.
+    @property
+    def led(self) -> Set[int]:
+        """The ids of the studies that it leads, as far as it knows."""
+        return self._led
+
+    def claim(self, live: Iterable[int]) -> None:
+        """Let go of studies that are over, and try to lead the other live ones.
 
         Raise the driver's error if the connection is lost; nothing is led from then on.
         """
@@ -34,7 +39,6 @@ class Leadership:
         except BaseException:
             self.give_up()
             raise
-        return set(self._led)
 
     def give_up(self) -> None:
         """Lead nothing any more."""

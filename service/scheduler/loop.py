@@ -50,6 +50,7 @@ class Scheduler:
         self._conductors: dict[int, Conductor] = {}
         self._errors: dict[int, int] = {}
         self._unfinished: set[int] = set()
+        self._stale: set[int] = set()
         self._pause = _LONGEST_PAUSE_SECONDS
         self._glance_due = 0.0
         self._settling_due = 0.0
@@ -130,13 +131,17 @@ class Scheduler:
                     shares.settle(session)
             with database.transaction(self._engine) as session:
                 live = studies.live_ids(session)
-            led = self._leadership.claim(live)
+            self._leadership.claim(live)
         except database.FAULTS as error:
             self._lose_touch(error)
             return
+        led = self._leadership.led
         self._conductors = {id_: c for id_, c in self._conductors.items() if id_ in led}
         for study_id in sorted(led if news is None else led & news):
-            self._conduct(study_id)
+            if self._stopping.is_set():
+                return
+            if study_id in self._leadership.led:  # none, once the connection has been lost
+                self._conduct(study_id)
 
     def _conduct(self, study_id: int) -> None:
         """Give one study a round; whatever goes wrong with it stays with it."""
@@ -146,10 +151,14 @@ class Scheduler:
             if self._conductors[study_id].round():
                 self._unfinished.add(study_id)
             self._errors.pop(study_id, None)
+            self._stale.discard(study_id)
         except (StaleView, NotFound) as error:
             log.info("mirror_stale", study_id=study_id, reason=str(error))
             self._conductors.pop(study_id, None)
-            self._unfinished.add(study_id)
+            # At once, but for one that is stale when it has just been read: that takes its time.
+            if study_id not in self._stale:
+                self._unfinished.add(study_id)
+            self._stale ^= {study_id}
         except Exception as error:  # noqa: BLE001 - a sampler may raise anything
             if database.is_outage(error):
                 self._lose_touch(error)

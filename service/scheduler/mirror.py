@@ -159,7 +159,8 @@ def read_trials(session: Session, study_id: int, spec: StudySpec) -> Sequence[Fr
     """Read all trials of a study from Optuna's tables, ordered by number.
 
     In one statement: Optuna's own storage takes seconds for ten thousand trials. Learning curves
-    come along where somebody judges by them, and of pruned trials.
+    come along where somebody judges by them, and of pruned trials. What others have added to the
+    study in Optuna's tables, as ``enqueue_trial`` does, is none of ours: no worker trains it.
     """
     rows = session.execute(
         text(_TRIALS), {"study_id": study_id, "curves": spec.pruner.name != "none"}
@@ -194,10 +195,10 @@ SELECT t.state::text, v.value,
                    WHEN 'FINITE' THEN intermediate_value WHEN 'NAN' THEN 'NaN'
                    WHEN 'INF_POS' THEN 'Infinity' ELSE '-Infinity' END::double precision)
             FROM public.trial_intermediate_values i WHERE i.trial_id = t.trial_id) END AS curve
-FROM public.trials t LEFT JOIN LATERAL (
+FROM regtune.trials ours JOIN public.trials t USING (trial_id) LEFT JOIN LATERAL (
     SELECT CASE value_type WHEN 'FINITE' THEN value WHEN 'INF_POS' THEN 'Infinity'
            ELSE '-Infinity' END::double precision AS value
     FROM public.trial_values WHERE trial_id = t.trial_id) v ON true
-WHERE t.study_id = :study_id
-ORDER BY t.number
+WHERE ours.study_id = :study_id
+ORDER BY ours.number
 """

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from sqlalchemy import Engine
+from sqlalchemy import Engine, make_url, text
 
-from regtune import cli, progress, studies, supervisor, workers
+from regtune import cli, database, progress, studies, supervisor, workers
 from regtune.client import Client, Refused
 from regtune.database import transaction
 from regtune.task import installed
@@ -325,6 +325,31 @@ def test_a_worker_is_found_alive_by_its_host(
     assert run("worker", "--check")[0] == cli.FAILED
     register(engine, "ours", socket.gethostname())
     assert run("worker", "--check")[0] == 0
+
+
+def test_before_the_first_upgrade_a_check_of_the_workers_says_what_to_do(
+    run: Run, empty_database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REGTUNE_DATABASE_URL", empty_database_url)
+    code, _, err = run("worker", "--check")
+    assert code == cli.FAILED
+    assert "regtune db upgrade" in err
+
+
+def test_a_role_that_may_create_nothing_is_told_what_it_needs(
+    run: Run, empty_database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = database.connect(empty_database_url)
+    with engine.begin() as connection:
+        connection.execute(text("DROP ROLE IF EXISTS reader"))
+        connection.execute(text("CREATE ROLE reader LOGIN PASSWORD 'x'"))
+    engine.dispose()
+    url = make_url(empty_database_url).set(username="reader", password="x")
+    monkeypatch.setenv("REGTUNE_DATABASE_URL", url.render_as_string(hide_password=False))
+    code, _, err = run("db", "upgrade")
+    assert code == cli.FAILED
+    assert "permission denied" in err
+    assert "grant it CREATE" in err
 
 
 def test_a_database_is_checked_and_upgraded(

@@ -9,6 +9,7 @@ from alembic import command
 from sqlalchemy import Engine, create_engine, make_url, text
 from sqlalchemy.exc import IntegrityError
 
+from migrations.check import differences
 from regtune import database, optuna_tables, studies
 from regtune.database import transaction
 from regtune.errors import DatabaseUnavailable, UnknownSchema
@@ -21,7 +22,7 @@ from tests.serving import app, serving
 
 def test_the_migrations_lead_to_the_tables_in_the_code(empty_database_url: str) -> None:
     database.upgrade(empty_database_url)
-    assert database.compare(empty_database_url) == []
+    assert differences(empty_database_url) == []
 
 
 def test_many_may_upgrade_at_once_and_again(empty_database_url: str) -> None:
@@ -112,7 +113,7 @@ def old_database_url(empty_database_url: str) -> str:
 
 def test_what_the_first_version_left_is_read_and_gone_on_with(old_database_url: str) -> None:
     database.upgrade(old_database_url)
-    assert database.compare(old_database_url) == []
+    assert differences(old_database_url) == []
     engine = database.connect(old_database_url)
     with transaction(engine) as session:
         study = studies.find(session, "old")
@@ -179,7 +180,7 @@ def test_the_tables_of_the_first_version_can_be_gone_back_to(old_database_url: s
     with engine.begin() as connection:
         command.downgrade(database._alembic(connection), "0001")
     database.upgrade(old_database_url)
-    assert database.compare(old_database_url) == []
+    assert differences(old_database_url) == []
     with transaction(engine) as session:
         study = studies.find(session, "old")
     assert builders.states(engine, study) == ["complete", "waiting"]

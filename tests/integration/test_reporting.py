@@ -226,6 +226,7 @@ def test_what_a_checkpoint_knows_and_the_record_does_not_is_added(engine, leases
     flush(engine, leases, {leases[0].trial_id: curve[:1]})
     second = retried(engine, leases[0])
     resume(engine, second, curve)
+    assert builders.column(engine, "SELECT max(epochs) FROM regtune.trials") == [3]
     assert record(engine, second) == [(2, 1), (2, 2), (2, 3)]
     assert optuna_curve(engine, second) == {1: 1, 2: 1 / 2, 3: 1 / 3}
 

@@ -155,7 +155,7 @@ def test_a_task_goes_by_its_name_to_a_worker_that_has_it(
         assert glances.of(session, study.study_id, 30, 2).wanted_lanes == 2
         assert shares.choose(session, "other") is None
         assert shares.choose(session, "w") == study.study_id
-        workers.leave(session, "w")
+        workers.leave(session, "w", "h", 1)
     warning = client.get("/v1/studies/study").json()["warning"]
     assert "none of the 1 living workers offers the task 'waves'" in warning
 
@@ -183,10 +183,19 @@ def test_the_warning_tells_when_all_workers_have_refused(
     assert refuse("b", "so are these") == (
         "all of the 2 living workers that could train it have refused it; the study waits for "
         "another, or for one to try again: once it is restarted, or after some minutes where it "
-        "lacked room. b: so are these"
+        "lacked something. b: so are these"
     )
     register(engine, "a")  # it was restarted, and tries again
     assert warning() is None
+
+
+def test_who_leaves_says_so_of_itself_alone(client: httpx.Client, engine: Engine) -> None:
+    register(engine, "w")  # by pid 1 of h, under a name that another process had before
+    for host, pid, alive in (("h", 2, True), ("elsewhere", 1, True), ("h", 1, False)):
+        with transaction(engine) as session:
+            workers.leave(session, "w", host, pid)
+        (worker,) = client.get("/v1/workers").json()["items"]
+        assert worker["alive"] is alive
 
 
 def test_a_study_that_was_accepted_once_stays_so_when_its_worker_is_gone(
@@ -196,7 +205,7 @@ def test_a_study_that_was_accepted_once_stays_so_when_its_worker_is_gone(
     register(engine, datasets="mine")
     post(client, task=task)
     with transaction(engine) as session:
-        workers.leave(session, "w")
+        workers.leave(session, "w", "h", 1)
     response = post(client, task=task)
     assert response.status_code == 200
     assert "no worker is alive" in response.json()["warning"]
@@ -442,7 +451,7 @@ def test_workers_are_listed_with_what_they_offer(client: httpx.Client, engine: E
     register(engine, "b", datasets="digits mnist")
     register(engine, "a")
     with transaction(engine) as session:
-        workers.leave(session, "a")
+        workers.leave(session, "a", "h", 1)
     everyone = client.get("/v1/workers").json()["items"]
     assert [(worker["name"], worker["alive"]) for worker in everyone] == [("b", True), ("a", False)]
     assert everyone[0]["datasets"] == ["digits", "mnist"]

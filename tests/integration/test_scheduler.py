@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import optuna
 import psycopg
 import pytest
 from sqlalchemy import Engine, text
@@ -108,6 +109,22 @@ def over(engine: Engine, study: Study) -> Callable[[], bool]:
 def rows(engine: Engine, query: str) -> list[tuple[Any, ...]]:
     with engine.connect() as connection:
         return [tuple(row) for row in connection.execute(text(query))]
+
+
+def test_what_a_notebook_enqueues_in_optunas_tables_keeps_no_leader_from_the_study(
+    engine: Engine, database_url: str
+) -> None:
+    """It is nobody's to train; who leads next reads the study anew, and goes on."""
+    study = builders.create(engine, budget={"trials": 6})
+    storage = optuna.storages.RDBStorage(database_url)
+    with HandWorker(engine, "w", 1) as worker:
+        with scheduler(engine, database_url):
+            wait_until(lambda: "complete" in builders.states(engine, study), DEADLINE_SECONDS)
+        optuna.load_study(study_name="study", storage=storage).enqueue_trial({"dropout": 0.5})
+        worker.lanes = 2
+        with scheduler(engine, database_url):
+            wait_until(lambda: builders.study_state(engine, study) == "completed", DEADLINE_SECONDS)
+    assert builders.states(engine, study) == ["complete"] * 6
 
 
 def test_a_study_of_forty_trials_with_three_workers_trains_exactly_forty(
@@ -574,14 +591,10 @@ def test_a_study_that_the_sampler_cannot_handle_fails_alone(
 ) -> None:
     good = builders.create(engine, "good", budget={"trials": 5})
     bad = builders.create(engine, "bad", budget={"trials": 5})
+    builders.append(engine, bad, 1)
+    builders.complete(engine, builders.lease(engine, bad))
     with engine.begin() as connection:
-        connection.execute(
-            text(
-                "INSERT INTO public.trials (number, study_id, state)"
-                " VALUES (0, :id, 'COMPLETE')"  # and yet without a value
-            ),
-            {"id": bad.study_id},
-        )
+        connection.execute(text("DELETE FROM public.trial_values"))  # complete, and yet without one
     with scheduler(engine, database_url), HandWorker(engine, "a", 2):
         wait_until(over(engine, good), DEADLINE_SECONDS)
         wait_until(over(engine, bad), DEADLINE_SECONDS)

@@ -22,6 +22,7 @@ from tests.waiting import wait_until
 from worker.refusals import FIRST_SECONDS
 from worker.tasks import decoding
 from worker.training import capacity, residence
+from worker.training.engine import Engine as TrainingEngine
 from worker.training.epoch import Epochs
 
 SHORT = {"training": {"max_epochs": 4, "batch_size": 256}, "budget": {"trials": 6}}
@@ -256,7 +257,7 @@ def test_a_worker_without_room_leaves_a_study_to_others_and_says_why(
     with working(database_url, two_lanes(tmp_path)):
         wait_until(lambda: refusals(engine, study), 60)
         warning = client.get("/v1/studies/study").json()["warning"]
-        assert "or after some minutes where it lacked room. w: " in warning
+        assert "or after some minutes where it lacked something. w: " in warning
         assert says in warning
         other = builders.create(
             engine, "other", **{**SHORT, "training": {"max_epochs": 2, "batch_size": 8}}
@@ -351,11 +352,14 @@ def test_running_out_of_memory_halves_the_lanes_and_loses_no_trial(engine, run, 
     assert audit(engine) == {}
 
 
-def test_a_trial_that_does_not_fit_even_alone_fails_with_the_reason(engine, run, monkeypatch):
+@pytest.mark.parametrize(("part", "method"), [(Epochs, "train"), (TrainingEngine, "join")])
+def test_a_trial_that_does_not_fit_even_alone_fails_with_the_reason(
+    engine, run, monkeypatch, part, method
+):
     def too_much(self, *arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Epochs, "train", too_much)
+    monkeypatch.setattr(part, method, too_much)
     study = builders.create(engine, **{**SHORT, "budget": {"trials": 2}})
     run(study, lanes=2)
     rows = trials(engine, study)
@@ -434,7 +438,7 @@ def test_data_that_cannot_be_trained_on_end_the_study_at_its_first_trial(
     assert [row.state for row in rows].count("failed") == 1
     assert {row.state for row in rows} <= {"failed", "cancelled"}
     (failed,) = [row for row in rows if row.state == "failed"]
-    assert failed.reason.startswith("InvalidData: ")
+    assert failed.reason.startswith(("InvalidData: ", "DataMissing: "))
     assert says in failed.reason
     assert audit(engine) == {}
 
@@ -533,6 +537,63 @@ def test_a_worker_whose_data_differ_refuses_the_study_and_says_so(engine, databa
     assert refusal.actor == "w"
     assert "sha256:of-other-rows" in refusal.detail["reason"]
     assert builders.states(engine, study) == ["waiting"] * 3
+    assert audit(engine) == {}
+
+
+TABLE = {"dataset": "table", "data": {"path": "t.csv", "target": "y"}, "model": "mlp"}
+
+
+def write_table(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    lines = [f"{i % 10},{'yes' if i % 10 > 4 else 'no'}" for i in range(100)]
+    (folder / "t.csv").write_text("\n".join(["a,y", *lines]))
+
+
+def test_what_one_worker_lacks_costs_no_trial_where_another_has_it(engine, database_url, tmp_path):
+    write_table(tmp_path / "whole")
+    builders.register(engine, "whole", datasets=["table"])  # and it is busy yet
+    study = builders.create(engine, task=TABLE, **SHORT)
+    builders.append(engine, study, 6)
+    with working(database_url, two_lanes(tmp_path / "lacking"), "lacking"):
+        wait_until(lambda: refusals(engine, study), 60)
+        with working(database_url, two_lanes(tmp_path / "whole"), "whole"):
+            wait_until(lambda: builders.states(engine, study) == ["complete"] * 6, 60)
+    assert builders.study_state(engine, study) == "active"
+    (refusal,) = refusals(engine, study)
+    assert (refusal.actor, refusal.detail["reason"]) == ("lacking", "there is no file 't.csv'")
+    assert audit(engine) == {}
+
+
+def test_what_others_have_built_is_left_to_them_whatever_goes_wrong(engine, database_url, tmp_path):
+    study = builders.create(engine, task={"name": "broken", "fault": "model"}, **SHORT)
+    with transaction(engine) as session:
+        studies.describe_model(session, study.study_id, ModelFacts(1, [], [], [], True, 1, 1))
+    builders.append(engine, study, 2)
+    settings = two_lanes(tmp_path).model_copy(update={"tasks": BROKEN})
+    with working(database_url, settings):
+        wait_until(lambda: refusals(engine, study), 60)
+        other = builders.create(engine, "other", **SHORT)
+        builders.append(engine, other, 1)
+        wait_until(lambda: builders.states(engine, other) == ["complete"], 60)
+    (refusal,) = refusals(engine, study)
+    assert refusal.detail["reason"] == "ValueError: no such width"
+    assert refusal.detail["tries_again_in_seconds"] == FIRST_SECONDS
+    assert builders.states(engine, study) == ["waiting"] * 2
+    assert audit(engine) == {}
+
+
+def test_what_all_workers_lack_ends_the_study_with_the_reason(engine, database_url, tmp_path):
+    with (
+        working(database_url, two_lanes(tmp_path), "a"),
+        working(database_url, two_lanes(tmp_path), "b"),
+    ):
+        wait_until(lambda: len(workers_of(engine)) == 2, 30)
+        study = builders.create(engine, task=TABLE, **SHORT)
+        builders.append(engine, study, 6)
+        wait_until(lambda: builders.study_state(engine, study) == "failed", 60)
+    assert "there is no file 't.csv'" in describe(engine, study)["reason"]
+    assert len(refusals(engine, study)) == 1
+    assert sorted(builders.states(engine, study)) == ["cancelled"] * 5 + ["failed"]
     assert audit(engine) == {}
 
 

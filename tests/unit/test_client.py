@@ -63,6 +63,26 @@ def test_an_answer_that_is_no_problem_document_is_still_a_refusal() -> None:
         api.study("digits")
 
 
+class Portal(BaseHTTPRequestHandler):
+    """Answers whatever is asked with a page for people."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(b"<h1>Welcome</h1>")
+
+    do_POST = do_GET  # noqa: N815 - as the base class wants it
+
+
+def test_a_page_of_something_else_is_no_answer() -> None:
+    with answered_by(Portal, requests=2) as api:
+        with pytest.raises(Refused, match=r"'text/html'.*REGTUNE_URL"):
+            api.study("digits")
+        with pytest.raises(Refused, match="'text/html'"):
+            api.submit({"name": "digits"})
+
+
 class Elsewhere(BaseHTTPRequestHandler):
     def do_DELETE(self) -> None:
         self.send_response(307)

@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pytest
 
@@ -27,3 +28,19 @@ def test_what_a_person_has_set_stays(monkeypatch):
 def test_what_the_program_needs_goes_before_all_else(monkeypatch):
     monkeypatch.setenv("REGTUNE_PORT", "1")
     assert programs.environment(REGTUNE_PORT="2")["REGTUNE_PORT"] == "2"
+
+
+@pytest.mark.parametrize("name", ["worker.py", "worker/__init__.py"])
+def test_what_would_hide_a_part_of_regtune_is_named(monkeypatch, tmp_path, name):
+    hiding = tmp_path / name
+    hiding.parent.mkdir(exist_ok=True)
+    hiding.touch()
+    ours = str(Path(programs.__file__).parent.parent)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([ours, str(tmp_path)]))
+    assert programs.command("worker", "--lanes", "2")[-2:] == ["--lanes", "2"]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", str(tmp_path), ours]))
+    with pytest.raises(programs.Hidden, match=str(tmp_path / "worker")):
+        programs.command("worker")
+    with pytest.raises(programs.Hidden):
+        programs.command("worker.inspection")
+    assert programs.command("service")

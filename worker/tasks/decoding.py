@@ -26,8 +26,8 @@ import structlog
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from regtune.errors import InvalidData, NoRoom
 from regtune.task import Storage
+from worker.errors import InvalidData, NoRoom
 from worker.tasks.files import opened
 from worker.tasks.locking import alone
 

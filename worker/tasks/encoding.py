@@ -16,8 +16,8 @@ from sklearn.impute import SimpleImputer
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
-from regtune.errors import NoRoom
 from regtune.task import Columns
+from worker.errors import NoRoom
 from worker.training.capacity import free_bytes, readable
 
 MOST_CATEGORIES = 100

@@ -13,15 +13,15 @@ from urllib.parse import unquote
 
 import fsspec
 
-from regtune.errors import InvalidData
 from regtune.task import Storage
+from worker.errors import DataMissing, InvalidData
 
 _LOCAL = ("file://", "local://")
 
 
 @contextmanager
 def opened(address: str, storage: Storage) -> Iterator[IO[bytes]]:
-    """Open a file for reading; raise InvalidData if it is not there, or not under a root.
+    """Open a file for reading; raise DataMissing if it is not there, or not under a root.
 
     What is not under a root is refused before it is looked at, so that nobody learns whether it is
     there.
@@ -32,21 +32,22 @@ def opened(address: str, storage: Storage) -> Iterator[IO[bytes]]:
         with where.open("rb") if isinstance(where, Path) else fsspec.open(where, "rb") as file:
             yield file
     except FileNotFoundError:
-        raise InvalidData(f"there is no file {address!r}") from None
+        raise DataMissing(f"there is no file {address!r}") from None
     except (OSError, ImportError) as error:
-        raise InvalidData(f"{address!r} cannot be read: {error}") from error
+        raise DataMissing(f"{address!r} cannot be read: {error}") from error
 
 
 def folder(address: str, storage: Storage) -> Path:
-    """Return a folder of this machine; raise InvalidData if it is not there, or not under a root.
+    """Return a folder of this machine; raise DataMissing if it is not there, or not under a root.
 
-    Links in it are not looked at: each file is to be ``opened``.
+    Links in it are not looked at: each file is to be ``opened``. Raise InvalidData for an address
+    that is no machine's own.
     """
     if not _is_local(address):
         raise InvalidData(f"{address!r} must be a folder of the worker's own machine")
     path = _local(address, storage)
     if not path.is_dir():
-        raise InvalidData(f"there is no folder {address!r}")
+        raise DataMissing(f"there is no folder {address!r}")
     return path
 
 
@@ -78,8 +79,8 @@ def _without_protocol(address: str) -> str:
     return address
 
 
-def _not_allowed(address: str) -> InvalidData:
-    return InvalidData(
+def _not_allowed(address: str) -> DataMissing:
+    return DataMissing(
         f"{address!r} is not under a root that this worker may read from; its REGTUNE_DATA_ROOTS "
         "says which those are"
     )

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torchvision.datasets import ImageFolder
 
-from regtune.errors import InvalidData
 from regtune.spec import ImageFolderSettings
 from regtune.task import Data, Storage
+from worker.errors import InvalidData
 from worker.tasks.decoding import ImageFiles
 from worker.tasks.files import folder
 from worker.tasks.holdout import hold_out

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from pyarrow import csv, parquet
 
-from regtune.errors import InvalidData, NoRoom
 from regtune.spec import TableSettings
 from regtune.task import Columns, Data, Storage
+from worker.errors import InvalidData, NoRoom
 from worker.tasks.files import opened
 from worker.tasks.holdout import hold_out
 from worker.training.capacity import free_bytes, readable

@@ -5,7 +5,7 @@ Tensor names end in the letters of their shape:
     K  lanes                        B  rows of a batch        C  classes
     P  parameters of one model      W  penalized ones (the first W of P)
     S  steps of an epoch            D  dropout sites          R  rows held out
-    M  members of a trial           N  rows of a data set; noise keys of a step (D + 2)
+    M  members of a trial           N  rows of a data set; noise keys of a step (D + 5)
     T  sums over rows from which loss and score are made
 
 A walk: ``lanes`` (what a lane is: its trial, its tensors) → ``step`` (one optimizer step) →

@@ -70,6 +70,13 @@ MOST_COMPILED = 16
 CALLS_BEFORE_CAPTURING = 20
 """Calls on the same lanes after which a CUDA graph is worth its capture."""
 
+MOST_IN_VAIN = 2
+"""Programs in a row that do not compile, after which an engine compiles nothing more.
+
+One may be what TorchInductor trips over; two mean that there is no compiler, or a model that is
+none for it, and each try takes seconds of a core.
+"""
+
 HEAD_START_SECONDS, HEAD_START_SHARE = 4.0, 0.3
 """How long training waits at most for what is compiled first, and for which share of its own time.
 
@@ -496,6 +503,7 @@ class Programs:
             self._thread.join()
 
     def _compile_all(self) -> None:
+        vain, reason = 0, ""
         while (program := self._queue.get()) is not None and not self._closed:
             started = perf_counter()
             try:
@@ -503,9 +511,14 @@ class Programs:
                 form = compile_recording(program.recording, program.examples, program.threads)
             except Exception as error:  # noqa: BLE001 - no compiler, or not for this model
                 program.obstacle = first_line(error)
-                log.warning("not_compiled", program=program.name, reason=program.obstacle)
-                return
-            self._compiled.put((program, form))
+                if program.obstacle != reason:
+                    log.warning("not_compiled", program=program.name, reason=program.obstacle)
+                vain, reason = vain + 1, program.obstacle
+                if vain == MOST_IN_VAIN:
+                    return
+            else:
+                vain = 0
+                self._compiled.put((program, form))
             self._queue.task_done()
             log.debug("compiling_took", seconds=round(perf_counter() - started, 1))
 

@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from regtune.errors import InvalidData, NoRoom, NoRoomForModel
 from regtune.spec import STRENGTHS, AnyTask, NamedTask, Training, Validation
 from regtune.task import (
     Data,
@@ -27,6 +26,7 @@ from regtune.task import (
     find_task,
     make_task,
 )
+from worker.errors import InvalidData, NoRoom, NoRoomForModel
 from worker.tasks.preparation import Prepared, prepare
 from worker.training.batches import Place
 from worker.training.capacity import Footprint, free_bytes, is_out_of_memory, readable

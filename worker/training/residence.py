@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from regtune.errors import NoRoom
+from worker.errors import NoRoom
 from worker.tasks.preparation import Prepared
 from worker.training.capacity import free_bytes, readable
 from worker.training.supply import BATCHES_AT_ONCE

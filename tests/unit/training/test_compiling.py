@@ -412,6 +412,25 @@ def test_where_there_is_no_compiler_that_is_said_once_and_recordings_go_on(tmp_p
     assert "compiler" in done.stdout
 
 
+def test_a_program_that_does_not_compile_keeps_no_other_from_it(monkeypatch, lines):
+    programs, compiled = Programs(compiles=True), []
+
+    def compile_some(recording: object, examples: tuple, threads: int) -> Callable[..., object]:
+        if threads == 1:
+            raise RuntimeError("nothing for this one")
+        compiled.append(threads)
+        return lambda x: (busy(x),)
+
+    monkeypatch.setattr(compiling, "compile_recording", compile_some)
+    programs.expect("busy", {1, 2, 3, 4}, compiling.SECONDS_BEFORE_COMPILING)
+    for lanes, threads in ((1, 1), (2, 2), (3, 1), (4, 2)):
+        programs.find("busy", lanes, threads).bind([busy])(torch.ones(10))
+        programs.compile_what_pays()
+        programs.settle()
+    assert compiled == [2, 2]
+    assert [line["event"] for line in told(lines)] == ["not_compiled"]
+
+
 def test_a_compiled_form_that_computes_something_else_is_not_used(lines):
     program = recorded(busy)
     for wrong in (lambda x: (busy(x) * 1.01,), lambda x: (busy(x.fill_(2)),)):

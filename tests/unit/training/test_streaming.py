@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from regtune.errors import NoRoom
 from regtune.spec import Validation
 from regtune.task import Columns, Data, Storage
 from tests.unit.training.conftest import losses, overlapping_blobs, train, trial
 from tests.unit.training.test_architectures import convolutional, small_images
 from tests.waiting import wait_until
+from worker.errors import NoRoom
 from worker.tasks.preparation import prepare
 from worker.training import compiling, cores, residence, supply
 from worker.training.engine import Engine

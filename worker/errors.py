@@ -1,0 +1,23 @@
+"""What keeps a worker from training a study; see ``regtune.errors`` for the rest."""
+
+from regtune.errors import RegtuneError
+
+
+class InvalidData(RegtuneError):
+    """The study's data set cannot be trained on as it is."""
+
+
+class DataMissing(InvalidData):
+    """The study's data set is not where this worker could read it; another one may have it."""
+
+
+class NoRoom(RegtuneError):
+    """There is no room on this machine for what the study trains on; another one may have it."""
+
+
+class NoRoomForModel(NoRoom):
+    """There is no room on this machine for training the study's model."""
+
+
+class DataDiffer(RegtuneError):
+    """The rows of the data set are not those that the study began with."""
