@@ -16,6 +16,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from alembic.util import CommandError
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError, TimeoutError
@@ -219,7 +220,13 @@ def upgrade(url: str) -> None:
         with engine.begin() as connection:
             optuna_tables.check_version(connection)
             connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
-            command.upgrade(_alembic(connection), "head")
+            try:
+                command.upgrade(_alembic(connection), "head")
+            except CommandError as error:
+                raise UnknownSchema(
+                    f"the schema {SCHEMA!r} is not one that this version knows, perhaps a newer "
+                    f"one's: {error}"
+                ) from error
     engine.dispose()
 
 
@@ -269,8 +276,8 @@ def check(engine: Engine) -> None:
 def reachable() -> Iterator[None]:
     """Turn a driver's error into one of ours, with its first line, where a person can mend it.
 
-    Raise DatabaseUnavailable for a connection that fails, UnknownSchema for a table that is not
-    there, RightsMissing for what the role may not do.
+    Raise DatabaseUnavailable for a connection that fails, UnknownSchema for a table or column that
+    is not there, RightsMissing for what the role may not do.
     """
     try:
         yield
@@ -283,7 +290,7 @@ def reachable() -> Iterator[None]:
                 f"the database's role may not do what regtune needs: {said}; grant it CREATE on "
                 "the database and on the schema public, or make it the database's owner"
             ) from error
-        if isinstance(error.orig, psycopg.errors.UndefinedTable):
+        if isinstance(error.orig, psycopg.errors.UndefinedTable | psycopg.errors.UndefinedColumn):
             raise UnknownSchema(f"{said}; run `regtune db upgrade`") from error
         raise
 

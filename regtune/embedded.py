@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -48,8 +47,8 @@ class EmbeddedServer:
         """
         make_server = _package()
         if not (self._folder / "postmaster.opts").exists():
-            # Never started, so it holds nothing; but its making may have been cut short.
-            shutil.rmtree(self._folder, ignore_errors=True)
+            # Never started here: its making was cut short, or it is a copy without that file.
+            self._lay_aside()
         self._folder.mkdir(parents=True, exist_ok=True)
         self._forget_reused_pid()
         server = make_server(self._folder, cleanup_mode=None)
@@ -67,6 +66,12 @@ class EmbeddedServer:
                 f"({reason})"
             ) from error
         return str(normalized(server.get_uri()).render_as_string(hide_password=False))
+
+    def _lay_aside(self) -> None:
+        """Give what lies where new data are to be made another name: it may be a backup."""
+        if self._folder.is_dir() and any(self._folder.iterdir()):
+            moment = time.strftime("%Y%m%d-%H%M%S")
+            self._folder.rename(self._folder.with_name(f"{self._folder.name}-{moment}"))
 
     def stop(self) -> None:
         """Stop the server, if it runs, whoever has started it and may still be connected."""

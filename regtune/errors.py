@@ -81,5 +81,17 @@ class RightsMissing(RegtuneError):
     """The database's role lacks a right that regtune needs."""
 
 
+class InvalidData(RegtuneError):
+    """The study's data set cannot be trained on as it is; a task may raise it, too."""
+
+
+class DataMissing(InvalidData):
+    """The study's data set is not where this worker could read it; another one may have it."""
+
+
+class FolderUnusable(RegtuneError):
+    """A folder of this machine cannot be written to."""
+
+
 class AddressTaken(RegtuneError):
     """The service cannot listen on its address."""

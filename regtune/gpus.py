@@ -6,6 +6,8 @@ import os
 import subprocess
 from pathlib import Path
 
+from regtune.errors import FolderUnusable
+
 
 def count() -> int:
     """Return how many NVIDIA GPUs a program started here would see; 0 without a driver."""
@@ -24,11 +26,22 @@ def count() -> int:
 def claim(folder: Path) -> int | None:
     """Return the GPU that the fewest processes have claimed in a folder; None without any.
 
-    The claim is a lock that lasts as long as this process, also through ``exec``.
+    The claim is a lock that lasts as long as this process, also through ``exec``. Raise
+    FolderUnusable if the folder cannot be written to.
     """
     known = count()
     if not known:
         return None
+    try:
+        return _claimed_in(folder, known)
+    except OSError as error:
+        raise FolderUnusable(
+            f"no GPU can be claimed in {folder} ({error.strerror}); name another folder with "
+            "REGTUNE_HOME, or the GPU by its number"
+        ) from None
+
+
+def _claimed_in(folder: Path, known: int) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     for place in itertools.count():  # of every GPU the first, then of every GPU the second, …
         gpu = place % known

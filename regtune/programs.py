@@ -44,7 +44,9 @@ def command(program: str, *options: str) -> list[str]:
 def _check_path(part: str) -> None:
     ours = Path(__file__).resolve().parent.parent / part
     # What `-P` leaves out is not looked at: only these folders come before our own.
-    for folder in filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)):
+    named = os.environ.get("PYTHONPATH")
+    for folder in named.split(os.pathsep) if named else ():
+        # No name is that of the folder where the person happens to be, `-P` or not.
         for found in (Path(folder, part), Path(folder, f"{part}.py")):
             if found.is_file() or (found / "__init__.py").is_file():
                 if found.resolve() == ours:

@@ -25,7 +25,7 @@ from regtune import answer, database, gpus, guard, programs, progress
 from regtune.client import Client, Document, Refused, ServiceUnreachable, is_live
 from regtune.crew import Child, ChildDied, Crew
 from regtune.embedded import EmbeddedServer
-from regtune.errors import AddressTaken, RegtuneError
+from regtune.errors import AddressTaken, FolderUnusable, RegtuneError
 from regtune.settings import Settings
 from regtune.spec import StudySpec
 
@@ -228,8 +228,14 @@ class Site:
 @contextmanager
 def _claimed(home: Path, signals: Signals) -> Iterator[int]:
     """Lock a folder for as long as the block lasts; yield the lock's file descriptor."""
-    home.mkdir(parents=True, exist_ok=True)
-    lock = os.open(home / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        lock = os.open(home / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise FolderUnusable(
+            f"{home.resolve()} cannot be used ({error.strerror}); name another folder: "
+            "REGTUNE_HOME=…"
+        ) from None
     try:
         _wait_for(lock, home, signals)
         os.ftruncate(lock, 0)

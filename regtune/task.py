@@ -9,14 +9,15 @@ a worker loads what is behind a name.
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, is_dataclass
+from dataclasses import fields as fields_of
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic_core import ErrorDetails
 
 from regtune.errors import FieldError, InvalidSpec, NotFound
@@ -112,7 +113,11 @@ class DatasetLoader(Protocol):
     """Loads a data set, from ``storage`` where it needs files, by the study's settings of it."""
 
     def __call__(self, storage: Storage, **settings: Any) -> Data:
-        """Return the data set; raise InvalidData if its files are missing or broken."""
+        """Return the data set.
+
+        Raise ``regtune.errors.DataMissing``, or any OSError, for what this machine lacks and others
+        may have; ``InvalidData`` for what is wrong with the rows, and so the same everywhere.
+        """
 
 
 class ModelBuilder(Protocol):
@@ -227,10 +232,20 @@ def make_task(factory: Callable[..., Task], settings: Mapping[str, Any]) -> Task
 def settings_schema(factory: Callable[..., Any]) -> type[BaseModel]:
     """Return what may be set of a task or a data set, by the annotated arguments of its making."""
     arguments = inspect.signature(factory, eval_str=True).parameters.values()
+    made = {
+        own.name: Field(default_factory=own.default_factory)
+        for own in (fields_of(factory) if is_dataclass(factory) else ())
+        if own.default_factory is not MISSING
+    }
+
+    def default(argument: inspect.Parameter) -> Any:
+        given = ... if argument.default is argument.empty else argument.default
+        return made.get(argument.name, given)
+
     fields: dict[str, Any] = {
         argument.name: (
             Any if argument.annotation is argument.empty else argument.annotation,
-            ... if argument.default is argument.empty else argument.default,
+            default(argument),
         )
         for argument in arguments
         if argument.kind in (argument.POSITIONAL_OR_KEYWORD, argument.KEYWORD_ONLY)

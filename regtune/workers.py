@@ -149,7 +149,10 @@ def refusals(session: Session, study_id: int) -> Mapping[str, str]:
 
 
 def others_may_train(session: Session, study_id: int, worker: str, alive_seconds: float) -> bool:
-    """Say whether another living worker could train a study, and has never refused to."""
+    """Say whether another living worker could train a study, and has not refused to.
+
+    One that only lacked room may have it later.
+    """
     found = session.execute(
         _OTHERS, {"study_id": study_id, "worker": worker, "alive_seconds": alive_seconds}
     )
@@ -216,6 +219,7 @@ WHERE w.name <> :worker AND w.stopped_at IS NULL AND {shares.SUITS}
   AND w.heartbeat_at > now() - make_interval(secs => :alive_seconds)
   AND NOT EXISTS (SELECT FROM regtune.events e
                   WHERE e.study_id = s.study_id AND e.kind = 'study_refused'
+                    AND e.detail ->> 'lacks' <> 'room'
                     AND e.actor = w.name AND e.at >= w.started_at)
 LIMIT 1
 """)

@@ -3,14 +3,6 @@
 from regtune.errors import RegtuneError
 
 
-class InvalidData(RegtuneError):
-    """The study's data set cannot be trained on as it is."""
-
-
-class DataMissing(InvalidData):
-    """The study's data set is not where this worker could read it; another one may have it."""
-
-
 class NoRoom(RegtuneError):
     """There is no room on this machine for what the study trains on; another one may have it."""
 
@@ -21,3 +13,7 @@ class NoRoomForModel(NoRoom):
 
 class DataDiffer(RegtuneError):
     """The rows of the data set are not those that the study began with."""
+
+
+class TaskFailed(RegtuneError):
+    """The task's own code has raised what would otherwise be taken for an error of regtune's."""

@@ -16,7 +16,15 @@ from sqlalchemy.orm import Session
 
 from regtune import database, events, leasing, reporting, shapes, shares, studies, task, workers
 from regtune.database import transaction
-from regtune.errors import DatabaseUnavailable, InvalidSpec, NotFound, RegtuneError, storable
+from regtune.errors import (
+    DatabaseUnavailable,
+    DataMissing,
+    InvalidData,
+    InvalidSpec,
+    NotFound,
+    RegtuneError,
+    storable,
+)
 from regtune.leasing import Lease
 from regtune.reporting import Failed
 from regtune.settings import Settings
@@ -25,7 +33,7 @@ from regtune.studies import Study
 from worker.building import Building
 from worker.checkpoints import CheckpointStore
 from worker.devices import describe
-from worker.errors import DataDiffer, DataMissing, InvalidData, NoRoom, NoRoomForModel
+from worker.errors import DataDiffer, NoRoom, NoRoomForModel
 from worker.heartbeat import BEATS_A_LEASE, Heartbeat
 from worker.meeting import Turn
 from worker.refusals import Refusals
@@ -33,7 +41,7 @@ from worker.shutdown import Interrupted, Shutdown
 from worker.stack import Stack
 from worker.training import capacity
 from worker.training.compiling import first_line
-from worker.training.engine import Engine
+from worker.training.engine import Engine, check_device
 
 log = structlog.get_logger()
 
@@ -160,8 +168,9 @@ class Worker:
             study, shape, leases = self._read(turn)
         except ValidationError as error:  # of another version, which others may know
             seconds = self._refused.postpone(turn.study_id)
-            reason = f"the study cannot be read by this version of regtune: {error}"
-            log.error("study_unread", study_id=turn.study_id, reason=reason, seconds=seconds)
+            unread = RegtuneError(f"this version of regtune cannot read the study: {error}")
+            with transaction(self._database) as session:
+                self._record_refusal(session, turn.study_id, unread, tries_again_in_seconds=seconds)
             return False
         self._stack = None if shape is None else self._build_stack(study, shape, leases)
         if self._stack is not None and self._shutdown.requested:
@@ -266,7 +275,7 @@ class Worker:
             with Building(
                 self._database, self._settings, self.name, self._lanes, leases, self._shutdown
             ):
-                return Stack(
+                stack = Stack(
                     self._database,
                     self._settings,
                     study,
@@ -279,21 +288,25 @@ class Worker:
                     self._refused,
                     leases,
                 )
+                self._refused.forget(study.study_id, shape)
+                return stack
         except DataDiffer as difference:
             self._refused.add(study.study_id)
             with transaction(self._database) as session:
-                self._record_refusal(session, study, difference)
+                self._record_refusal(session, study.study_id, difference)
             self._give_back(leases)
         except (*database.FAULTS, NotFound):  # the database
             raise
         except Exception as error:  # noqa: BLE001 - a user's crash is data
             if capacity.is_out_of_memory(error):
                 error = NoRoomForModel(first_line(error))
+            else:
+                check_device(self._device, error)
             if self._leaves_to_others(study, shape, error):
                 self._give_back(leases)
             else:
                 log.error("task_failed", study=study.name, error=str(error))
-                self._fail_one(study, shape, error, leases)
+                self._fail_one(study, error, leases)
         return None
 
     def _leaves_to_others(self, study: Study, shape: str, error: Exception) -> bool:
@@ -305,27 +318,34 @@ class Worker:
             study = studies.lock(session, study.study_id)  # it may have been built meanwhile
             if not self._is_for_others(session, study, shape, error):
                 return False
-            seconds = self._refused.postpone(study.study_id)
-            self._record_refusal(session, study, error, tries_again_in_seconds=seconds)
+            seconds = self._refused.postpone(study.study_id, shape)
+            self._record_refusal(session, study.study_id, error, tries_again_in_seconds=seconds)
             return True
 
     def _is_for_others(self, session: Session, study: Study, shape: str, error: Exception) -> bool:
         """Say whether others may train a study, or this worker itself a while later.
 
-        What others have built can be trained: whatever is wrong is wrong here alone. Room may be
-        there later. What is missing on this machine, others may have, unless all have refused.
-        But one shape of many that has still no room at the second try, and that nobody has built,
-        fails a trial: else nobody would train the smaller ones.
+        What others have built can be trained, and its data can be had: whatever is wrong is wrong
+        here alone. Room may be there later. What is missing on this machine, others may have,
+        unless all lack it. But one shape of many that nobody has built, and that still cannot be at
+        the second try, fails a trial: else nobody would train the others.
         """
         if _is_built(session, study, shape):
             return True
-        if isinstance(error, NoRoom):
-            one_shape = shape != NO_SHAPE and isinstance(error, NoRoomForModel)
-            return not (one_shape and self._refused.postponed(study.study_id))
-        if not isinstance(error, _MISSING):
+        match error:
+            case NoRoomForModel():
+                pass
+            case NoRoom():
+                return True
+            case DataMissing() if study.model is not None:
+                return True
+        if shape != NO_SHAPE and self._refused.postponed(study.study_id, shape):
             return False
-        return study.model is not None or workers.others_may_train(
-            session, study.study_id, self.name, self._settings.lease_seconds
+        return isinstance(error, NoRoom) or (
+            isinstance(error, _MISSING)
+            and workers.others_may_train(
+                session, study.study_id, self.name, self._settings.lease_seconds
+            )
         )
 
     def _give_back(self, leases: Sequence[Lease]) -> None:
@@ -335,22 +355,21 @@ class Worker:
                 leasing.release(session, leases, self.name)
 
     def _record_refusal(
-        self, session: Session, study: Study, error: Exception, **detail: float
+        self, session: Session, study_id: int, error: Exception, **detail: float
     ) -> None:
         """Say in a study's history why this worker leaves it to others."""
         reason = str(error) if isinstance(error, RegtuneError) else first_line(error)
-        log.error("study_refused", study=study.name, reason=reason, **detail)
+        log.error("study_refused", study_id=study_id, reason=reason, **detail)
+        lack = "room" if isinstance(error, NoRoom) else "what it takes"
         events.record(
             session,
-            study.study_id,
+            study_id,
             "study_refused",
             self.name,
-            detail={"reason": storable(reason), **detail},
+            detail={"reason": storable(reason), "lacks": lack, **detail},
         )
 
-    def _fail_one(
-        self, study: Study, shape: str, error: Exception, leases: Sequence[Lease]
-    ) -> None:
+    def _fail_one(self, study: Study, error: Exception, leases: Sequence[Lease]) -> None:
         """Fail one trial alone: the next one may go better.
 
         Data that cannot be trained on, and wrong settings, are the same for all of them, and end
@@ -359,7 +378,6 @@ class Worker:
         failed = Failed.by(error)
         with transaction(self._database) as session:
             study = studies.lock(session, study.study_id)
-            leases = leases or self._lease_one(session, study, shape)
             reporting.finish(session, [(lease, failed) for lease in leases], self.name)
             if isinstance(error, InvalidData | InvalidSpec) and study.model is None:
                 studies.fail(session, study.study_id, storable(str(error)), self.name)

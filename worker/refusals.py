@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from math import inf
 
+from regtune.spec import NO_SHAPE
+
 FIRST_SECONDS, MOST_SECONDS = 120.0, 3600.0
 """How long a worker without room for a study waits before it tries again: twice as long each time.
 
@@ -19,6 +21,7 @@ class Refusals(Collection[int]):
         self._clock = clock
         self._ends: dict[int, float] = {}
         self._seconds: dict[int, float] = {}
+        self._shapes: set[tuple[int, str]] = set()
 
     def __iter__(self) -> Iterator[int]:
         now = self._clock()
@@ -34,13 +37,19 @@ class Refusals(Collection[int]):
         """Refuse a study for as long as the worker runs."""
         self._ends[study_id] = inf
 
-    def postpone(self, study_id: int) -> float:
-        """Refuse a study for a while; return for how many seconds."""
+    def postpone(self, study_id: int, shape: str = NO_SHAPE) -> float:
+        """Refuse a study for a while, because of a shape; return for how many seconds."""
+        self._shapes.add((study_id, shape))
         seconds = min(MOST_SECONDS, 2 * self._seconds.get(study_id, FIRST_SECONDS / 2))
         self._seconds[study_id] = seconds
         self._ends[study_id] = self._clock() + seconds
         return seconds
 
-    def postponed(self, study_id: int) -> bool:
-        """Say whether a study was refused for a while, now or before."""
-        return study_id in self._seconds
+    def postponed(self, study_id: int, shape: str = NO_SHAPE) -> bool:
+        """Say whether a study was refused for a while because of a shape, and not built since."""
+        return (study_id, shape) in self._shapes
+
+    def forget(self, study_id: int, shape: str = NO_SHAPE) -> None:
+        """Take note that a study has been built in this shape."""
+        self._shapes.discard((study_id, shape))
+        self._seconds.pop(study_id, None)

@@ -15,6 +15,7 @@ from sqlalchemy import Engine as Database
 
 from regtune import shapes, studies
 from regtune.database import FAULTS, Listener, transaction
+from regtune.errors import NotFound
 from regtune.leasing import Lease
 from regtune.reporting import Completed, Epoch, Failed, Outcome, Pruned
 from regtune.settings import Settings
@@ -23,12 +24,13 @@ from regtune.studies import ModelFacts, Study
 from regtune.task import Storage
 from worker.checkpoints import CheckpointStore, CheckpointWriter, Saved
 from worker.devices import describe
-from worker.errors import DataDiffer
+from worker.errors import DataDiffer, TaskFailed
 from worker.meeting import Answer, Meetings, Report, Turn
 from worker.shutdown import Interrupted
 from worker.training import capacity
 from worker.training.capacity import Capacity
 from worker.training.checkpoint import Checkpoint
+from worker.training.compiling import first_line
 from worker.training.engine import KNOBS, DeviceLost, Engine
 from worker.training.lanes import Ended, LaneEpoch, LaneResult, LaneTrial
 
@@ -89,7 +91,8 @@ class Stack:
         ``shape`` is the one of the study's shapes that it trains. ``refused`` are studies that this
         worker cannot train. ``leases`` are trials that it has already; nobody has trained them.
         Raises InvalidData for data that cannot be trained on, DataDiffer for other data than the
-        study began with, and whatever the task's own code raises.
+        study began with, TaskFailed for an error of a database of the task's own, and whatever else
+        the task's own code raises.
         """
         self.study = study
         self.shape = shape
@@ -99,8 +102,9 @@ class Stack:
         self._listener = listener
         self._engine = self._build_engine(make_engine)
         try:
-            self._agree_on_data(database)
+            # What cannot be rehearsed has not been built: others shall not take it for that.
             self._capacity = self._settle_capacity()
+            self._agree_on_data(database)
         except BaseException:
             self._engine.close()
             raise
@@ -241,17 +245,20 @@ class Stack:
 
     def _build_engine(self, make_engine: Callable[..., Engine]) -> Engine:
         spec = self._spec
-        return make_engine(
-            task=spec.task,
-            training=spec.training,
-            validation=spec.validation,
-            storage=Storage(self._settings.data_dir, self._settings.data_roots),
-            device=self._device,
-            own_tasks=self._settings.tasks,
-            max_lanes=self._settings.lanes or capacity.MOST_LANES,
-            knobs=knobs_of(spec),
-            data_on_device=self._settings.data_on_device,
-        )
+        try:
+            return make_engine(
+                task=spec.task,
+                training=spec.training,
+                validation=spec.validation,
+                storage=Storage(self._settings.data_dir, self._settings.data_roots),
+                device=self._device,
+                own_tasks=self._settings.tasks,
+                max_lanes=self._settings.lanes or capacity.MOST_LANES,
+                knobs=knobs_of(spec),
+                data_on_device=self._settings.data_on_device,
+            )
+        except (*FAULTS, NotFound) as error:  # not of our database, which no engine knows
+            raise TaskFailed(first_line(error)) from error
 
     def _agree_on_data(self, database: Database) -> None:
         """Let the first worker that builds a model say which data the study is about."""
@@ -445,7 +452,8 @@ class Stack:
         except Exception as error:  # noqa: BLE001 - a user's crash is data
             if len(keys) == 1:
                 self._outcomes[keys[0]] = Failed.by(error)
-            return [result for half in _halves(keys) for result in self._test(half, progress)]
+        # Only now: the error's frames held what the test had allocated.
+        return [result for half in _halves(keys) for result in self._test(half, progress)]
 
     def _report(self) -> Report:
         horizon = self._epochs_ahead()

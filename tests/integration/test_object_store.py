@@ -10,6 +10,7 @@ import fsspec
 import pytest
 from sqlalchemy import Engine, text
 
+from regtune.errors import InvalidData
 from regtune.settings import Settings
 from regtune.studies import Study
 from regtune.task import Storage
@@ -20,7 +21,6 @@ from tests.threads import working
 from tests.unit.test_checkpoints import LEASE, STUDY, saved
 from tests.waiting import wait_until
 from worker.checkpoints import CheckpointStore
-from worker.errors import InvalidData
 from worker.tasks.files import opened
 
 LEASE_SECONDS = 6.0

@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 from sqlalchemy import Engine, text
+from sqlalchemy.exc import OperationalError
 from structlog.testing import capture_logs
 
-from regtune import studies, workers
+from regtune import events, studies, workers
 from regtune.database import transaction
 from regtune.settings import Settings
 from regtune.spec.preset import PresetName
@@ -580,6 +581,46 @@ def test_what_others_have_built_is_left_to_them_whatever_goes_wrong(engine, data
     assert refusal.detail["tries_again_in_seconds"] == FIRST_SECONDS
     assert builders.states(engine, study) == ["waiting"] * 2
     assert audit(engine) == {}
+
+
+def test_who_has_no_room_yet_may_still_have_what_another_worker_lacks(
+    engine, database_url, tmp_path
+):
+    builders.register(engine, "full", datasets=["table"])
+    study = builders.create(engine, task=TABLE, **SHORT)
+    with transaction(engine) as session:
+        lack = {"reason": "no room", "lacks": "room"}
+        events.record(session, study.study_id, "study_refused", "full", detail=lack)
+    builders.append(engine, study, 2)
+    with working(database_url, two_lanes(tmp_path), "lacking"):
+        wait_until(lambda: len(refusals(engine, study)) == 2, 60)
+    assert builders.study_state(engine, study) == "active"
+    assert builders.states(engine, study) == ["waiting"] * 2
+
+
+def test_a_database_of_the_tasks_own_is_not_taken_for_ours(engine, run, monkeypatch):
+    def lost(*_: object, **__: object) -> None:
+        raise OperationalError("SELECT rows", None, Exception("their server is gone"))
+
+    monkeypatch.setattr(TrainingEngine, "__init__", lost)
+    study = builders.create(engine, **{**SHORT, "budget": {"trials": 2}})
+    run(study, lanes=2)
+    rows = trials(engine, study)
+    assert [(row.state, row.lost_leases) for row in rows] == [("failed", 0)] * 2
+    assert all("their server is gone" in row.reason for row in rows)
+    assert audit(engine) == {}
+
+
+def test_what_cannot_be_rehearsed_has_not_been_built(engine, run, monkeypatch):
+    def out_of_range(*_: object) -> None:
+        raise IndexError("index 7 is out of range")
+
+    monkeypatch.setattr(TrainingEngine, "rehearse", out_of_range)
+    study = builders.create(engine, **{**SHORT, "budget": {"trials": 2}})
+    run(study)
+    assert builders.study_state(engine, study) == "failed"
+    assert {row.reason for row in trials(engine, study)} == {"IndexError: index 7 is out of range"}
+    assert refusals(engine, study) == []
 
 
 def test_what_all_workers_lack_ends_the_study_with_the_reason(engine, database_url, tmp_path):

@@ -36,6 +36,7 @@ def test_what_would_hide_a_part_of_regtune_is_named(monkeypatch, tmp_path, name)
     hiding.parent.mkdir(exist_ok=True)
     hiding.touch()
     ours = str(Path(programs.__file__).parent.parent)
+    monkeypatch.chdir("/")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([ours, str(tmp_path)]))
     assert programs.command("worker", "--lanes", "2")[-2:] == ["--lanes", "2"]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", str(tmp_path), ours]))
@@ -44,3 +45,7 @@ def test_what_would_hide_a_part_of_regtune_is_named(monkeypatch, tmp_path, name)
     with pytest.raises(programs.Hidden):
         programs.command("worker.inspection")
     assert programs.command("service")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", ours]))
+    with pytest.raises(programs.Hidden):
+        programs.command("worker")

@@ -14,6 +14,15 @@ def test_a_study_is_refused_for_good_or_until_its_time_has_come() -> None:
     assert (refused.postponed(1), refused.postponed(2)) == (False, True)
 
 
+def test_what_was_refused_for_one_shape_is_forgotten_when_that_is_built() -> None:
+    refused = Refusals()
+    refused.postpone(2, "wide")
+    assert (refused.postponed(2, "wide"), refused.postponed(2, "deep")) == (True, False)
+    refused.forget(2, "wide")
+    assert not refused.postponed(2, "wide")
+    assert refused.postpone(2, "deep") == FIRST_SECONDS
+
+
 def test_each_time_the_wait_is_twice_as_long_up_to_a_limit() -> None:
     refused = Refusals()
     waits = [refused.postpone(2) for _ in range(8)]

@@ -42,7 +42,9 @@ def _show(subject: Subject, settings: Settings, options: argparse.Namespace) -> 
     """Show what is known, also where data or model cannot be had."""
     try:
         known = showing.describe(subject, settings)
-    except (ImportError, AttributeError) as error:
+    except RegtuneError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a module of the user's own may raise anything
         traceback.print_exc()
         return _refuse(RegtuneError(f"it cannot be imported: {error}"), WRONG)
     code = GOOD

@@ -159,7 +159,10 @@ def _train(engine: Engine, epochs: int = EPOCHS) -> Curves:
     """Train for some epochs, and return those of each trial, by key."""
     curves: Curves = {}
     for _ in range(epochs):
-        engine.leave([key for key, left in engine.epochs_left().items() if left <= 0])
+        if over := [key for key, left in engine.epochs_left().items() if left <= 0]:
+            if len(over) == len(engine.lanes):
+                break
+            engine.leave(over)
         for epoch in engine.train_epoch():
             curves.setdefault(epoch.key, []).append(epoch)
         if any(epochs[-1].ended == "diverged" for epochs in curves.values()):
@@ -204,7 +207,7 @@ def _judge_curves(curves: Curves, verdict: Verdict) -> None:
         verdict.problems.append(
             "the loss is not finite, with the study's learning rate and hardly any regularization"
         )
-    elif verdict.train_loss[-1] >= verdict.train_loss[0]:
+    elif len(one) > 1 and verdict.train_loss[-1] >= verdict.train_loss[0]:
         verdict.remarks.append("the training loss did not fall from the first epoch to the second")
     if not _alike(one, other):
         verdict.problems.append(

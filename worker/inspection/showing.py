@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import torch
 from pydantic import BaseModel, Field
+from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
 
 from regtune.settings import Settings
 from regtune.spec import NamedTask, SyntheticSettings
@@ -158,11 +160,17 @@ def _as_settings(schema: type[BaseModel]) -> list[Setting]:
             name=name,
             type=_in_words(field.annotation),
             required=field.is_required(),
-            default=None if field.is_required() else field.get_default(call_default_factory=True),
+            default=None if field.is_required() else _as_json(field),
             description=field.description,
         )
         for name, field in schema.model_fields.items()
     ]
+
+
+def _as_json(field: FieldInfo) -> Any:
+    """Return a default as JSON has it, or in words where JSON has no such thing."""
+    default = field.get_default(call_default_factory=True)
+    return to_jsonable_python(default, fallback=str)
 
 
 def _in_words(annotation: Any) -> str:

@@ -26,8 +26,9 @@ import structlog
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from regtune.errors import InvalidData
 from regtune.task import Storage
-from worker.errors import InvalidData, NoRoom
+from worker.errors import NoRoom
 from worker.tasks.files import opened
 from worker.tasks.locking import alone
 

@@ -6,15 +6,15 @@ process's rights. So a path counts only under a root: the data folder, or one th
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 from urllib.parse import unquote
 
 import fsspec
 
+from regtune.errors import DataMissing, InvalidData
 from regtune.task import Storage
-from worker.errors import DataMissing, InvalidData
 
 _LOCAL = ("file://", "local://")
 
@@ -27,14 +27,19 @@ def opened(address: str, storage: Storage) -> Iterator[IO[bytes]]:
     there.
     """
     where = _local(address, storage) if _is_local(address) else _remote(address, storage)
-    try:
-        # fsspec would see more in the name of a local file than a name, as in `link::x`.
-        with where.open("rb") if isinstance(where, Path) else fsspec.open(where, "rb") as file:
-            yield file
-    except FileNotFoundError:
-        raise DataMissing(f"there is no file {address!r}") from None
-    except (OSError, ImportError) as error:
-        raise DataMissing(f"{address!r} cannot be read: {error}") from error
+    with ExitStack() as stack:
+        try:
+            # fsspec would see more in the name of a local file than a name, as in `link::x`.
+            file = where.open("rb") if isinstance(where, Path) else fsspec.open(where, "rb")
+            opened_file = stack.enter_context(file)
+        except FileNotFoundError:
+            raise DataMissing(f"there is no file {address!r}") from None
+        except Exception as error:  # each file system has errors of its own, of rights or network
+            raise DataMissing(f"{address!r} cannot be read: {error}") from error
+        try:
+            yield opened_file
+        except OSError as error:
+            raise DataMissing(f"{address!r} cannot be read: {error}") from error
 
 
 def folder(address: str, storage: Storage) -> Path:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.model_selection import train_test_split
 
-from worker.errors import InvalidData
+from regtune.errors import InvalidData
 
 TEST_SEED = 0
 

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torchvision.datasets import ImageFolder
 
+from regtune.errors import DataMissing, InvalidData
 from regtune.spec import ImageFolderSettings
 from regtune.task import Data, Storage
-from worker.errors import InvalidData
 from worker.tasks.decoding import ImageFiles
 from worker.tasks.files import folder
 from worker.tasks.holdout import hold_out
@@ -55,7 +55,9 @@ class _Found:
         self._storage = storage
         try:
             listing = ImageFolder(folder(address, storage))
-        except (OSError, ValueError) as error:  # what torchvision raises for a class without images
+        except OSError as error:  # nothing in it, as where nothing is mounted
+            raise DataMissing(f"{address!r} cannot be read: {error}") from None
+        except ValueError as error:  # what torchvision raises for a class without images
             raise InvalidData(f"{address!r} cannot be read: {error}") from None
         self.classes: Sequence[str] = listing.classes
         self.labels: NDArray[np.int64] = np.array(listing.targets, dtype=np.int64)

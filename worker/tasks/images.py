@@ -10,6 +10,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torchvision.datasets import CIFAR10, CIFAR100, KMNIST, MNIST, SVHN, FashionMNIST, VisionDataset
 
+from regtune.errors import DataMissing
 from regtune.task import Data, Storage
 from worker.tasks.locking import alone
 
@@ -116,7 +117,10 @@ def _got(dataset: type[VisionDataset], folder: Path, **which: Any) -> Any:
         with suppress(OSError):  # as in a folder that may only be read, where all is unpacked
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(alone(folder / f"{dataset.__name__}.lock"))
-        return dataset(folder, download=True, **which)
+        try:
+            return dataset(folder, download=True, **which)
+        except RuntimeError as error:  # what torchvision makes of a failed download
+            raise DataMissing(f"{dataset.__name__} cannot be had: {error}") from error
 
 
 def _labels(labels: Any) -> NDArray[np.int64]:

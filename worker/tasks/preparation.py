@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from sklearn.model_selection import KFold, StratifiedKFold, train_test_split
 from torch import Tensor
 
+from regtune.errors import InvalidData
 from regtune.spec import Validation
 from regtune.task import Columns, Data
-from worker.errors import InvalidData
 from worker.tasks.encoding import encode
 from worker.tasks.rows import Rows, Standardization, blocks, statistics
 from worker.training.noise import member_seed

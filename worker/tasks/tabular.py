@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 from pyarrow import csv, parquet
 
+from regtune.errors import InvalidData
 from regtune.spec import TableSettings
 from regtune.task import Columns, Data, Storage
-from worker.errors import InvalidData, NoRoom
+from worker.errors import NoRoom
 from worker.tasks.files import opened
 from worker.tasks.holdout import hold_out
 from worker.training.capacity import free_bytes, readable
@@ -74,6 +75,8 @@ def _read(
                         column_types=dict.fromkeys(asked.categorical, pa.string()),
                     ),
                 )
+        except MemoryError:  # Arrow's is one of its own, too
+            raise
         except pa.ArrowException as error:
             raise InvalidData(f"{address!r} cannot be read: {error}") from None
     if not len(rows):

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from regtune.errors import InvalidData
 from regtune.spec import STRENGTHS, AnyTask, NamedTask, Training, Validation
 from regtune.task import (
     Data,
@@ -26,7 +27,7 @@ from regtune.task import (
     find_task,
     make_task,
 )
-from worker.errors import InvalidData, NoRoom, NoRoomForModel
+from worker.errors import NoRoom, NoRoomForModel
 from worker.tasks.preparation import Prepared, prepare
 from worker.training.batches import Place
 from worker.training.capacity import Footprint, free_bytes, is_out_of_memory, readable
@@ -327,8 +328,7 @@ class Engine:
             parameters, buffers = self._tensors.best_of(self._lanes_at(places))
             tested_K2 = self._epochs.test(parameters, buffers, members, tick).cpu()
         except Exception as error:
-            with _device_lost_by(error):
-                synchronize(self._device)
+            check_device(self._device, error)
             raise
         tested = tested_K2.view(len(places), self._members, 2).mean(1).tolist()
         return [
@@ -502,6 +502,12 @@ def _build_members(
                 )
         models.append(model.to(dtype))
     return models
+
+
+def check_device(device: torch.device, error: BaseException) -> None:
+    """Raise DeviceLost, for this reason, if a device answers no more."""
+    with _device_lost_by(error):
+        synchronize(device)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.utils import _pytree as pytree
 
-from worker.errors import InvalidData
+from regtune.errors import InvalidData
 from worker.tasks.rows import Rows
 from worker.training.augmentation import augmented, before, mixed, own_shares
 from worker.training.layout import stacked

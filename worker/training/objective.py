@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
+from regtune.errors import InvalidData
 from regtune.spec import CLASSIFICATION_SCORES, REGRESSION_SCORES, ScoreName
 from regtune.task import RowFunction
-from worker.errors import InvalidData
 from worker.training.regularizers import smoothed_cross_entropy
 
 

@@ -3,9 +3,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from regtune.errors import InvalidData
 from regtune.settings import Settings
 from regtune.task import Storage
-from worker.errors import InvalidData
 from worker.tasks.files import opened
 
 

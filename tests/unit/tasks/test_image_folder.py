@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
+from regtune.errors import InvalidData
 from regtune.task import Data, Storage
-from worker.errors import InvalidData, NoRoom
+from worker.errors import NoRoom
 from worker.tasks import decoding
 from worker.tasks.decoding import ImageFiles
 from worker.tasks.image_folder import image_folder

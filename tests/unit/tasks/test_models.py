@@ -7,10 +7,10 @@ from torch import nn
 from torchvision import models as theirs
 from torchvision.ops import StochasticDepth
 
+from regtune.errors import InvalidData
 from regtune.spec import STOCHASTIC_DEPTH_MODELS, TORCHVISION_MODELS
 from regtune.spec.models import MODEL_SETTINGS
 from regtune.task import MODELS, find_model
-from worker.errors import InvalidData
 from worker.tasks.models import cnn, linear, mlp, tabular_resnet, vit_tiny
 from worker.tasks.models.torchvision import resnet18, torchvision
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from sklearn.utils.class_weight import compute_class_weight
 
+from regtune.errors import InvalidData
 from regtune.spec import Validation
 from regtune.task import Data
-from worker.errors import InvalidData
 from worker.tasks.preparation import Prepared, Split, prepare
 
 CPU = torch.device("cpu")

@@ -12,9 +12,10 @@ import torch
 from pyarrow import csv, parquet
 from sklearn.preprocessing import OneHotEncoder
 
+from regtune.errors import InvalidData
 from regtune.spec import Validation
 from regtune.task import Data, Storage
-from worker.errors import InvalidData, NoRoom
+from worker.errors import NoRoom
 from worker.tasks import encoding, tabular
 from worker.tasks.preparation import Prepared, prepare
 from worker.tasks.tabular import table

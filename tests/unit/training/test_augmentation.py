@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
+from regtune.errors import InvalidData
 from regtune.task import Data, Storage
 from tests.unit.training.conftest import losses, train, trial
-from worker.errors import InvalidData
 from worker.training import compiling
 from worker.training.augmentation import augmented, mixed, own_shares
 from worker.training.batches import Place

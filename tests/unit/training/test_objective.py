@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 from torch.nn.functional import cross_entropy
 
-from worker.errors import InvalidData
+from regtune.errors import InvalidData
 from worker.training.objective import Objective, classification, regression
 
 LANES, ROWS, CLASSES = 3, 40, 4

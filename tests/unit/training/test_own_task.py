@@ -11,11 +11,10 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, poisson_nll_loss
 
-from regtune.errors import InvalidSpec, NotFound
+from regtune.errors import InvalidData, InvalidSpec, NotFound
 from regtune.spec import NamedTask, Training, Validation
 from regtune.task import Data, Storage, make_task, settings_schema
 from tests.unit.training.conftest import losses, overlapping_blobs, train, trial
-from worker.errors import InvalidData
 from worker.training.engine import KNOBS, Engine
 
 WITHOUT_SMOOTHING = KNOBS - {"label_smoothing"}

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from regtune.errors import InvalidData
 from regtune.spec import Validation
 from regtune.task import Data, Storage
 from tests.unit.training.conftest import trial
-from worker.errors import InvalidData
 from worker.tasks.models import linear
 from worker.training.engine import Engine
 

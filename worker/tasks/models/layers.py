@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from regtune.errors import InvalidData
 from regtune.spec.models import Activation, Norm
-from worker.errors import InvalidData
 
 _ACTIVATIONS: Mapping[Activation, type[nn.Module]] = {
     "relu": nn.ReLU,

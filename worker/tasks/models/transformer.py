@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regtune.errors import InvalidData
 from regtune.spec import VitTinySettings
-from worker.errors import InvalidData
 from worker.tasks.models.layers import check_images
 
 _LONGEST_WAVE = 10_000.0
