@@ -46,6 +46,16 @@ _PATIENCE = {
 """Of libpq: seconds, and milliseconds for the last. Else a server that has gone without a word, as
 when its machine or the network between is lost, would be waited for for hours."""
 
+_SERVER_PATIENCE = {
+    "idle_in_transaction_session_timeout": "15s",
+    "tcp_keepalives_idle": "10",
+    "tcp_keepalives_interval": "5",
+    "tcp_keepalives_count": "3",
+    "tcp_user_timeout": "20s",
+}
+"""The same of the server for those who are connected to it: a process that is frozen, or whose
+machine is lost, would keep its locks, those of leadership included, for hours."""
+
 _MIGRATIONS = Path(__file__).resolve().parent.parent / "migrations"
 _PREPARE_AFTER = 5
 """Uses of a statement on a connection after which it is prepared there; the driver's default."""
@@ -74,6 +84,7 @@ def connect(
         normalized(url),
         pool_size=pool_size,
         max_overflow=0,
+        pool_use_lifo=True,  # what one connection has prepared, another has not
         json_serializer=lambda value: json.dumps(value, allow_nan=False),
         connect_args=connect_args(normalized(url), program, proxied),
     )
@@ -105,13 +116,24 @@ def _try_if_rested(
 def connect_args(url: URL, program: str, proxied: bool) -> dict[str, Any]:
     """Return what the driver needs to know beside the address; as in ``connect``."""
     threshold = None if proxied else _PREPARE_AFTER
-    return {**_options(url, f"regtune-{program}"), "prepare_threshold": threshold}
+    return {**_options(url, f"regtune-{program}", proxied), "prepare_threshold": threshold}
 
 
-def _options(url: URL, name: str) -> dict[str, Any]:
-    """Return what libpq is to know besides an address; what that says itself comes first."""
+def _options(url: URL, name: str, proxied: bool = False) -> dict[str, Any]:
+    """Return what libpq is to know besides an address; what that says itself comes first.
+
+    A proxy knows no settings of a session; it has time limits of its own.
+    """
     options = {"application_name": name, **_PATIENCE}
-    return {key: value for key, value in options.items() if key not in url.query}
+    chosen = {key: value for key, value in options.items() if key not in url.query}
+    if proxied:
+        return chosen
+    ours = [f"-c {key}={value}" for key, value in _SERVER_PATIENCE.items()]
+    return {**chosen, "options": " ".join([*ours, *_as_texts(url.query.get("options", ()))])}
+
+
+def _as_texts(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else value
 
 
 def normalized(url: str) -> URL:
@@ -154,10 +176,8 @@ class Listener:
 
     def __init__(self, url: str, *channels: str, program: str = "service") -> None:
         parsed = normalized(url).set(drivername="postgresql")
-        options = _options(parsed, f"regtune-{program}-listen")
-        self._url = parsed.update_query_dict(
-            {key: str(value) for key, value in options.items()}
-        ).render_as_string(hide_password=False)
+        self._options = _options(parsed, f"regtune-{program}-listen")
+        self._url = parsed.render_as_string(hide_password=False)
         self._channels = channels
         self._connection: psycopg.Connection[Any] | None = None
 
@@ -193,7 +213,7 @@ class Listener:
 
     def _connected(self) -> psycopg.Connection[Any]:
         if self._connection is None:
-            self._connection = psycopg.connect(self._url, autocommit=True)
+            self._connection = psycopg.connect(self._url, autocommit=True, **self._options)
             for channel in self._channels:
                 self._connection.execute(f"LISTEN {channel}")
         return self._connection
@@ -213,7 +233,9 @@ def upgrade(url: str) -> None:
     version than ours knows.
     """
     engine = connect(url)
-    with reachable(), engine.connect() as lock:
+    # No transaction that is idle meanwhile: its session would be ended.
+    alone = engine.execution_options(isolation_level="AUTOCOMMIT")
+    with reachable(), alone.connect() as lock:
         lock.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _UPGRADE_LOCK})
         _look_in_public_first(url)
         optuna_tables.create(address(url))
@@ -227,7 +249,16 @@ def upgrade(url: str) -> None:
                     f"the schema {SCHEMA!r} is not one that this version knows, perhaps a newer "
                     f"one's: {error}"
                 ) from error
+            connection.execute(_READABLE_AGAIN)
     engine.dispose()
+
+
+_READABLE_AGAIN = text(f"""
+UPDATE {SCHEMA}.events SET transaction_id = '1'
+WHERE transaction_id >= pg_snapshot_xmax(pg_current_snapshot())
+""")
+"""Events of a dump that has been restored on another server, where so many transactions have not
+been: readers would wait until they have."""
 
 
 def _look_in_public_first(url: str) -> None:
@@ -302,7 +333,9 @@ FAULTS = (DBAPIError, TimeoutError)
 def is_outage(error: BaseException) -> bool:
     """Say whether the database may do, a moment later, what it has refused with this error."""
     if isinstance(error, DBAPIError):
-        return error.connection_invalidated or isinstance(error.orig, psycopg.OperationalError)
+        # Read-only is a standby that is about to take over, or has not yet.
+        passing = psycopg.OperationalError | psycopg.errors.ReadOnlySqlTransaction
+        return error.connection_invalidated or isinstance(error.orig, passing)
     return isinstance(error, TimeoutError)
 
 

@@ -108,6 +108,6 @@ def has_living_worker(url: str, alive_seconds: float) -> bool:
     """Say whether a worker of this host beats in the database."""
     engine = database.connect(url)
     with database.reachable(), database.transaction(engine) as session:
-        known = workers.everyone(session, alive_seconds)
+        living = workers.everyone(session, alive_seconds, alive=True)
     engine.dispose()
-    return any(worker.alive and worker.host == socket.gethostname() for worker in known)
+    return any(worker.host == socket.gethostname() for worker in living)

@@ -9,7 +9,7 @@ time.
 import json
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Self
 
@@ -110,7 +110,7 @@ def flush(
         {
             "leases": _as_json(_token(lease) for lease in leases),
             "epochs": _as_json(
-                {"trial_id": trial_id, **asdict(epoch)}
+                {"trial_id": trial_id, **vars(epoch)}
                 for trial_id, reported in epochs.items()
                 for epoch in reported
             ),
@@ -164,7 +164,7 @@ def resume(session: Session, resumed: Sequence[tuple[Lease, Sequence[Epoch]]]) -
         {
             "leases": _as_json(_token(lease) for lease, _ in resumed),
             "epochs": _as_json(
-                {"trial_id": lease.trial_id, **asdict(epoch)}
+                {"trial_id": lease.trial_id, **vars(epoch)}
                 for lease, curve in resumed
                 for epoch in curve
             ),
@@ -199,7 +199,7 @@ def _ending(lease: Lease, outcome: Outcome) -> dict[str, Any]:
         case Completed():
             return {
                 **_token(lease),
-                **asdict(outcome),
+                **vars(outcome),
                 "value": outcome.validation_loss,
                 "state": "complete",
                 "optuna_state": "COMPLETE",
@@ -207,12 +207,12 @@ def _ending(lease: Lease, outcome: Outcome) -> dict[str, Any]:
         case Pruned():
             return {
                 **_token(lease),
-                **asdict(outcome),
+                **vars(outcome),
                 "state": "pruned",
                 "optuna_state": "PRUNED",
             }
         case Failed():
-            return {**_token(lease), **asdict(outcome), "state": "failed", "optuna_state": "FAIL"}
+            return {**_token(lease), **vars(outcome), "state": "failed", "optuna_state": "FAIL"}
 
 
 def _as_json(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, Literal
 
 from sqlalchemy import Row, insert, select, text, update
@@ -407,8 +408,14 @@ def delete(session: Session, name: str, actor: str) -> None:
     events.notify(session, NEWS, study.study_id)
 
 
+@lru_cache(maxsize=1024)
+def _spec(text: str) -> StudySpec:
+    """Return a spec as it was stored; a scheduler looks at the same one many times a second."""
+    return StudySpec.model_validate(json.loads(text))
+
+
 def _study(row: Row[Any]) -> Study:
-    spec = StudySpec.model_validate(row.spec)
+    spec = _spec(json.dumps(row.spec))
     model = ModelFacts(**row.model) if row.model else None
     return Study(**{**row._mapping, "spec": spec, "model": model})
 

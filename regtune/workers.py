@@ -122,15 +122,17 @@ def leave(session: Session, name: str, host: str, pid: int) -> None:
     )
 
 
-def everyone(session: Session, alive_seconds: float) -> Sequence[Worker]:
-    """Return all workers, living ones first."""
-    rows = session.execute(_EVERYONE, {"alive_seconds": alive_seconds})
+def everyone(
+    session: Session, alive_seconds: float, *, alive: bool | None = None
+) -> Sequence[Worker]:
+    """Return all workers, living ones first; or only those that are ``alive``, or are not."""
+    rows = session.execute(_EVERYONE, {"alive_seconds": alive_seconds, "alive": alive})
     return [Worker(**row._mapping) for row in rows]
 
 
 def offered(session: Session, alive_seconds: float) -> Offer:
     """Return the data sets, models and tasks that at least one living worker has."""
-    living = [worker for worker in everyone(session, alive_seconds) if worker.alive]
+    living = everyone(session, alive_seconds, alive=True)
     return Offer(
         datasets=frozenset(name for worker in living for name in worker.datasets),
         models=frozenset(name for worker in living for name in worker.models),
@@ -198,10 +200,12 @@ RETURNING name
 _EVERYONE = text("""
 SELECT w.name, w.host, w.pid, w.device, w.device_kind, w.memory_bytes, w.lanes,
        w.wanted_lanes, w.occupancy, w.capacity, w.datasets, w.models, w.tasks,
-       s.name AS study, w.started_at, w.heartbeat_at, w.stopped_at IS NULL
-       AND w.heartbeat_at > now() - make_interval(secs => :alive_seconds) AS alive
-FROM regtune.workers w LEFT JOIN regtune.studies s USING (study_id)
-ORDER BY alive DESC, w.name
+       s.name AS study, w.started_at, w.heartbeat_at, living.alive
+FROM regtune.workers w LEFT JOIN regtune.studies s USING (study_id), LATERAL (
+    SELECT w.stopped_at IS NULL
+           AND w.heartbeat_at > now() - make_interval(secs => :alive_seconds) AS alive) living
+WHERE living.alive = coalesce(cast(:alive AS boolean), living.alive)
+ORDER BY living.alive DESC, w.name
 """)
 
 _REFUSALS = text("""

@@ -32,7 +32,7 @@ def check(session: Session, spec: StudySpec, installed: Offer, alive_seconds: fl
 def warning(session: Session, study: Study, alive_seconds: float) -> str | None:
     """Say why nobody would train this study now; None if somebody would."""
     spec = study.spec
-    living = [worker for worker in workers.everyone(session, alive_seconds) if worker.alive]
+    living = workers.everyone(session, alive_seconds, alive=True)
     if not living:
         return "no worker is alive; the study waits for one (start it with `regtune worker`)"
     offering = [worker for worker in living if _offers(worker, spec.task)]

@@ -2,13 +2,17 @@
 
 from typing import Literal
 
+import structlog
 from fastapi import APIRouter
 from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 
 from regtune import database
+from regtune.errors import DatabaseUnavailable
 from service.documents import Document
 from service.edge import InContext
+
+log = structlog.get_logger()
 
 PROBES = ("/healthz", "/readyz")
 
@@ -31,5 +35,9 @@ async def get_health() -> Health:
 async def get_readiness(context: InContext) -> Health:
     """Say that the database is reachable and its schemas are known; else 503."""
     async with context.turn():
-        await run_in_threadpool(database.check, context.engine)
+        try:
+            await run_in_threadpool(database.check, context.engine)
+        except DatabaseUnavailable as error:  # whoever asks need not know where the database is
+            log.warning("database_lost", error=str(error))
+            raise DatabaseUnavailable from None
     return Health()

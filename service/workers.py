@@ -114,7 +114,8 @@ def list_workers(
     return WorkerPage(
         items=[
             WorkerDetail.model_validate(worker)
-            for worker in workers.everyone(session, context.settings.lease_seconds)
-            if query.alive is None or worker.alive == query.alive
+            for worker in workers.everyone(
+                session, context.settings.lease_seconds, alive=query.alive
+            )
         ]
     )

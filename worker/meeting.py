@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any, TypeVar
 
 import structlog
@@ -143,6 +144,7 @@ class Meetings:
         self._renewal: Future[None] | None = None
         self._said: tuple[int, int | None] | None = None
         self._beat_due = 0.0
+        self._renewed_at = -inf
 
     @property
     def unanswered(self) -> Report | None:
@@ -186,7 +188,12 @@ class Meetings:
             raise
 
     def renew(self, leases: Sequence[Lease], slots: int) -> None:
-        """Renew leases in the middle of an epoch; the verdicts wait for its end."""
+        """Renew leases in the middle of an epoch; the verdicts wait for its end.
+
+        Not those that a meeting has renewed lately.
+        """
+        if time.monotonic() < self._renewed_at + self._settings.lease_seconds / BEATS_A_LEASE:
+            return
         if self._renewal is None or self._renewal.done():
             self._renewal = self._pool.submit(self._renew, leases, slots)
 
@@ -217,7 +224,9 @@ class Meetings:
     def _hold(self, report: Report) -> Answer:
         if report.given_back:
             self._writer.wait(FLUSH_SECONDS)
+        began = time.monotonic()
         answer = self._transact(lambda session: self._meet(session, report), self._closing)
+        self._renewed_at = began
         if answer.busy:
             answer = self._lease_apart(report, answer)
         self._leased = answer.joining

@@ -39,6 +39,9 @@ BUSY_SECONDS, MOST_TURNS = 0.5, 16
 To wake a worker costs it as much as a trial that hardly trains, and to find nothing left as much
 again. A lane may be expected to get through so many trials at most."""
 
+MOST_AT_ONCE = 32
+"""So many trials may wait, however soon each lane may be expected to be done with one."""
+
 MOST_POLLS = 16
 """So many polls at most lie between two calls for a trial that nobody comes for."""
 
@@ -374,11 +377,13 @@ class Conductor:
     def _wanted(self, glance: Glance) -> int:
         """Return how many trials should be suggested, as far as the budget allows.
 
-        As many as lanes want; with a pruner, which may stop several trials at once, so many at the
-        least that the next few find a successor. Suspects wait until nothing else does, so they
-        are none.
+        As many as lanes want, but no more than are called for, see ``_turns``, so that those to
+        come are chosen by what these have shown; with a pruner, which may stop several trials at
+        once, so many at the least that the next few find a successor. Suspects wait until nothing
+        else does, so they are none.
         """
         wanted = glance.wanted_lanes
+        wanted = max(min(wanted, MOST_AT_ONCE), -(-wanted // self._turns))
         if self._prunes and wanted > 0:
             wanted = max(wanted, min(SPARE_TRIALS, glance.running // LANES_PER_SPARE_TRIAL))
         return wanted - (glance.waiting - glance.suspects)

@@ -2,9 +2,10 @@
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 import structlog
+from pydantic import ValidationError
 from sqlalchemy import Engine
 
 from regtune import database, shares, studies
@@ -31,6 +32,9 @@ _PAUSE_SECONDS_PER_TRIAL = 0.0003
 """Where trials have ended or are wanted, the next glance is the sooner the fewer are open: of many,
 several end even in a longer pause, and of few, none may be trained any more."""
 
+_LEAVE_SECONDS = 60.0
+"""How long a study that this version cannot read is left to replicas of another one."""
+
 _PAUSE_FOR_GLANCE = 2
 """A pause is at least so many times as long as the glance before it took."""
 
@@ -51,6 +55,7 @@ class Scheduler:
         self._errors: dict[int, int] = {}
         self._unfinished: set[int] = set()
         self._stale: set[int] = set()
+        self._left_until: dict[int, float] = {}
         self._pause = _LONGEST_PAUSE_SECONDS
         self._glance_due = 0.0
         self._settling_due = 0.0
@@ -125,23 +130,32 @@ class Scheduler:
         """Conduct the studies of which there is news, all of them if None."""
         self._unfinished.clear()
         try:
+            if news is not None and news <= self._conductors.keys():
+                self._conduct_each(news)
+                return
             if time.monotonic() >= self._settling_due:
                 self._settling_due = time.monotonic() + self._settings.poll_seconds
                 with database.transaction(self._engine) as session:
                     shares.settle(session)
             with database.transaction(self._engine) as session:
                 live = studies.live_ids(session)
-            self._leadership.claim(live)
+            self._leadership.claim(id_ for id_ in live if not self._is_left(id_))
         except database.FAULTS as error:
             self._lose_touch(error)
             return
         led = self._leadership.led
         self._conductors = {id_: c for id_, c in self._conductors.items() if id_ in led}
-        for study_id in sorted(led if news is None else led & news):
+        self._conduct_each(led if news is None else led & news)
+
+    def _conduct_each(self, study_ids: Set[int]) -> None:
+        for study_id in sorted(study_ids):
             if self._stopping.is_set():
                 return
             if study_id in self._leadership.led:  # none, once the connection has been lost
                 self._conduct(study_id)
+
+    def _is_left(self, study_id: int) -> bool:
+        return time.monotonic() < self._left_until.get(study_id, 0.0)
 
     def _conduct(self, study_id: int) -> None:
         """Give one study a round; whatever goes wrong with it stays with it."""
@@ -159,6 +173,10 @@ class Scheduler:
             if study_id not in self._stale:
                 self._unfinished.add(study_id)
             self._stale ^= {study_id}
+        except ValidationError as error:  # of another version; a replica of that one may lead it
+            log.error("study_unread", study_id=study_id, reason=str(error))
+            self._conductors.pop(study_id, None)
+            self._left_until[study_id] = time.monotonic() + _LEAVE_SECONDS
         except Exception as error:  # noqa: BLE001 - a sampler may raise anything
             if database.is_outage(error):
                 self._lose_touch(error)

@@ -5,6 +5,7 @@ sampler never waits for the database. It is rebuilt from the database whenever i
 something; nothing is lost with it.
 """
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -81,7 +82,8 @@ class Mirror:
     ) -> int | None:
         """Show the pruner new epochs of an open trial; return the epoch at which it says stop.
 
-        ``over`` says that the trial has ended by itself, so that its answer matters no more.
+        ``over`` says that the trial has ended by itself, so that its answer matters no more, and
+        all its epochs have been.
         """
         trial = self._open[number]
         asked = kind_of(number) == "suggested" and (self._keeps_notes or not over)
@@ -90,7 +92,7 @@ class Mirror:
                 continue
             trial.report(loss, epoch)
             self._judged[number] = epoch
-            if asked and trial.should_prune():
+            if asked and trial.should_prune() and not over:
                 return epoch
         return None
 
@@ -178,7 +180,8 @@ def _trial(row: Row[Any], space: Mapping[str, BaseDistribution]) -> FrozenTrial:
             name: space[name].to_external_repr(value) for name, value in (row.params or {}).items()
         },
         distributions={name: space[name] for name in row.params or {}},
-        system_attrs=row.notes or {},
+        # A pruner may have noted an infinite loss, which Python writes as no JSON of PostgreSQL's.
+        system_attrs={key: json.loads(note) for key, note in (row.notes or {}).items()},
         # What is not a finite number comes as a word.
         intermediate_values={int(step): float(at) for step, at in (row.curve or {}).items()},
     )
@@ -188,7 +191,7 @@ _TRIALS = """
 SELECT t.state::text, v.value,
        (SELECT json_object_agg(param_name, param_value)
         FROM public.trial_params p WHERE p.trial_id = t.trial_id) AS params,
-       (SELECT json_object_agg(key, value_json::json)
+       (SELECT json_object_agg(key, value_json)
         FROM public.trial_system_attributes a WHERE a.trial_id = t.trial_id) AS notes,
        CASE WHEN :curves OR t.state = 'PRUNED' THEN (
             SELECT json_object_agg(step, CASE intermediate_value_type

@@ -71,11 +71,13 @@ class OutlookStorage(InMemoryStorage):
 
 
 def _as_it_may_end(trial: FrozenTrial, max_epochs: int) -> FrozenTrial:
+    ahead = copy.copy(trial)
+    # All parameters are chosen; what TPE noted while they were not, it would read at each look.
+    ahead.system_attrs = {}
     prospect = extrapolate(trial.intermediate_values, max_epochs, noise_margin=0.0)
     if prospect is None:
-        return trial
+        return ahead
     best = min(filter(isfinite, trial.intermediate_values.values()))
-    ahead = copy.copy(trial)
     ahead.state = TrialState.COMPLETE
     ahead.value = best - EXPECTED_SHARE * (best - prospect)
     return ahead

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from math import inf
 from typing import Any
 
 import optuna
@@ -22,7 +23,7 @@ from regtune.settings import Settings
 from regtune.spec import STRENGTHS, parse_change
 from regtune.studies import Study
 from service.scheduler import glances
-from service.scheduler.conductor import Conductor
+from service.scheduler.conductor import MOST_AT_ONCE, Conductor
 from service.scheduler.loop import Scheduler
 from tests import builders
 from tests.audit import audit
@@ -193,11 +194,14 @@ def test_no_more_trials_wait_than_workers_want_lanes(engine: Engine, database_ur
     assert builders.states(engine, study) == ["waiting"] * 6
 
 
-@pytest.mark.parametrize(("lasted", "most", "least"), [("0 s", 10, 1), ("1 hour", 100, 40)])
+@pytest.mark.parametrize(
+    ("lasted", "waiting", "most", "least"), [("0 s", MOST_AT_ONCE, 10, 1), ("1 hour", 40, 100, 40)]
+)
 def test_of_trials_that_last_a_moment_each_worker_that_is_called_trains_several(
     engine: Engine,
     database_url: str,
     lasted: str,
+    waiting: int,
     most: int,
     least: int,
     monkeypatch: pytest.MonkeyPatch,
@@ -208,11 +212,11 @@ def test_of_trials_that_last_a_moment_each_worker_that_is_called_trains_several(
         builders.register(engine, f"w{number}")
     conductor = Conductor(engine, SETTINGS, study.study_id)
 
-    def suggest_forty() -> None:
-        while builders.states(engine, study).count("waiting") < 40:
-            conductor.round()
+    def suggest() -> None:
+        conductor.round()
+        conductor.round()  # no more than that
 
-    suggest_forty()
+    suggest()
     builders.complete(engine, builders.lease(engine, study, 40))
     with engine.begin() as connection:
         begun = f"leased_at = finished_at - interval '{lasted}'"
@@ -221,9 +225,10 @@ def test_of_trials_that_last_a_moment_each_worker_that_is_called_trains_several(
     with psycopg.connect(url.render_as_string(hide_password=False), autocommit=True) as listening:
         for number in range(40):
             listening.execute(f"LISTEN {database.work_for(f'w{number}')}")
-        suggest_forty()
+        suggest()
         called = len(list(listening.notifies(timeout=0)))
     assert least <= called <= most
+    assert builders.states(engine, study).count("waiting") == waiting
 
 
 @pytest.mark.parametrize(
@@ -321,19 +326,50 @@ def test_a_trial_that_waits_for_an_empty_lane_calls_nobody(
     assert called() == set()
 
 
-def test_a_study_that_cannot_be_read_stops_no_other(engine: Engine, database_url: str) -> None:
-    """As one that a newer version has left behind."""
-    builders.create(engine, "unknown")
+def test_a_study_that_cannot_be_read_is_left_to_other_replicas_and_stops_no_other(
+    engine: Engine, database_url: str
+) -> None:
+    """As one of a newer version."""
+    unknown = builders.create(engine, "unknown", budget={"trials": 3})
     with engine.begin() as connection:
         newer = """UPDATE regtune.studies SET spec = spec || '{"newer": 1}'"""
         connection.execute(text(newer))
-    often = SETTINGS.model_copy(update={"poll_seconds": 0.02})
-    with capture_logs() as logs, scheduler(engine, database_url, often):
-        wait_until(lambda: [e for e in logs if e["event"] == "study_not_failed"], DEADLINE_SECONDS)
+    with capture_logs() as logs, scheduler(engine, database_url), HandWorker(engine, "a", 2):
+        wait_until(lambda: [e for e in logs if e["event"] == "study_unread"], DEADLINE_SECONDS)
         study = builders.create(engine, budget={"trials": 3})
-        with HandWorker(engine, "a", 2):
+        wait_until(over(engine, study), DEADLINE_SECONDS)
+        assert builders.study_state(engine, study) == "completed"
+        with engine.begin() as connection:
+            connection.execute(text("UPDATE regtune.studies SET spec = spec - 'newer'"))
+        with scheduler(engine, database_url):  # it can read it, and leads it beside the other one
+            wait_until(over(engine, unknown), DEADLINE_SECONDS / 2)
+    assert builders.study_state(engine, unknown) == "completed"
+
+
+def test_a_pruner_may_have_noted_an_infinite_loss(engine: Engine, database_url: str) -> None:
+    """Successive halving keeps one of each rung; who leads next reads it back."""
+    study = builders.create(
+        engine,
+        training={"max_epochs": 9},
+        pruner={"name": "asha", "first_epoch": 1},
+        budget={"trials": 30},
+    )
+
+    def train(lease: Lease) -> tuple[list[float], Outcome | None]:
+        return [inf, inf], Pruned("diverged")
+
+    with HandWorker(engine, "a", 1, train):
+        with scheduler(engine, database_url):
+            wait_until(lambda: "pruned" in builders.states(engine, study), DEADLINE_SECONDS)
+            wait_until(
+                lambda: builders.column(
+                    engine, "SELECT 1 FROM trial_system_attributes WHERE value_json = 'Infinity'"
+                ),
+                DEADLINE_SECONDS,
+            )
+        with scheduler(engine, database_url):
             wait_until(over(engine, study), DEADLINE_SECONDS)
-    assert builders.study_state(engine, study) == "completed"
+    assert builders.states(engine, study) == ["pruned"] * 30
 
 
 def test_what_nobody_has_foreseen_does_not_end_the_scheduler(

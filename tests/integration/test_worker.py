@@ -190,7 +190,7 @@ def test_an_idle_worker_that_was_forgotten_registers_again(
 def test_a_worker_whose_report_is_refused_gives_its_trials_back_and_goes_on(
     engine: Engine, database_url: str, tmp_path: Path
 ) -> None:
-    """As while the database may only be read: no lane is left lying until the worker restarts."""
+    """As by a rule of the database's own: no lane is left lying until the worker restarts."""
     study = builders.create(engine, **{**SHORT, "training": {"max_epochs": 10_000}})
     builders.append(engine, study, 2)
     with working(database_url, two_lanes(tmp_path)):
@@ -212,7 +212,7 @@ def test_a_worker_whose_report_is_refused_gives_its_trials_back_and_goes_on(
 
 _REFUSE = """
 CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
-    'BEGIN RAISE read_only_sql_transaction; END';
+    'BEGIN RAISE restrict_violation; END';
 CREATE TRIGGER refuse BEFORE INSERT ON regtune.epochs EXECUTE FUNCTION refuse();
 """
 
