@@ -295,7 +295,8 @@ class Attack:
 
     def _any_worker(self) -> tuple[str, subprocess.Popen[bytes]]:
         """Choose one that is awake, and rather one that trains."""
-        awake = sorted(self._workers.keys() - self._asleep.keys())
+        while not (awake := sorted(self._workers.keys() - self._asleep.keys())):
+            self.go_on(0.5)
         with self.engine.connect() as connection:
             training = set(connection.execute(text(_TRAINING)).scalars())
         name = self.random.choice([name for name in awake if name in training] or awake)

@@ -101,7 +101,8 @@ class Batches:
         and be a second program to record and to compile.
         """
         distinct = sorted(set(places))
-        group = [distinct.index(place) for place in places] if len(places) > 1 else 0
+        number = {place: number for number, place in enumerate(distinct)}
+        group = [number[place] for place in places] if len(places) > 1 else 0
         order = Order(np.stack([self._kept_order(place) for place in distinct]), group)
         keys_SGN2 = np.stack([self._keys(place) for place in distinct], axis=1)
         group_K = None if isinstance(group, int) else _on(np.array(group), self._device)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from worker.training.agreement import Group, largest_difference
+from worker.training.cores import side_streams
 
 Form = Callable[..., Sequence[Tensor]]
 Leaves = Sequence[Tensor]
@@ -51,15 +52,17 @@ def capture(form: Form, fixed: Leaves, copies: Leaves, varying: Leaves) -> Captu
     run at the same time. Raises whatever keeps CUDA from capturing.
     """
     inputs = [copy_of(leaf) for leaf in varying]
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    side = side_streams(current.device).capturing
+    side.wait_stream(current)
     with torch.cuda.stream(side):  # libraries set themselves up in a first call, off the record
         form(*copies, *inputs)
-    torch.cuda.current_stream().wait_stream(side)
-    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    current.wait_stream(side)
     try:
         # Threads that bring rows call CUDA meanwhile; only this one's calls belong to the capture.
-        with torch.cuda.graph(graph, pool=_shared_memory(), capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            graph, pool=_shared_memory(), stream=side, capture_error_mode="thread_local"
+        ):
             (output,) = form(*fixed, *inputs)
     finally:
         torch.cuda.set_stream(current)  # a capture that cannot begin leaves its own one behind

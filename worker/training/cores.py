@@ -5,11 +5,14 @@ until the epoch ends; that is faster than to let all cores work on each operatio
 not wait for a core that another program has taken. Elsewhere all lanes are one chunk.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from math import inf
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -140,6 +143,49 @@ class Cores:
         return [
             Chunk(slice(end - size, end), threads) for size, end in zip(sizes, ends, strict=True)
         ]
+
+
+class Brake:
+    """Keeps the host from running far ahead of a GPU: who waits there should know how far it is.
+
+    Called once a step; it then waits for the step before the last ``ahead``. A whole epoch could
+    else be launched within a moment, and nothing be heard of the worker until it is over.
+    """
+
+    def __init__(self, device: torch.device, ahead: int) -> None:
+        self._device = device
+        self._ahead = ahead
+        self._computing: deque[torch.cuda.Event] = deque()
+
+    def __call__(self) -> None:
+        """Mark what has been started on the device so far, and wait for an earlier mark."""
+        if mark := self._mark():
+            self._computing.append(mark)
+            if len(self._computing) > self._ahead:
+                self._computing.popleft().synchronize()
+
+    def _mark(self) -> torch.cuda.Event | None:
+        """Return what says when the device has done all that it was given so far."""
+        if self._device.type != "cuda":
+            return None  # it is done when a call returns
+        return torch.cuda.current_stream(self._device).record_event()
+
+
+class SideStreams(NamedTuple):
+    """Streams beside the one that computes; never the same, as torch's own pool of 32 gives."""
+
+    capturing: torch.cuda.Stream
+    bringing: torch.cuda.Stream
+
+
+def side_streams(device: torch.device) -> SideStreams:
+    """Return the streams of a CUDA device, the same ones at every call."""
+    return _side_streams(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _side_streams(index: int) -> SideStreams:
+    return SideStreams(torch.cuda.Stream(index), torch.cuda.Stream(index))  # type: ignore[no-untyped-call]
 
 
 def synchronize(device: torch.device) -> None:

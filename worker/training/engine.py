@@ -277,9 +277,12 @@ class Engine:
 
         In the order of ``keys``. Raises KeyError for a key that is not in the stack.
         """
+        places = self._places(keys)
+        # A GPU is waited for once a tensor, not once a tensor of each lane.
+        all_at_once = 2 * len(places) >= len(self._lanes)
+        tensors = self._tensors.on_host() if all_at_once else self._tensors
         return [
-            Checkpoint.of(self._lanes[place], self._tensors.slice(self._span(place)))
-            for place in self._places(keys)
+            Checkpoint.of(self._lanes[place], tensors.slice(self._span(place))) for place in places
         ]
 
     def fits(self, checkpoint: Checkpoint) -> bool:
@@ -601,7 +604,8 @@ def _check_room(trial_bytes: int, device: torch.device) -> None:
 
 
 def _stacked(parts: Sequence[Mapping[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
-    return {name: stacked([own[name] for own in parts]).to(device) for name in parts[0]}
+    # One by one: the first member's may be on the device already, as the model that is trained.
+    return {name: stacked([own[name].to(device) for own in parts]) for name in parts[0]}
 
 
 def _set_precision(training: Training, device: torch.device) -> None:

@@ -199,6 +199,10 @@ class LaneTensors:
         index = self._index(lanes)
         return _combine(lambda tensor: like(tensor, lambda t: t.index_select(0, index)), self)
 
+    def on_host(self) -> "LaneTensors":
+        """Return the lanes in the host's memory: copies, unless they lie there anyway."""
+        return _combine(lambda tensor: tensor.cpu(), self)
+
     def slice(self, lanes: slice) -> "LaneTensors":
         """Return a view of some lanes: what is written there is written here."""
         return _combine(lambda tensor: tensor[lanes], self)

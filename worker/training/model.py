@@ -338,6 +338,8 @@ class LaneModel:
     def _vmap_or_loop(self, trial: "LaneModel", sample: Rows) -> LaneMap:
         try:
             trial._try(vmap, sample)
+        except torch.OutOfMemoryError:  # of a device that is full just now
+            raise
         except (RuntimeError, ValueError, NotImplementedError) as refusal:
             self.refusal = str(refusal).partition("\n")[0]
             log.warning("lanes_run_one_by_one", reason=self.refusal)

@@ -21,10 +21,14 @@ from torch import Tensor
 
 from worker.tasks.rows import Rows
 from worker.training.batches import Order
+from worker.training.cores import Brake, side_streams
 from worker.training.step import Source
 
 STEPS_AHEAD = 3
 """Batches that are gathered, or wait, while a step is computed."""
+
+STEPS_LAUNCHED = 8
+"""Steps that a GPU is given before the first of them must be done, where all rows lie on it."""
 
 BATCHES_AT_ONCE = STEPS_AHEAD + 2
 """The most batches that take memory: on a GPU, one step is computed while the next is launched."""
@@ -61,9 +65,11 @@ class Resident:
     def batches(self, order: Order, sizes: Sequence[int]) -> BatchIterator:
         """Yield the numbers of each batch's rows."""
         numbers, group_K = order.on(self._device)
+        brake = Brake(self._device, STEPS_LAUNCHED)
         for size, end in zip(sizes, accumulate(sizes), strict=True):
             batch = numbers[..., end - size : end]
             yield (batch if group_K is None else batch.index_select(0, group_K),)
+            brake()
 
 
 class Streamed:
@@ -85,7 +91,7 @@ class Streamed:
         self._device = device
         self._memory_format = memory_format
         self._pool = pool
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._side = side_streams(device).bringing if device.type == "cuda" else None
 
     def batches(self, order: Order, sizes: Sequence[int]) -> BatchIterator:
         """Yield rows and their numbers: the lanes' own, or those of all.
@@ -95,7 +101,7 @@ class Streamed:
         lanes, whoever of them see the same.
         """
         ahead: deque[Future[_Brought]] = deque()
-        computing: deque[_Mark] = deque()
+        brake = Brake(self._device, BATCHES_AT_ONCE - STEPS_AHEAD - 1)
         begin = 0
 
         @cache
@@ -109,15 +115,13 @@ class Streamed:
 
         try:
             for end in accumulate(sizes):
-                if len(computing) > 1:
-                    computing.popleft().synchronize()  # else launching would run far ahead
                 rows = order.numbers_GR[:, begin:end].reshape(-1)
                 room = order.seen_apart * (end - begin)
                 ahead.append(self._pool.submit(self._bring, rows, room))
                 begin = end
                 if len(ahead) > STEPS_AHEAD:
                     yield hand_over()
-                    computing.append(self._mark())
+                    brake()
             while ahead:
                 yield hand_over()
         finally:
@@ -162,29 +166,8 @@ class Streamed:
                 tensor.record_stream(current)  # else its memory were free for the next batch
         return x, y
 
-    def _mark(self) -> "_Mark":
-        """Return what says when the device has done all that was started on it so far."""
-        if self._side is None:
-            return _AtOnce()
-        mark: _Mark = torch.cuda.current_stream(self._device).record_event()
-        return mark
-
     def _aside(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._side) if self._side else nullcontext()
-
-
-class _Mark(Protocol):
-    """A place in what a device has been given to do; ``torch.cuda.Event`` is one."""
-
-    def synchronize(self) -> None:
-        """Wait until the device has come there."""
-
-
-class _AtOnce:
-    """The same where whatever is called is done when the call returns."""
-
-    def synchronize(self) -> None:
-        """Return at once."""
 
 
 _Brought = tuple[Tensor, Tensor, torch.cuda.Event | None]

@@ -19,6 +19,7 @@ from tests.waiting import wait_until
 from worker.errors import NoRoom
 from worker.tasks.preparation import prepare
 from worker.training import compiling, cores, residence, supply
+from worker.training.cores import Brake
 from worker.training.engine import Engine
 from worker.training.residence import choose
 from worker.training.step import gather
@@ -344,9 +345,12 @@ def test_rows_that_do_not_fit_the_machine_are_refused(build):
         build("auto", data=endless)
 
 
-def test_no_more_than_one_launched_step_waits_for_another(build, monkeypatch):
+@pytest.mark.parametrize(
+    ("where", "most"), [("never", supply.BATCHES_AT_ONCE - STEPS_AHEAD - 1), ("always", 8)]
+)
+def test_no_more_than_a_few_launched_steps_wait_for_another(build, monkeypatch, where, most):
     """As on a device that computes a step some time after it was launched."""
-    engine = build("never", batch_size=2)
+    engine = build(where, batch_size=2)
     launched, done, unfinished = itertools.count(1), [0], []
 
     class Mark:
@@ -357,10 +361,10 @@ def test_no_more_than_one_launched_step_waits_for_another(build, monkeypatch):
         def synchronize(self) -> None:
             done[0] = self.step
 
-    monkeypatch.setattr(Streamed, "_mark", lambda self: Mark())
+    monkeypatch.setattr(Brake, "_mark", lambda self: Mark())
     engine.join([trial(0)])
     engine.train_epoch()
-    assert max(unfinished[: engine.steps_per_epoch - STEPS_AHEAD]) == 2
+    assert max(unfinished[: engine.steps_per_epoch - STEPS_AHEAD]) == most + 1
 
 
 def test_a_batch_takes_no_more_rows_than_there_are(build, monkeypatch):
