@@ -350,7 +350,7 @@ def worker(
     settings = _settings()
     url = _database_url(settings)
     if check:
-        _check_worker(url, settings.lease_seconds)
+        _check_worker(url, settings)
     elif every_gpu is not None and (devices := _devices(every_gpu)):
         workers = [
             _options(device=device, lanes=lanes, name=name and f"{name}-{number}")
@@ -450,7 +450,9 @@ def upgrade() -> None:
 @db.command("check")
 def check_() -> None:
     """Say whether the database is there, and its schema the one that this version knows."""
-    engine = database.connect(_database_url(_settings()))
+    settings = _settings()
+    proxied = settings.direct_database_url is not None
+    engine = database.connect(_database_url(settings), proxied=proxied)
     try:
         database.check(engine)
     finally:
@@ -576,8 +578,9 @@ def _options(**options: Any) -> list[str]:
     return [part for name, value in options.items() if value for part in (f"--{name}", str(value))]
 
 
-def _check_worker(url: str, alive_seconds: float) -> None:
-    if not programs.has_living_worker(url, alive_seconds):
+def _check_worker(url: str, settings: Settings) -> None:
+    proxied = settings.direct_database_url is not None
+    if not programs.has_living_worker(url, settings.lease_seconds, proxied=proxied):
         raise RegtuneError("no worker of this host is alive")
     _out.out("a worker of this host is alive")
 

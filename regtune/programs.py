@@ -104,9 +104,9 @@ def run_workers(options: Sequence[Sequence[str]]) -> int:
         return max(child.exit_code for child in crew.children)
 
 
-def has_living_worker(url: str, alive_seconds: float) -> bool:
-    """Say whether a worker of this host beats in the database."""
-    engine = database.connect(url)
+def has_living_worker(url: str, alive_seconds: float, *, proxied: bool) -> bool:
+    """Say whether a worker of this host beats in the database; ``proxied`` as in ``connect``."""
+    engine = database.connect(url, proxied=proxied)
     with database.reachable(), database.transaction(engine) as session:
         living = workers.everyone(session, alive_seconds, alive=True)
     engine.dispose()

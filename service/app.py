@@ -133,7 +133,8 @@ def _database_url(settings: Settings) -> str:
 
 
 def _check_database(settings: Settings) -> None:
-    engine = database.connect(_database_url(settings), pool_size=1)
+    proxied = settings.direct_database_url is not None
+    engine = database.connect(_database_url(settings), pool_size=1, proxied=proxied)
     try:
         database.check(engine)
     finally:

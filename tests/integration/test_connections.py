@@ -5,6 +5,7 @@ from select import select
 
 import pytest
 from sqlalchemy import Engine, text
+from sqlalchemy.exc import DBAPIError
 
 from regtune import database, workers
 from regtune.database import transaction
@@ -117,6 +118,24 @@ def test_a_notification_for_another_worker_goes_unheard(database_url: str, engin
         notify(engine, "2", database.work_for("me"))
         notify(engine, "3")
         assert all_that_comes(listener, engine) == {2, 3}
+
+
+def test_who_is_frozen_in_a_transaction_loses_its_locks(
+    database_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a worker that was stopped in the middle of a report: a scheduler would wait for it."""
+    monkeypatch.setitem(database._SERVER_PATIENCE, "idle_in_transaction_session_timeout", "300ms")
+    builders.create(engine)
+    frozen = database.connect(database_url)
+    locking = text("SELECT FROM regtune.studies FOR UPDATE")
+    with frozen.connect() as connection:
+        connection.execute(locking)
+        with engine.begin() as other:
+            other.execute(locking)
+        with pytest.raises(DBAPIError) as raised:
+            connection.execute(text("SELECT 1"))
+    frozen.dispose()
+    assert database.is_outage(raised.value)
 
 
 def test_who_only_drains_does_not_reconnect() -> None:

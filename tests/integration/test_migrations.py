@@ -246,3 +246,14 @@ def test_a_search_path_that_hides_optunas_tables_is_refused(
     with pytest.raises(UnknownSchema, match="search_path begins with 'regtune'"):
         database.check(hiding)
     hiding.dispose()
+
+
+def test_events_of_a_dump_restored_on_another_server_are_readable(
+    engine: Engine, database_url: str
+) -> None:
+    """That has not come to the numbers of the transactions that wrote them."""
+    builders.create(engine)
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE regtune.events SET transaction_id = '999999999999'"))
+    database.upgrade(database_url)
+    assert set(builders.column(engine, "SELECT transaction_id::text FROM regtune.events")) == {"1"}

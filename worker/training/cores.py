@@ -168,7 +168,8 @@ class Brake:
         """Return what says when the device has done all that it was given so far."""
         if self._device.type != "cuda":
             return None  # it is done when a call returns
-        return torch.cuda.current_stream(self._device).record_event()
+        mark: torch.cuda.Event = torch.cuda.current_stream(self._device).record_event()
+        return mark
 
 
 class SideStreams(NamedTuple):
