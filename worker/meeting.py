@@ -145,6 +145,7 @@ class Meetings:
         self._said: tuple[int, int | None] | None = None
         self._beat_due = 0.0
         self._renewed_at = -inf
+        self._wanted = 0
 
     @property
     def unanswered(self) -> Report | None:
@@ -187,15 +188,15 @@ class Meetings:
             self._said = None  # it may not have been heard
             raise
 
-    def renew(self, leases: Sequence[Lease], slots: int) -> None:
+    def renew(self, leases: Sequence[Lease]) -> None:
         """Renew leases in the middle of an epoch; the verdicts wait for its end.
 
-        Not those that a meeting has renewed lately.
+        Not if a meeting has just done so. What the worker wants is what it wanted then.
         """
         if time.monotonic() < self._renewed_at + self._settings.lease_seconds / BEATS_A_LEASE:
             return
         if self._renewal is None or self._renewal.done():
-            self._renewal = self._pool.submit(self._renew, leases, slots)
+            self._renewal = self._pool.submit(self._renew, leases)
 
     def part(self, report: Report, seconds: float) -> int | None:
         """Report for the last time and give everything else back; return how many trials.
@@ -377,7 +378,7 @@ class Meetings:
         """
         if (wanted, study_id) == self._said and time.monotonic() < self._beat_due:
             return True
-        self._said = wanted, study_id
+        self._said, self._wanted = (wanted, study_id), wanted
         self._beat_due = time.monotonic() + self._settings.lease_seconds / BEATS_A_LEASE
         return workers.beat(
             session,
@@ -439,14 +440,13 @@ class Meetings:
         seconds = self._settings.lease_seconds
         self._transact(lambda session: reporting.flush(session, leases, {}, seconds), self._closing)
 
-    def _renew(self, leases: Sequence[Lease], slots: int) -> None:
+    def _renew(self, leases: Sequence[Lease]) -> None:
+        study_id, wanted = self._study.study_id, self._wanted
+
         def work(session: Session) -> None:
             reporting.flush(session, leases, {}, self._settings.lease_seconds)
             self._said = None
-            free = max(0, slots - len(leases))
-            if any(self._is_suspect(lease) for lease in leases):
-                free = 0
-            workers.beat(session, self._worker, wanted_lanes=free, study_id=self._study.study_id)
+            workers.beat(session, self._worker, wanted_lanes=wanted, study_id=study_id)
 
         self._transact(work, self._closing)
 

@@ -208,7 +208,7 @@ class Stack:
 
     def renew(self) -> None:
         """Renew the leases, in the middle of an epoch; from any thread."""
-        self._meetings.renew(list(self._leases.values()), self._engine.slots)
+        self._meetings.renew(list(self._leases.values()))
 
     def close(self) -> None:
         """Let go of the threads; what is still in training is lost to this worker."""
