@@ -331,6 +331,7 @@ def _detail(session: Session, study: Study, context: Context) -> StudyDetail:
     except NoBestYet:
         best = None
     references = records.references(session, study)
+    known = shapes.known(session, study.study_id) if study.spec.search.shaping() else {}
     alive_seconds = context.settings.lease_seconds
     return StudyDetail(
         **_summary(study, stands),
@@ -338,7 +339,7 @@ def _detail(session: Session, study: Study, context: Context) -> StudyDetail:
         model=ModelDetail.model_validate(study.model) if study.model else None,
         shapes=[
             ShapeDetail(params=read_shape(shape), model=ModelDetail.model_validate(facts))
-            for shape, facts in shapes.known(session, study.study_id).items()
+            for shape, facts in known.items()
         ],
         eta_seconds=records.eta_seconds(session, study, stands),
         best=best,
