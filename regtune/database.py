@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import select
 import time
 from collections.abc import Iterator
@@ -129,7 +130,9 @@ def _options(url: URL, name: str, proxied: bool = False) -> dict[str, Any]:
     if proxied:
         return chosen
     ours = [f"-c {key}={value}" for key, value in _SERVER_PATIENCE.items()]
-    return {**chosen, "options": " ".join([*ours, *_as_texts(url.query.get("options", ()))])}
+    # libpq looks there only where it is given no options; the last word counts.
+    theirs = [os.environ.get("PGOPTIONS", ""), *_as_texts(url.query.get("options", ()))]
+    return {**chosen, "options": " ".join([*ours, *theirs]).strip()}
 
 
 def _as_texts(value: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -235,30 +238,37 @@ def upgrade(url: str) -> None:
     engine = connect(url)
     # No transaction that is idle meanwhile: its session would be ended.
     alone = engine.execution_options(isolation_level="AUTOCOMMIT")
-    with reachable(), alone.connect() as lock:
-        lock.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _UPGRADE_LOCK})
-        _look_in_public_first(url)
-        optuna_tables.create(address(url))
-        with engine.begin() as connection:
-            optuna_tables.check_version(connection)
-            connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
-            try:
-                command.upgrade(_alembic(connection), "head")
-            except CommandError as error:
-                raise UnknownSchema(
-                    f"the schema {SCHEMA!r} is not one that this version knows, perhaps a newer "
-                    f"one's: {error}"
-                ) from error
-            connection.execute(_READABLE_AGAIN)
-    engine.dispose()
+    try:
+        with reachable(), alone.connect() as lock:
+            lock.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _UPGRADE_LOCK})
+            _look_in_public_first(url)
+            optuna_tables.create(address(url))
+            with engine.begin() as connection:
+                _upgrade(connection)
+    finally:
+        engine.dispose()
+
+
+def _upgrade(connection: Connection) -> None:
+    optuna_tables.check_version(connection)
+    connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
+    try:
+        command.upgrade(_alembic(connection), "head")
+    except CommandError as error:
+        raise UnknownSchema(
+            f"the schema {SCHEMA!r} is not one that this version knows, perhaps a newer one's: "
+            f"{error}"
+        ) from error
+    connection.execute(_READABLE_AGAIN)
 
 
 _READABLE_AGAIN = text(f"""
 UPDATE {SCHEMA}.events SET transaction_id = '1'
-WHERE transaction_id >= pg_snapshot_xmax(pg_current_snapshot())
+WHERE EXISTS (SELECT FROM {SCHEMA}.events
+              WHERE transaction_id >= pg_snapshot_xmax(pg_current_snapshot()))
 """)
 """Events of a dump that has been restored on another server, where so many transactions have not
-been: readers would wait until they have."""
+been: readers would wait until they have. All of them, since they are read in this order."""
 
 
 def _look_in_public_first(url: str) -> None:

@@ -39,5 +39,5 @@ async def get_readiness(context: InContext) -> Health:
             await run_in_threadpool(database.check, context.engine)
         except DatabaseUnavailable as error:  # whoever asks need not know where the database is
             log.warning("database_lost", error=str(error))
-            raise DatabaseUnavailable from None
+            raise DatabaseUnavailable("the database cannot be reached") from None
     return Health()

@@ -42,6 +42,7 @@ from worker.stack import Stack
 from worker.training import capacity
 from worker.training.compiling import first_line
 from worker.training.engine import Engine, check_device
+from worker.training.model import UnsupportedModel
 
 log = structlog.get_logger()
 
@@ -106,7 +107,7 @@ class Worker:
         Raise DatabaseUnavailable or UnknownSchema if the database is not there at the start.
         """
         database.check(self._database)
-        with transaction(self._database) as session:
+        with database.reachable(), transaction(self._database) as session:
             self._register(session)
         log.info("worker_started", worker=self.name, device=str(self._device), lanes=self._lanes)
         with self._listener:
@@ -306,7 +307,7 @@ class Worker:
                 self._give_back(leases)
             else:
                 log.error("task_failed", study=study.name, error=str(error))
-                self._fail_one(study, error, leases)
+                self._fail_one(study, shape, error, leases)
         return None
 
     def _leaves_to_others(self, study: Study, shape: str, error: Exception) -> bool:
@@ -369,17 +370,21 @@ class Worker:
             detail={"reason": storable(reason), "lacks": lack, **detail},
         )
 
-    def _fail_one(self, study: Study, error: Exception, leases: Sequence[Lease]) -> None:
+    def _fail_one(
+        self, study: Study, shape: str, error: Exception, leases: Sequence[Lease]
+    ) -> None:
         """Fail one trial alone: the next one may go better.
 
         Data that cannot be trained on, and wrong settings, are the same for all of them, and end
-        the study, unless another shape of it was built before.
+        the study, unless another shape of it was built before; so is the only shape's model.
         """
         failed = Failed.by(error)
+        only_shape = shape == NO_SHAPE and isinstance(error, UnsupportedModel)
         with transaction(self._database) as session:
             study = studies.lock(session, study.study_id)
             reporting.finish(session, [(lease, failed) for lease in leases], self.name)
-            if isinstance(error, InvalidData | InvalidSpec) and study.model is None:
+            the_same = only_shape or isinstance(error, InvalidData | InvalidSpec)
+            if the_same and study.model is None:
                 studies.fail(session, study.study_id, storable(str(error)), self.name)
 
     def _train(self, stack: Stack) -> None:

@@ -193,7 +193,8 @@ class Meetings:
 
         Not if a meeting has just done so. What the worker wants is what it wanted then.
         """
-        if time.monotonic() < self._renewed_at + self._settings.lease_seconds / BEATS_A_LEASE:
+        # Half a beat ago at the most: the next try is a whole beat later.
+        if time.monotonic() < self._renewed_at + self._settings.lease_seconds / BEATS_A_LEASE / 2:
             return
         if self._renewal is None or self._renewal.done():
             self._renewal = self._pool.submit(self._renew, leases)
@@ -441,11 +442,11 @@ class Meetings:
         self._transact(lambda session: reporting.flush(session, leases, {}, seconds), self._closing)
 
     def _renew(self, leases: Sequence[Lease]) -> None:
-        study_id, wanted = self._study.study_id, self._wanted
-
         def work(session: Session) -> None:
             reporting.flush(session, leases, {}, self._settings.lease_seconds)
             self._said = None
+            # Only now: a meeting that was under way may have said something else.
+            wanted, study_id = self._wanted, self._study.study_id
             workers.beat(session, self._worker, wanted_lanes=wanted, study_id=study_id)
 
         self._transact(work, self._closing)

@@ -5,7 +5,8 @@ answer. While that does not come, it trains on, and brings everything along the 
 """
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from math import ceil, inf, prod
 
@@ -103,7 +104,8 @@ class Stack:
         self._engine = self._build_engine(make_engine)
         try:
             # What cannot be rehearsed has not been built: others shall not take it for that.
-            self._capacity = self._settle_capacity()
+            with _errors_of_the_task():
+                self._capacity = self._settle_capacity()
             self._agree_on_data(database)
         except BaseException:
             self._engine.close()
@@ -245,7 +247,7 @@ class Stack:
 
     def _build_engine(self, make_engine: Callable[..., Engine]) -> Engine:
         spec = self._spec
-        try:
+        with _errors_of_the_task():
             return make_engine(
                 task=spec.task,
                 training=spec.training,
@@ -257,8 +259,6 @@ class Stack:
                 knobs=knobs_of(spec),
                 data_on_device=self._settings.data_on_device,
             )
-        except (*FAULTS, NotFound) as error:  # not of our database, which no engine knows
-            raise TaskFailed(first_line(error)) from error
 
     def _agree_on_data(self, database: Database) -> None:
         """Let the first worker that builds a model say which data the study is about."""
@@ -495,12 +495,13 @@ class Stack:
         self._more_to_come = answer.more_to_come
         self.turn = answer.turn
         self._met_at = time.monotonic()
-        self._leases |= {lease.trial_id: lease for lease in answer.joining}
-        for id_, saved in answer.resumed.items():
-            self._curves[id_] = list(saved.epochs)
+        # Of those that it was built for; one that was lost may come again among the others.
         joining = [id_ for id_ in self._unbegun if id_ in self._leases]
         joining += [lease.trial_id for lease in answer.joining]
         self._unbegun = ()
+        self._leases |= {lease.trial_id: lease for lease in answer.joining}
+        for id_, saved in answer.resumed.items():
+            self._curves[id_] = list(saved.epochs)
         # There may be fewer slots than when it was asked for them.
         room = self._engine.free_slots
         joining, too_many = joining[:room], joining[room:]
@@ -517,6 +518,15 @@ class Stack:
         elif no_room:
             self._given_back |= set(joining)
             self._take_fewer_lanes(len(joining))
+
+
+@contextmanager
+def _errors_of_the_task() -> Iterator[None]:
+    """Tell errors of a database of the task's own from those of ours, which no engine knows."""
+    try:
+        yield
+    except (*FAULTS, NotFound) as error:
+        raise TaskFailed(first_line(error)) from error
 
 
 def _halves(keys: Sequence[int]) -> list[Sequence[int]]:

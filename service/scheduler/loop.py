@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Mapping, Set
+from collections.abc import Collection, Mapping, Set
 
 import structlog
 from pydantic import ValidationError
@@ -133,12 +133,13 @@ class Scheduler:
             if news is not None and news <= self._conductors.keys():
                 self._conduct_each(news)
                 return
-            if time.monotonic() >= self._settling_due:
+            if news is None or time.monotonic() >= self._settling_due:
                 self._settling_due = time.monotonic() + self._settings.poll_seconds
                 with database.transaction(self._engine) as session:
                     shares.settle(session)
             with database.transaction(self._engine) as session:
                 live = studies.live_ids(session)
+            self._forget_all_but(live)
             self._leadership.claim(id_ for id_ in live if not self._is_left(id_))
         except database.FAULTS as error:
             self._lose_touch(error)
@@ -153,6 +154,10 @@ class Scheduler:
                 return
             if study_id in self._leadership.led:  # none, once the connection has been lost
                 self._conduct(study_id)
+
+    def _forget_all_but(self, live: Collection[int]) -> None:
+        self._stale.intersection_update(live)
+        self._left_until = {id_: end for id_, end in self._left_until.items() if id_ in live}
 
     def _is_left(self, study_id: int) -> bool:
         return time.monotonic() < self._left_until.get(study_id, 0.0)

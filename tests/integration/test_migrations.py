@@ -252,8 +252,13 @@ def test_events_of_a_dump_restored_on_another_server_are_readable(
     engine: Engine, database_url: str
 ) -> None:
     """That has not come to the numbers of the transactions that wrote them."""
-    builders.create(engine)
+    for name in ("early", "late"):
+        builders.create(engine, name)
     with engine.begin() as connection:
-        connection.execute(text("UPDATE regtune.events SET transaction_id = '999999999999'"))
+        for place, number in enumerate(("7", "999999999999"), start=1):
+            change = (
+                f"UPDATE regtune.events SET transaction_id = '{number}' WHERE event_id = {place}"
+            )
+            connection.execute(text(change))
     database.upgrade(database_url)
     assert set(builders.column(engine, "SELECT transaction_id::text FROM regtune.events")) == {"1"}

@@ -1,6 +1,6 @@
 """One stack and its meetings, step by step, on a real database."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from sqlalchemy import Engine
 from structlog.testing import capture_logs
 
 from regtune import studies
+from regtune.leasing import Lease
 from regtune.settings import Settings
 from regtune.spec import NO_SHAPE
 from regtune.studies import Study
@@ -35,11 +36,11 @@ def build(engine: Engine, database_url: str, tmp_path: Path) -> Iterator[BuildSt
     """Builds stacks of a worker's that does nothing else."""
     stacks = []
 
-    def build(study: Study, lanes: int = 4) -> Stack:
+    def build(study: Study, lanes: int = 4, leases: Sequence[Lease] = ()) -> Stack:
         builders.register(engine, "w", lanes)
         settings = Settings(data_dir=tmp_path, lanes=lanes, flush_seconds=0)
         worker = Worker(database_url, settings, torch.device("cpu"), "w")
-        stack = worker._build_stack(study, NO_SHAPE)
+        stack = worker._build_stack(study, NO_SHAPE, leases)
         assert stack is not None
         stacks.append(stack)
         return stack
@@ -94,6 +95,21 @@ def test_what_is_leased_while_the_worker_leaves_is_given_back(
     assert builders.states(engine, study) == ["waiting"] * 3
     assert builders.column(engine, "SELECT lost_leases FROM regtune.trials") == [0] * 3
     assert audit(engine) == {}
+
+
+def test_a_trial_that_is_lost_while_its_study_is_built_for_it_may_come_again(
+    engine: Engine, build: BuildStack
+) -> None:
+    study = builders.create(engine, budget={"trials": 2}, **SHORT)
+    builders.append(engine, study, 2)
+    stack = build(study, leases=builders.lease(engine, study))
+    builders.expire(engine, study)
+    wait_until(stack.meet)
+    assert builders.states(engine, study) == ["running"] * 2
+    stack.train_epoch(lambda: None)
+    wait_until(stack.meet)
+    assert builders.column(engine, EPOCHS) == [1, 1]
+    assert builders.column(engine, "SELECT attempt FROM regtune.trials ORDER BY number") == [2, 1]
 
 
 @pytest.mark.parametrize("how", ["all", "some"])

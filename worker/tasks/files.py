@@ -34,6 +34,8 @@ def opened(address: str, storage: Storage) -> Iterator[IO[bytes]]:
             opened_file = stack.enter_context(file)
         except FileNotFoundError:
             raise DataMissing(f"there is no file {address!r}") from None
+        except MemoryError:
+            raise
         except Exception as error:  # each file system has errors of its own, of rights or network
             raise DataMissing(f"{address!r} cannot be read: {error}") from error
         try:

@@ -53,12 +53,16 @@ class _Found:
 
     def __init__(self, address: str, storage: Storage) -> None:
         self._storage = storage
+        root = folder(address, storage)
         try:
-            listing = ImageFolder(folder(address, storage))
-        except OSError as error:  # nothing in it, as where nothing is mounted
+            listing = ImageFolder(root)
+        except FileNotFoundError as error:
+            # Of a class without images; or of none at all, as where nothing is mounted.
+            has_classes = any(entry.is_dir() for entry in root.iterdir())
+            kind = InvalidData if has_classes else DataMissing
+            raise kind(f"{address!r} cannot be read: {error}") from None
+        except OSError as error:
             raise DataMissing(f"{address!r} cannot be read: {error}") from None
-        except ValueError as error:  # what torchvision raises for a class without images
-            raise InvalidData(f"{address!r} cannot be read: {error}") from None
         self.classes: Sequence[str] = listing.classes
         self.labels: NDArray[np.int64] = np.array(listing.targets, dtype=np.int64)
         self._paths = [Path(path) for path, _ in listing.samples]

@@ -225,19 +225,13 @@ class Program:
 
     def _capture(self, form: Form, fixed: Leaves, varying: Leaves) -> Tensor:
         """Capture a form and call it once."""
-        try:
-            captured = capture(form, fixed, self._copies(fixed), varying)
-            copies = self._copies(fixed)
-            (expected,) = form(*copies, *varying)
-            result, agrees = first_replay(
-                captured, expected, fixed, copies, varying, self._groups, TOLERANCE
-            )
-        except Exception as error:  # noqa: BLE001 - whatever it is, the form itself still works
-            self._capturable = False
-            log.warning("not_captured", program=self.name, reason=first_line(error))
-            captured = copies = expected = result = None  # type: ignore[assignment]
-        if result is None:  # only now: the error's frames held what there was no memory for
+        made = self._try_to_capture(form, fixed, varying)
+        if made is None:
             return form(*fixed, *varying)[0]
+        captured, expected, copies = made
+        result, agrees = first_replay(
+            captured, expected, fixed, copies, varying, self._groups, TOLERANCE
+        )
         if agrees:
             self._captured = captured
             log.info("captured", program=self.name, lanes=self.lanes)
@@ -247,6 +241,23 @@ class Program:
             self._capturable, self._calls_here = self._vain_captures < MOST_IN_VAIN, 0
             log.warning("not_captured", program=self.name, reason="it computes something else")
         return result
+
+    def _try_to_capture(
+        self, form: Form, fixed: Leaves, varying: Leaves
+    ) -> tuple[Captured, Tensor, Leaves] | None:
+        """Return a form captured, what it should return, and copies that it has changed.
+
+        None if that cannot be, with nothing left that holds memory.
+        """
+        try:
+            captured = capture(form, fixed, self._copies(fixed), varying)
+            copies = self._copies(fixed)
+            (expected,) = form(*copies, *varying)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the form itself still works
+            self._capturable = False
+            log.warning("not_captured", program=self.name, reason=first_line(error))
+            return None
+        return captured, expected, copies
 
     def _has_earned_recording(self) -> bool:
         since = perf_counter() - self._first_called

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.utils import _pytree as pytree
 
-from regtune.errors import InvalidData
+from regtune.errors import RegtuneError
 from worker.tasks.rows import Rows
 from worker.training.augmentation import augmented, before, mixed, own_shares
 from worker.training.layout import stacked
@@ -42,7 +42,7 @@ INPUT_KEYS = 3
 """Noise keys behind these: of dropout on the inputs, of augmentation, and of mixup."""
 
 
-class UnsupportedModel(InvalidData):
+class UnsupportedModel(RegtuneError):
     """The model cannot be trained here: it draws random numbers of its own, or learns nothing."""
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from regtune.errors import InvalidData
+from regtune.errors import DataMissing, InvalidData
 from regtune.task import Data, Storage
 from worker.errors import NoRoom
 from worker.tasks import decoding
@@ -123,10 +123,11 @@ def test_what_is_wrong_is_said(storage, tmp_path):
     with pytest.raises(InvalidData, match="folder of the worker's own machine"):
         load(storage, path="s3://bucket/all")
     (tmp_path / "data" / "empty" / "a").mkdir(parents=True)
-    with pytest.raises(InvalidData, match="no valid file for the classes a"):
+    with pytest.raises(InvalidData, match="no valid file for the classes a") as wrong:
         load(storage, path="empty")
+    assert wrong.type is InvalidData  # wherever the folder is
     (tmp_path / "data" / "flat").mkdir()
-    with pytest.raises(InvalidData, match="'flat' cannot be read: Couldn't find any class folder"):
+    with pytest.raises(DataMissing, match="'flat' cannot be read: Couldn't find any class folder"):
         load(storage, path="flat")
     paint(tmp_path / "data" / "tests" / "yellow" / "0.png", (200, 200, 0))
     with pytest.raises(InvalidData, match=re.escape("are blue, green, red, but those in 'tests'")):
