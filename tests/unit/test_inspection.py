@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,13 @@ class DataRaise(Good):
         raise FileNotFoundError("points.csv")
 
 
+@dataclass
+class Layered(Good):
+    widths: list[int] = field(default_factory=lambda: [8, 4])
+    activation: type[nn.Module] = nn.ReLU
+    width = 8
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
     # It is for a process of its own: set up once, logs stay so for the tests to come.
@@ -146,6 +154,25 @@ def test_a_task_is_shown_with_its_settings_data_and_model(run: Any) -> None:
         "frozen": {},
         "dropout_sites": ["2"],
     }
+
+
+def test_defaults_that_are_made_or_are_no_json_are_shown_as_well(run: Any) -> None:
+    code, known, _ = run("show", "Layered")
+    assert code == GOOD
+    shown = {setting["name"]: setting["default"] for setting in known["settings"]}
+    assert shown["widths"] == [8, 4]
+    assert "ReLU" in shown["activation"]
+
+
+def test_a_module_that_cannot_be_imported_is_told_in_a_line(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "half_written.py").write_text("class Task:\n    def data(self")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("REGTUNE_TASKS", "half=half_written:Task")
+    code, known, told = run("show", "half")
+    assert (code, known) == (WRONG, None)
+    assert "it cannot be imported" in told
 
 
 def test_a_model_is_shown_as_it_is_built_for_a_data_set(run: Any) -> None:
@@ -198,11 +225,12 @@ def test_a_good_task_passes_and_says_how_it_trains(run: Any) -> None:
     assert verdict["step"]["speedup"] > 0
 
 
-def test_a_study_is_checked_as_it_would_be_trained(run: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_study_is_checked_as_it_would_be_trained(run: Any, tmp_path: Path, epochs: int) -> None:
     file = tmp_path / "study.yaml"
     file.write_text(
         "{name: s, task: {name: Good, width: 3, score: log_loss}, budget: {trials: 2},"
-        " training: {batch_size: 10, max_epochs: 2}}"
+        f" training: {{batch_size: 10, max_epochs: {epochs}}}}}"
     )
     code, verdict, _ = run("check", str(file), "--device", "cpu")
     assert code == GOOD
