@@ -26,8 +26,8 @@ class HistoryEntry(Document):
     )
     kind: str = Field(
         description="What: study_created, study_pause, study_resume, study_stop, study_cancel, "
-        "study_changed, study_refused (by a worker whose data differ, or that has no room for "
-        "them), study_ended or study_deleted; of a trial, trial_appended, trial_started, "
+        "study_changed, study_refused (by a worker whose data differ, or that lacks what it takes "
+        "to train it), study_ended or study_deleted; of a trial, trial_appended, trial_started, "
         "trial_resumed, trial_given_back, trial_complete, trial_pruned, trial_failed or "
         "trial_cancelled.",
         examples=["study_changed"],

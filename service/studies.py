@@ -210,7 +210,7 @@ class StudyDetail(StudySummary):
     warning: str | None = Field(
         description="Why nothing happens, if no living worker offers the study's task on a device "
         "as it requires, or all that do have refused it because their data differ or "
-        "they have no room for them.",
+        "they lack room, a file or a package for them.",
         examples=["no worker is alive; the study waits for one (start it with `regtune worker`)"],
     )
 

@@ -90,7 +90,7 @@ class WorkerDetail(Document):
 
 
 class WorkerPage(Document):
-    """All workers that have ever been, living ones first."""
+    """All workers of the last 30 days, living ones first."""
 
     items: list[WorkerDetail] = Field(description="The workers.")
     next: None = Field(None, description="Always null: there is one page.", examples=[None])

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from worker.errors import NoRoom
+from worker.errors import NoRoom, NoRoomForModel
 from worker.tasks.preparation import Prepared
 from worker.training.capacity import free_bytes, readable
 from worker.training.supply import BATCHES_AT_ONCE
@@ -30,8 +30,8 @@ class Residence:
 def choose(prepared: Prepared, device: torch.device, wish: OnDevice, batch_rows: int) -> Residence:
     """Return where rows are to be, for batches of so many rows.
 
-    Raises NoRoom if they are to be on a device that has no room for them, or if not even the
-    batches of a few steps have room there.
+    Raises NoRoom if they are to be on a device that has no room for them, NoRoomForModel if not
+    even the batches of a few steps have room there, whose size may be one of several.
     """
     needed = sum(len(rows) * rows.bytes_kept for rows in (prepared.rows, prepared.test))
     free = free_bytes(device)
@@ -45,7 +45,7 @@ def choose(prepared: Prepared, device: torch.device, wish: OnDevice, batch_rows:
         return Residence(True, needed)
     batches = BATCHES_AT_ONCE * batch_rows * prepared.rows.bytes_each
     if batches > free:
-        raise NoRoom(
+        raise NoRoomForModel(
             f"a row takes {readable(prepared.rows.bytes_each)} on {device} and a few batches of "
             f"{batch_rows} rows {readable(batches)}, but {readable(free)} are free; take a smaller "
             "training.batch_size, or smaller rows"

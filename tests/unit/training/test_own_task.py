@@ -16,6 +16,7 @@ from regtune.spec import NamedTask, Training, Validation
 from regtune.task import Data, Storage, make_task, settings_schema
 from tests.unit.training.conftest import losses, overlapping_blobs, train, trial
 from worker.training.engine import KNOBS, Engine
+from worker.training.model import UnsupportedModel
 
 WITHOUT_SMOOTHING = KNOBS - {"label_smoothing"}
 
@@ -251,7 +252,7 @@ def test_a_setting_may_not_bear_the_name_of_a_field(make):
 
 
 def test_a_model_that_learns_nothing_is_refused(make):
-    with pytest.raises(ValueError, match="no parameter that needs a gradient"):
+    with pytest.raises(UnsupportedModel, match="no parameter that needs a gradient"):
         make(Constant)
 
 
