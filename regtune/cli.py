@@ -451,8 +451,7 @@ def upgrade() -> None:
 def check_() -> None:
     """Say whether the database is there, and its schema the one that this version knows."""
     settings = _settings()
-    proxied = settings.direct_database_url is not None
-    engine = database.connect(_database_url(settings), proxied=proxied)
+    engine = database.connect(_database_url(settings), proxied=settings.proxied)
     try:
         database.check(engine)
     finally:
@@ -579,8 +578,7 @@ def _options(**options: Any) -> list[str]:
 
 
 def _check_worker(url: str, settings: Settings) -> None:
-    proxied = settings.direct_database_url is not None
-    if not programs.has_living_worker(url, settings.lease_seconds, proxied=proxied):
+    if not programs.has_living_worker(url, settings.lease_seconds, proxied=settings.proxied):
         raise RegtuneError("no worker of this host is alive")
     _out.out("a worker of this host is alive")
 

@@ -324,8 +324,8 @@ SELECT pg_notify(:work, cast(:study_id AS text))
 WHERE EXISTS (
     SELECT FROM regtune.workers w JOIN regtune.studies s ON s.study_id = :study_id
     LEFT JOIN held ON held.name = w.name
-    WHERE w.wanted_lanes > 0 AND w.stopped_at IS NULL AND coalesce(trials, 0) < w.lanes
-      AND w.heartbeat_at > now() - make_interval(secs => :alive_seconds) AND {shares.SUITS})
+    WHERE w.wanted_lanes > 0 AND coalesce(trials, 0) < w.lanes
+      AND {shares.ALIVE} AND {shares.SUITS})
 """)
 
 _APPEND = text(f"""

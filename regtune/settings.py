@@ -105,6 +105,11 @@ class Settings(BaseSettings):
     )
 
     @property
+    def proxied(self) -> bool:
+        """Whether REGTUNE_DATABASE_URL is a proxy's, see ``database.connect``."""
+        return self.direct_database_url is not None
+
+    @property
     def suspect_from(self) -> int:
         """How many lost leases make a trial a suspect, which trains alone, and so fails alone.
 

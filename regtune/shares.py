@@ -83,6 +83,11 @@ AND coalesce(cast(s.spec -> 'requires' ->> 'min_memory_gb' AS float), 0) * 1e9
 """
 """Whether the worker ``w`` can train the study ``s``."""
 
+ALIVE = """
+w.stopped_at IS NULL AND w.heartbeat_at > now() - make_interval(secs => :alive_seconds)
+"""
+"""Whether the worker ``w`` has been heard of in the last ``alive_seconds``, and has not left."""
+
 # Studies that run nothing have no part in where the others stand, unless none runs anything.
 _ENTER = text("""
 INSERT INTO regtune.shares (study_id, virtual_seconds)

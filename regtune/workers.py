@@ -197,13 +197,12 @@ WHERE name = :name
 RETURNING name
 """)
 
-_EVERYONE = text("""
+_EVERYONE = text(f"""
 SELECT w.name, w.host, w.pid, w.device, w.device_kind, w.memory_bytes, w.lanes,
        w.wanted_lanes, w.occupancy, w.capacity, w.datasets, w.models, w.tasks,
        s.name AS study, w.started_at, w.heartbeat_at, living.alive
 FROM regtune.workers w LEFT JOIN regtune.studies s USING (study_id), LATERAL (
-    SELECT w.stopped_at IS NULL
-           AND w.heartbeat_at > now() - make_interval(secs => :alive_seconds) AS alive) living
+    SELECT {shares.ALIVE} AS alive) living
 WHERE living.alive = coalesce(cast(:alive AS boolean), living.alive)
 ORDER BY living.alive DESC, w.name
 """)
@@ -219,8 +218,7 @@ ORDER BY e.event_id
 
 _OTHERS = text(f"""
 SELECT FROM regtune.workers w JOIN regtune.studies s ON s.study_id = :study_id
-WHERE w.name <> :worker AND w.stopped_at IS NULL AND {shares.SUITS}
-  AND w.heartbeat_at > now() - make_interval(secs => :alive_seconds)
+WHERE w.name <> :worker AND {shares.ALIVE} AND {shares.SUITS}
   AND NOT EXISTS (SELECT FROM regtune.events e
                   WHERE e.study_id = s.study_id AND e.kind = 'study_refused'
                     AND e.detail ->> 'lacks' <> 'room'

@@ -45,8 +45,7 @@ def create_app(settings: Settings, *, schedule: bool = True) -> FastAPI:
     Nothing is connected before it starts. Raise DatabaseUnavailable without a database's address.
     """
     url = _database_url(settings)
-    proxied = settings.direct_database_url is not None
-    engine = database.connect(url, pool_size=settings.pool_size, proxied=proxied)
+    engine = database.connect(url, pool_size=settings.pool_size, proxied=settings.proxied)
     newsroom = Newsroom(engine)
 
     @asynccontextmanager
@@ -77,7 +76,7 @@ def create_app(settings: Settings, *, schedule: bool = True) -> FastAPI:
     for part in (studies, trials, history, events, workers, health):
         app.include_router(part.router)
     app.router.default = Dashboard(
-        url, settings.pool_size, settings.max_body_bytes, proxied=proxied
+        url, settings.pool_size, settings.max_body_bytes, proxied=settings.proxied
     )
     describe(app)
     return app
@@ -111,15 +110,14 @@ def serve(settings: Settings) -> None:
 @contextmanager
 def _scheduling(url: str, settings: Settings) -> Iterator[None]:
     """Run the scheduler, on connections of its own: a crowd of clients must not starve it."""
-    direct = settings.direct_database_url
     engine = database.connect(
         url,
         pool_size=1,
         program="scheduler",
-        proxied=direct is not None,
+        proxied=settings.proxied,
         trust_seconds=database.TRUST_SECONDS,
     )
-    scheduler = Scheduler(engine, direct or url, settings)
+    scheduler = Scheduler(engine, settings.direct_database_url or url, settings)
     scheduler.start()
     yield
     scheduler.stop()
@@ -133,8 +131,7 @@ def _database_url(settings: Settings) -> str:
 
 
 def _check_database(settings: Settings) -> None:
-    proxied = settings.direct_database_url is not None
-    engine = database.connect(_database_url(settings), pool_size=1, proxied=proxied)
+    engine = database.connect(_database_url(settings), pool_size=1, proxied=settings.proxied)
     try:
         database.check(engine)
     finally:

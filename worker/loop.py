@@ -48,9 +48,6 @@ log = structlog.get_logger()
 
 _SLICE_SECONDS = 0.5
 
-_MISSING = (DataMissing, ImportError, OSError)
-"""What is raised where a machine lacks a file, the right to read it, a package or the network."""
-
 _POLLS_A_LOOK = 8
 """An idle worker looks for itself so seldom: schedulers, which poll, call again where a trial was
 left over. It is for when none runs."""
@@ -83,7 +80,7 @@ class Worker:
             url,
             pool_size=min(2, settings.pool_size),
             program="worker",
-            proxied=settings.direct_database_url is not None,
+            proxied=settings.proxied,
             trust_seconds=database.TRUST_SECONDS,
         )
         direct = settings.direct_database_url or url
@@ -333,21 +330,19 @@ class Worker:
         """
         if _is_built(session, study, shape):
             return True
+        first_try = shape == NO_SHAPE or not self._refused.postponed(study.study_id, shape)
         match error:
             case NoRoomForModel():
-                pass
+                return first_try
             case NoRoom():
                 return True
             case DataMissing() if study.model is not None:
                 return True
-        if shape != NO_SHAPE and self._refused.postponed(study.study_id, shape):
-            return False
-        return isinstance(error, NoRoom) or (
-            isinstance(error, _MISSING)
-            and workers.others_may_train(
-                session, study.study_id, self.name, self._settings.lease_seconds
-            )
-        )
+            case DataMissing() | ImportError() | OSError():  # no file, right, package or network
+                return first_try and workers.others_may_train(
+                    session, study.study_id, self.name, self._settings.lease_seconds
+                )
+        return False
 
     def _give_back(self, leases: Sequence[Lease]) -> None:
         """Give back what a study was to be built for."""

@@ -12,7 +12,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from regtune.errors import NotFound
-from regtune.shares import SUITS
+from regtune.shares import ALIVE, SUITS
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,6 @@ FROM regtune.studies s, LATERAL (
     WHERE t.study_id = s.study_id AND t.state IN ('waiting', 'running')) counted, LATERAL (
     SELECT coalesce(sum(w.wanted_lanes), 0)::int AS wanted_lanes
     FROM regtune.workers w
-    WHERE w.wanted_lanes > 0 AND w.stopped_at IS NULL
-      AND w.heartbeat_at > now() - make_interval(secs => :alive_seconds) AND {SUITS}) wanted
+    WHERE w.wanted_lanes > 0 AND {ALIVE} AND {SUITS}) wanted
 WHERE s.study_id = ANY(:study_ids)
 """)

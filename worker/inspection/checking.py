@@ -159,10 +159,10 @@ def _train(engine: Engine, epochs: int = EPOCHS) -> Curves:
     """Train for some epochs, and return those of each trial, by key."""
     curves: Curves = {}
     for _ in range(epochs):
-        if over := [key for key, left in engine.epochs_left().items() if left <= 0]:
-            if len(over) == len(engine.lanes):
-                break
-            engine.leave(over)
+        over = [key for key, left in engine.epochs_left().items() if left <= 0]
+        if len(over) == len(engine.lanes):
+            break
+        engine.leave(over)
         for epoch in engine.train_epoch():
             curves.setdefault(epoch.key, []).append(epoch)
         if any(epochs[-1].ended == "diverged" for epochs in curves.values()):
