@@ -1,5 +1,7 @@
 """What a worker does while it builds a study: that may take long, and runs the user's code."""
 
+import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,14 +21,17 @@ from worker.shutdown import Shutdown
 log = structlog.get_logger()
 
 _SLICE_SECONDS = 0.2
-_PARTING_SECONDS = 1.0
+_JOIN_SECONDS = 1.0
+
+_PARTING_SECONDS = 2.0
+"""Most studies are built in that time; loading data, or a compiler that is waited for, may not."""
 
 
 class Building:
     """Lets the worker be heard of in its block, and keeps the leases it builds for.
 
-    They are given back when the worker is told to stop: whoever builds does not notice. A build
-    that never ends ends the process.
+    They are given back when the worker is told to stop, and the process ends if the build then goes
+    on: whoever builds does not notice. So does a build that never ends.
     """
 
     def __init__(
@@ -59,7 +64,7 @@ class Building:
         traceback: TracebackType | None,
     ) -> None:
         self._ended.set()
-        self._thread.join(_PARTING_SECONDS)  # longer only where the database is away
+        self._thread.join(_JOIN_SECONDS)  # longer only where the database is away
 
     def _run(self) -> None:
         began = time.monotonic()
@@ -67,7 +72,7 @@ class Building:
         due = began + pause
         while not self._ended.wait(min(_SLICE_SECONDS, pause)):
             if self._shutdown.requested:
-                self._transact(self._give_back)
+                self._part()
                 return
             if time.monotonic() - began > self._settings.build_seconds:
                 log.error("build_hung", seconds=round(time.monotonic() - began))
@@ -75,6 +80,12 @@ class Building:
             if time.monotonic() >= due:
                 due = time.monotonic() + pause
                 self._transact(self._renew)
+
+    def _part(self) -> None:
+        self._transact(self._give_back)
+        if not self._ended.wait(_PARTING_SECONDS):
+            self._transact(self._leave)
+            self._shutdown.end_process()
 
     def _transact(self, work: Callable[[Session], object]) -> None:
         try:
@@ -85,6 +96,9 @@ class Building:
 
     def _give_back(self, session: Session) -> None:
         leasing.release(session, self._leases, self._worker)
+
+    def _leave(self, session: Session) -> None:
+        workers.leave(session, self._worker, socket.gethostname(), os.getpid())
 
     def _renew(self, session: Session) -> None:
         reporting.flush(session, self._leases, {}, self._settings.lease_seconds)

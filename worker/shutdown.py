@@ -23,6 +23,7 @@ class Shutdown:
 
     def __init__(self) -> None:
         self._requested = threading.Event()
+        self._number: int | None = None
 
     @property
     def requested(self) -> bool:
@@ -43,10 +44,16 @@ class Shutdown:
         if self.requested:
             raise Interrupted
 
+    def end_process(self) -> None:
+        """End this process at once, as one that the signal ended, if it was a signal."""
+        if self._number is not None:
+            os._exit(128 + self._number)
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._number = number
         if self.requested:
-            os._exit(128 + number)
+            self.end_process()
         self.request()
-        last_resort = threading.Timer(GRACE_SECONDS, os._exit, [128 + number])
+        last_resort = threading.Timer(GRACE_SECONDS, self.end_process)
         last_resort.daemon = True
         last_resort.start()

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from tests import builders
 from tests.audit import audit
 from tests.plugins.faulty import FATAL_DECAY
 from tests.waiting import wait_until
+from worker.shutdown import GRACE_SECONDS
 
 SECONDS = 240
 LEASE_SECONDS = 6.0
@@ -142,3 +144,23 @@ def test_what_cannot_be_built_costs_the_trial_its_leases_and_the_worker_goes_on(
     assert (row.state, row.reason) == ("failed", "lost 2 leases; the last one: its lease ran out")
     assert builders.states(engine, other) == ["complete"]
     assert audit(engine) == {}
+
+
+@pytest.mark.slow
+def test_who_is_told_to_stop_while_it_builds_gives_back_at_once_and_does_not_wait_for_the_build(
+    engine: Engine, database_url: str, tmp_path: Path
+) -> None:
+    study = faulty(engine, "never-ends", trials=1)
+    with supervised_worker(database_url, tmp_path) as process:
+        wait_until(lambda: builders.states(engine, study) == ["running"], SECONDS)
+        process.send_signal(signal.SIGTERM)
+        told = time.monotonic()
+        process.wait(30)
+        seconds = time.monotonic() - told
+    assert builders.states(engine, study) == ["waiting"]
+    with engine.connect() as connection:
+        assert (
+            connection.scalar(text("SELECT count(*) FROM regtune.workers WHERE stopped_at IS NULL"))
+            == 0
+        )
+    assert seconds < GRACE_SECONDS
