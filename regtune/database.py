@@ -18,6 +18,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
+from pydantic_core import from_json
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError, TimeoutError
@@ -86,6 +87,7 @@ def connect(
         pool_size=pool_size,
         max_overflow=0,
         pool_use_lifo=True,  # what one connection has prepared, another has not
+        json_deserializer=from_json,  # a fourth of the standard library's time
         json_serializer=lambda value: json.dumps(value, allow_nan=False),
         connect_args=connect_args(normalized(url), program, proxied),
     )

@@ -8,7 +8,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
 from regtune import shapes, standing, studies
-from regtune.errors import NoBestYet
 from regtune.spec import StudyChange, StudySpec, read_shape
 from regtune.standing import Standing
 from regtune.studies import Study, Verb
@@ -326,11 +325,7 @@ def _act(name: str, verb: Verb, session: Session, context: Context, actor: str) 
 
 def _detail(session: Session, study: Study, context: Context) -> StudyDetail:
     stands = standing.of(session, study.study_id)
-    try:
-        best = TrialResult.of(records.best(session, study, stands))
-    except NoBestYet:
-        best = None
-    references = records.references(session, study)
+    notable = records.notable(session, study)
     known = shapes.known(session, study.study_id) if study.spec.search.shaping() else {}
     alive_seconds = context.settings.lease_seconds
     return StudyDetail(
@@ -342,9 +337,9 @@ def _detail(session: Session, study: Study, context: Context) -> StudyDetail:
             for shape, facts in known.items()
         ],
         eta_seconds=records.eta_seconds(session, study, stands),
-        best=best,
-        baseline=TrialResult.maybe(references.get("baseline")),
-        default=TrialResult.maybe(references.get("default")),
+        best=TrialResult.maybe(notable.best),
+        baseline=TrialResult.maybe(notable.baseline),
+        default=TrialResult.maybe(notable.default),
         warning=admission.warning(session, study, alive_seconds) if study.live else None,
     )
 

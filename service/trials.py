@@ -7,7 +7,9 @@ from fastapi import APIRouter, Path, Query
 from pydantic import BaseModel, ConfigDict, Field
 
 from regtune import standing, studies
-from regtune.errors import NotFound
+from regtune.errors import NoBestYet, NotFound
+from regtune.standing import Standing
+from regtune.studies import Study
 from service import cursors, records
 from service.documents import (
     PARAMS_EXAMPLE,
@@ -199,10 +201,8 @@ def list_trials(
     read = records.trials_by_number if query.order_by == "number" else records.trials_by_value
     found = read(session, study, query.state, after, query.direction == "asc", query.limit + 1)
     page = found[: query.limit]
-    return TrialPage(
-        items=[TrialSummary.model_validate(trial) for trial in page],
-        next=_write_cursor(query, page[-1]) if len(found) > len(page) else None,
-    )
+    following = _write_cursor(query, page[-1]) if len(found) > len(page) else None
+    return TrialPage.model_validate({"items": page, "next": following})
 
 
 @router.get("/trials/{number}")
@@ -231,15 +231,23 @@ def get_trial(
 def get_best(name: StudyName, session: InTransaction) -> Best:
     """Look at the trial with the lowest validation loss; 404 until one is complete."""
     study = studies.find(session, name)
-    result = TrialResult.of(records.best(session, study, standing.of(session, study.study_id)))
-    references = records.references(session, study)
+    notable = records.notable(session, study)
+    if notable.best is None:
+        raise _none_yet(study, standing.of(session, study.study_id))
     return Best(
         study=name,
-        **result.model_dump(),
+        **TrialResult.of(notable.best).model_dump(),
         searched=list(study.spec.search.searched()),
         score=study.model.score if study.model else "accuracy",
-        baseline=TrialResult.maybe(references.get("baseline")),
-        default=TrialResult.maybe(references.get("default")),
+        baseline=TrialResult.maybe(notable.baseline),
+        default=TrialResult.maybe(notable.default),
+    )
+
+
+def _none_yet(study: Study, stands: Standing) -> NoBestYet:
+    return NoBestYet(
+        f"no trial of study {study.name!r} has completed yet: {stands.running} running, "
+        f"{stands.waiting} waiting, {stands.ended} ended otherwise; the study is {study.state}"
     )
 
 
