@@ -299,7 +299,8 @@ def workers(as_json: AsJson = False) -> None:
         full = "" if worker["occupancy"] is None else f"{worker['occupancy']:.0%}"
         data = (worker["capacity"] or {}).get("data") or ""
         study = worker["study"] or ""
-        table.add_row(worker["name"], alive, worker["device"], lanes, full, data, study)
+        name, device = escape(worker["name"]), escape(worker["device"])
+        table.add_row(name, alive, device, lanes, full, data, study)
     _show(table, "no workers; `regtune worker` starts one")
 
 

@@ -80,7 +80,10 @@ class Client:
             local = httpx.URL(self.url).host in ("127.0.0.1", "::1", "localhost")
         except httpx.InvalidURL as error:
             raise self._unreachable(error) from None
-        self._http = httpx.Client(base_url=self.url, timeout=_TIMEOUT, trust_env=not local)
+        try:
+            self._http = httpx.Client(base_url=self.url, timeout=_TIMEOUT, trust_env=not local)
+        except (ImportError, ValueError) as error:  # of a proxy that the environment names
+            raise self._unreachable(error) from None
 
     def submit(self, spec: Mapping[str, Any] | Path | str) -> tuple[Document, bool]:
         """Submit a study: a mapping, a YAML file or YAML text; return it and whether it is new.
@@ -90,7 +93,9 @@ class Client:
         if isinstance(spec, Mapping):
             body, media_type = json.dumps(spec).encode(), "application/json"
         else:
-            body = spec.read_bytes() if isinstance(spec, Path) else spec.encode()
+            # As it came, if it came from a terminal or a pipe that Python could not decode.
+            text = spec.encode(errors="surrogateescape") if isinstance(spec, str) else b""
+            body = spec.read_bytes() if isinstance(spec, Path) else text
             media_type = "application/yaml"
         headers = {"Content-Type": media_type}
         response = self._request("POST", "/v1/studies", content=body, headers=headers)
@@ -172,11 +177,12 @@ class Client:
         ``after`` is the ``cursor`` of the last event that is known already. A stream that breaks
         off is taken up again where it broke, for as long as it takes.
         """
-        is_over = False
+        is_over = has_answered = False
         while True:
             known = after
             try:
                 with self._streaming(f"{_path(name)}/events", after) as response:
+                    has_answered = True
                     if response.status_code == httpx.codes.NO_CONTENT:
                         return
                     for after, data in server_sent_events(response.iter_lines()):
@@ -188,8 +194,11 @@ class Client:
             except (httpx.TransportError, Refused) as error:
                 if is_over:  # deleted since, or the service has gone with it
                     return
-                if isinstance(error, Refused) and not error.is_temporary:
-                    raise
+                if isinstance(error, Refused):
+                    if not error.is_temporary:
+                        raise
+                elif not has_answered:
+                    raise self._unreachable(error) from None
             if after == known:
                 time.sleep(_RECONNECT_SECONDS)
 
@@ -281,7 +290,7 @@ def _is_temporary(error: BaseException) -> bool:
 
 
 def _path(name: str) -> str:
-    return f"/v1/studies/{quote(name, safe='')}"
+    return f"/v1/studies/{quote(name, safe='', errors='replace')}"
 
 
 def _document(response: httpx.Response) -> Document:

@@ -86,7 +86,12 @@ def _looks(api: Client, name: str, pause: Pause) -> Iterator[Document]:
 
 
 def _as_bar(looks: Iterable[Document], console: Console) -> Document:
-    columns = TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[words]}")
+    name, words = "{task.description}", "{task.fields[words]}"
+    columns = (
+        TextColumn(name, markup=False),
+        BarColumn(20),
+        TextColumn(words, markup=False),
+    )
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("", words="")
         for study in looks:

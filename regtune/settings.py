@@ -15,7 +15,9 @@ from regtune.spec import MAX_BODY_BYTES
 class Settings(BaseSettings):
     """Settings of the service, the worker and the command line."""
 
-    model_config = SettingsConfigDict(env_prefix="REGTUNE_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="REGTUNE_", frozen=True, extra="ignore", allow_inf_nan=False
+    )
 
     database_url: str | None = Field(
         None, description="PostgreSQL, as postgresql://user:password@host:port/database."

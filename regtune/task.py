@@ -8,7 +8,7 @@ a worker loads what is behind a name.
 
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, is_dataclass
 from dataclasses import fields as fields_of
 from importlib.metadata import EntryPoint, entry_points
@@ -232,11 +232,7 @@ def make_task(factory: Callable[..., Task], settings: Mapping[str, Any]) -> Task
 def settings_schema(factory: Callable[..., Any]) -> type[BaseModel]:
     """Return what may be set of a task or a data set, by the annotated arguments of its making."""
     arguments = inspect.signature(factory, eval_str=True).parameters.values()
-    made = {
-        own.name: Field(default_factory=own.default_factory)
-        for own in (fields_of(factory) if is_dataclass(factory) else ())
-        if own.default_factory is not MISSING
-    }
+    made = {name: Field(default_factory=make) for name, make in _default_factories(factory)}
 
     def default(argument: inspect.Parameter) -> Any:
         given = ... if argument.default is argument.empty else argument.default
@@ -253,6 +249,19 @@ def settings_schema(factory: Callable[..., Any]) -> type[BaseModel]:
     }
     config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
     return create_model("Settings", __config__=config, **fields)
+
+
+def _default_factories(factory: Callable[..., Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yield what makes the defaults of a dataclass's or a pydantic model's fields, by name.
+
+    A signature has something in their place that says no more than that there is one.
+    """
+    for plain in fields_of(factory) if is_dataclass(factory) else ():
+        if plain.default_factory is not MISSING:
+            yield plain.name, plain.default_factory
+    for name, own in getattr(factory, "__pydantic_fields__", {}).items():
+        if own.default_factory is not None:
+            yield name, own.default_factory
 
 
 def _wrong_setting(detail: ErrorDetails, schema: type[BaseModel]) -> FieldError:

@@ -1,27 +1,19 @@
 """A study as it arrives: read within a limit, decoded, and rid of what no database could hold."""
 
 import json
-import math
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 from fastapi import Request
 from starlette.exceptions import HTTPException
 
 from regtune.errors import FieldError, InvalidSpec
-from regtune.spec import StudyChange, StudySpec, load_yaml, parse_change, parse_spec
+from regtune.spec import StudyChange, StudySpec, load_yaml, parse_change, parse_spec, plain_data
 
 JSON_TYPES = ("application/json",)
 MERGE_PATCH = "application/merge-patch+json"
 """RFC 7396: what is left out stays, null takes away."""
 YAML_TYPES = ("application/yaml", "application/x-yaml", "text/yaml", "text/x-yaml")
-
-MAX_DEPTH = 20
-"""Deepest nesting of a study; its own fields need 4."""
-
-_MAX_INTEGER = 2**53
-"""Largest whole number that every JSON reader keeps exactly (RFC 8259, section 6)."""
 
 _TIMES_DRAINED = 16
 """A body up to so many times too large is read to its end, so that its sender hears why."""
@@ -49,7 +41,7 @@ async def read_within(request: Request, limit: int) -> bytes:
 
 def parse_study(body: bytes, content_type: str) -> StudySpec:
     """Check a study that came as JSON or YAML; raise InvalidSpec with every field at fault."""
-    return parse_spec(_storable(_decode(body, _media_type(content_type))))
+    return parse_spec(plain_data(_decode(body, _media_type(content_type))))
 
 
 def parse_change_of_study(body: bytes, content_type: str) -> StudyChange:
@@ -57,18 +49,11 @@ def parse_change_of_study(body: bytes, content_type: str) -> StudyChange:
     media_type = _media_type(content_type)
     if media_type == MERGE_PATCH:
         media_type = JSON_TYPES[0]
-    return parse_change(_storable(_decode(body, media_type)))
+    return parse_change(plain_data(_decode(body, media_type)))
 
 
 def _media_type(content_type: str) -> str:
     return content_type.partition(";")[0].strip().lower()
-
-
-def _storable(data: Any) -> Any:
-    errors = tuple(_unstorable(data, (), 0))
-    if errors:
-        raise InvalidSpec(errors)
-    return data
 
 
 def _decode(body: bytes, media_type: str) -> Any:
@@ -110,44 +95,6 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _broken(message: str) -> InvalidSpec:
     return InvalidSpec((FieldError("", message),))
-
-
-def _unstorable(value: Any, path: tuple[str, ...], depth: int) -> Iterator[FieldError]:
-    """Yield what PostgreSQL or JSON could not hold, or a reader would not read back the same."""
-    field = ".".join(path)
-    match value:
-        case _ if depth > MAX_DEPTH:
-            yield FieldError(field, f"is nested more than {MAX_DEPTH} levels deep")
-        case dict():
-            for key, item in value.items():
-                if isinstance(key, str) and not _text_fault(key):
-                    yield from _unstorable(item, (*path, key), depth + 1)
-                else:
-                    yield FieldError(field, f"the name of a field is not plain text: {key!a}")
-        case list():
-            for index, item in enumerate(value):
-                yield from _unstorable(item, (*path, str(index)), depth + 1)
-        case str():
-            if fault := _text_fault(value):
-                yield FieldError(field, fault)
-        case bool() | None:
-            pass
-        case int():
-            if abs(value) > _MAX_INTEGER:
-                yield FieldError(field, "a whole number must be within ±2^53")
-        case float():
-            if not math.isfinite(value):
-                yield FieldError(field, "must be a finite number")
-        case _:
-            yield FieldError(field, f"is a {type(value).__name__}, which JSON has no way to write")
-
-
-def _text_fault(text: str) -> str | None:
-    if "\0" in text:
-        return "must not contain the character U+0000"
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        return "must not contain half of a surrogate pair"
-    return None
 
 
 def _printable(text: str) -> str:

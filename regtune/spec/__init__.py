@@ -16,6 +16,7 @@ from regtune.spec.models import (
     TorchvisionSettings,
     VitTinySettings,
 )
+from regtune.spec.plain import plain_data
 from regtune.spec.reading import (
     MAX_BODY_BYTES,
     changed,
@@ -80,5 +81,6 @@ __all__ = [
     "parse_change",
     "parse_spec",
     "parse_text",
+    "plain_data",
     "read_shape",
 ]

@@ -75,6 +75,31 @@ class TableSettings(SpecModel):
         ",", min_length=1, max_length=1, description="Between the columns of a CSV file."
     )
 
+    @validate_field("delimiter")
+    @classmethod
+    def _check_sign(cls, value: str) -> str:
+        if not value.isascii() or value in '\0\r\n"':
+            raise PydanticCustomError(
+                "delimiter", "must be an ASCII character, but no quotation mark or end of a line"
+            )
+        return value
+
+    @validate_field("numeric", "categorical", "ignore")
+    @classmethod
+    def _check_one_use(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        """Compare with the fields before this one, which alone are known yet."""
+        uses = {use: info.data.get(use, ()) for use in ("numeric", "categorical")}
+        if info.field_name == "ignore":
+            uses["target"] = (info.data.get("target"),)
+        for use, names in uses.items():
+            if twice := [name for name in value if name in names]:
+                raise PydanticCustomError(
+                    "column",
+                    "{name} is named under {use} as well",
+                    {"name": repr(twice[0]), "use": use},
+                )
+        return value
+
 
 class ImageFolderSettings(SpecModel):
     """Settings of ``image_folder``: a folder with a folder of images for each class."""

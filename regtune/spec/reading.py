@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -22,6 +22,7 @@ from regtune.spec.change import BudgetChange, StudyChange
 from regtune.spec.datasets import DATASET_SETTINGS
 from regtune.spec.models import MODEL_SETTINGS
 from regtune.spec.parts import in_plain_words
+from regtune.spec.plain import plain_data
 from regtune.spec.search import Search
 from regtune.spec.study import (
     FAULTS,
@@ -69,13 +70,13 @@ def changed(spec: StudySpec, change: Mapping[str, Any]) -> StudySpec:
 
 def parse_text(text: str) -> StudySpec:
     """Check a study written as YAML, of which JSON is a part."""
-    return parse_spec(load_yaml(text))
+    return parse_spec(plain_data(load_yaml(text)))
 
 
 def load_yaml(text: str) -> Any:
     """Read YAML, with numbers as YAML 1.2 and JSON write them; raise InvalidSpec if it is broken.
 
-    PyYAML follows YAML 1.1, where ``1e-4`` is a string.
+    PyYAML follows YAML 1.1, where ``1e-4`` is a string, 040 is 32 and 1:30 is 90.
     """
     try:
         return yaml.load(text, Loader=_Loader)
@@ -88,7 +89,7 @@ _BROKEN_TAGS = (ValueError, LookupError, AttributeError)
 
 
 class _Loader(yaml.SafeLoader):
-    """A safe loader that reads ``1e-4`` as a number, and knows no aliases and no field twice."""
+    """A safe loader that reads numbers as YAML 1.2 does, and no aliases and no field twice."""
 
     def __init__(self, stream: Any) -> None:
         super().__init__(stream)
@@ -103,6 +104,11 @@ class _Loader(yaml.SafeLoader):
             raise yaml.YAMLError("aliases are not supported")
         return super().compose_node(parent, index)
 
+    def construct_whole_number(self, node: Any) -> int:
+        """Read it as YAML 1.2 does, where 040 is forty; in YAML 1.1 it is thirty-two."""
+        text = self.construct_scalar(node)
+        return int(text, 0 if text[:2] in ("0o", "0x") else 10)
+
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         mapping = super().construct_mapping(node, deep)
         if len(mapping) < len(node.value):
@@ -110,15 +116,19 @@ class _Loader(yaml.SafeLoader):
         return mapping
 
 
+_INT, _FLOAT, _TIMESTAMP = (f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp"))
+
 _Loader.yaml_implicit_resolvers = {
-    key: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    key: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT, _TIMESTAMP)]
     for key, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
+for _tag, _pattern in (
+    (_INT, r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"),
+    (_FLOAT, r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"),
+    (_FLOAT, r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
+):
+    _Loader.add_implicit_resolver(_tag, re.compile(f"^({_pattern})$"), list("-+0123456789."))
+_Loader.add_constructor(_INT, _Loader.construct_whole_number)
 
 
 def _first_line(error: Exception) -> str:
@@ -168,7 +178,7 @@ def _field_error(
     fields_of: Mapping[tuple[str, ...], type[BaseModel]],
 ) -> FieldError:
     """Say in plain words what pydantic found, without the union tags that it puts in the way."""
-    parts = [str(part) for part in detail["loc"] if part not in PARAMETER_KINDS + TASK_KINDS]
+    parts = list(_without_tags(detail))
     field = ".".join(parts)
     if detail["type"] == "extra_forbidden":
         return FieldError(
@@ -183,6 +193,18 @@ def _field_error(
     if isinstance(given, str | int | float) and len(str(given)) <= 100:
         message += f" (given: {json.dumps(given)})" if " is given" not in message else ""
     return FieldError(field, message)
+
+
+def _without_tags(detail: ErrorDetails) -> Iterator[str]:
+    """Yield the parts of a field's address; a field may have the name of a tag."""
+    loc = list(map(str, detail["loc"]))
+    is_own_name = detail["type"] == "extra_forbidden"
+    for place, part in enumerate(loc):
+        is_tag = (loc[0] == "search" and place >= 2 and part in PARAMETER_KINDS) or (
+            loc[0] == "task" and place == 1 and part in TASK_KINDS
+        )
+        if not is_tag or (is_own_name and place == len(loc) - 1):
+            yield part
 
 
 def _known_fields(

@@ -306,6 +306,18 @@ def test_plain_lines_come_seldom_and_the_last_one_always(
     ]
 
 
+def test_what_a_bar_shows_is_no_markup(
+    api: Client, engine: Engine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    builders.create(engine, "x", budget={"trials": 20})
+    warning = {"warning": "'/data/[a]/t.csv' is no file [/b]"}
+    study = Client.study
+    monkeypatch.setattr(Client, "study", lambda self, name: study(self, name) | warning)
+    console = Console(force_terminal=True, width=200)
+    progress.show(api, "x", console, lambda _: api.act("x", "cancel"))
+    assert warning["warning"] in capsys.readouterr().out
+
+
 def test_ctrl_c_leaves_a_watched_study_running(
     run: Run, engine: Engine, api: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,10 +41,26 @@ def test_a_refusal_names_every_field() -> None:
     )
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://no.such.host.invalid"])
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:1", "http://no.such.host.invalid", "127.0.0.1:1"]
+)
 def test_a_service_that_is_not_there_is_unreachable(url: str) -> None:
-    with Client(url) as api, pytest.raises(ServiceUnreachable, match=url):
-        api.study("digits")
+    with Client(url) as api:
+        with pytest.raises(ServiceUnreachable, match=url):
+            api.study("digits")
+        with pytest.raises(ServiceUnreachable, match=url):
+            next(api.events("digits"))
+
+
+def test_a_proxy_that_this_machine_cannot_use_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1")
+    with pytest.raises(ServiceUnreachable, match=r"tuner\.example.*socks"):
+        Client("http://tuner.example")
+
+
+def test_a_name_that_is_no_text_is_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Client("http://127.0.0.1:1") as api, pytest.raises(ServiceUnreachable):
+        api.study("\udcff")
 
 
 @contextmanager

@@ -313,6 +313,13 @@ def test_an_option_that_means_nothing_here_is_refused(
     assert f"{option}: means nothing for a" in said
 
 
+@pytest.mark.parametrize("setting", ["name=other", "model=cnn", "dataset=wine", "data=wine"])
+def test_what_the_arguments_say_is_no_setting(run: Any, setting: str) -> None:
+    code, _, said = run("check", "mlp", "--set", setting)
+    assert code == USAGE
+    assert f"--set {setting.partition('=')[0]}: means nothing" in said
+
+
 def test_unknown_names_and_settings_end_with_codes_of_their_own(run: Any) -> None:
     assert run("check", "nothing")[0] == NOT_FOUND
     assert run("check", "mlp", "--data", "nothing")[0] == NOT_FOUND

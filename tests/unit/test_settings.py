@@ -41,3 +41,10 @@ def test_names_of_the_service_are_given_with_commas_between(
 def test_what_no_request_can_name_is_no_name_of_the_service(name: str) -> None:
     with pytest.raises(ValidationError, match="is no name of a machine"):
         Settings(hosts=(name,))
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "0"])
+def test_a_time_that_never_ends_is_no_setting(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("REGTUNE_LEASE_SECONDS", value)
+    with pytest.raises(ValidationError, match="lease_seconds"):
+        Settings()

@@ -294,6 +294,39 @@ def test_the_learning_rate_defaults_by_optimizer() -> None:
             "task.data.kind",
             "'classification' or 'regression'",
         ),
+        (
+            {"task": {**TABLE, "data": {"path": "t", "target": "y", "ignore": ["y"]}}},
+            "task.data.ignore",
+            "'y' is named under target as well",
+        ),
+        (
+            {
+                "task": {
+                    **TABLE,
+                    "data": {"path": "t", "target": "y", "numeric": ["a"], "categorical": ["a"]},
+                }
+            },
+            "task.data.categorical",
+            "'a' is named under numeric as well",
+        ),
+        (
+            {"task": {**TABLE, "data": {"path": "t", "target": "y", "delimiter": "§"}}},
+            "task.data.delimiter",
+            "must be an ASCII character",
+        ),
+        (
+            {"task": {**TABLE, "data": {"path": "t", "target": "y", "delimiter": "\n"}}},
+            "task.data.delimiter",
+            "no quotation mark or end of a line",
+        ),
+        ({"range": 1}, "range", "unknown field; known: name, task"),
+        ({"search": {"range": 1}}, "search.range", "known: weight_decay, dropout"),
+        ({"validation": {"choices": 3}}, "validation.choices", "known: fraction"),
+        (
+            {"search": {"dropout": {"low": 0, "high": 0.5, "range": 1}}},
+            "search.dropout.range",
+            "known: low, high",
+        ),
         ({"search": {"dropout": {"low": 0.5, "high": 0.1}}}, "search.dropout", "low must be below"),
         ({"search": {"dropout": {"low": 0.5, "high": 0.5}}}, "search.dropout", "low must be below"),
         (
@@ -547,10 +580,18 @@ def test_a_grid_of_more_points_than_can_be_numbered_is_refused() -> None:
 
 
 def test_numbers_may_be_written_as_in_json_and_python() -> None:
-    text = "{a: 1e-4, b: .5E+3, c: 1.5e3, d: -2e1, e: 2026-11-21, f: 12}"
+    text = "{a: 1e-4, b: .5E+3, c: 1.5e3, d: -2e1, e: 2026-11-21, f: 12, g: 040, h: 1:30, i: 0x1F}"
     assert load_yaml(text) == {
-        "a": 1e-4, "b": 500.0, "c": 1500.0, "d": -20.0, "e": "2026-11-21", "f": 12,
+        "a": 1e-4, "b": 500.0, "c": 1500.0, "d": -20.0, "e": "2026-11-21", "f": 12, "g": 40,
+        "h": "1:30", "i": 31,
     }  # fmt: skip
+    assert load_yaml("[-.inf, 0o17, +3, 5., ~, true]") == [float("-inf"), 15, 3, 5.0, None, True]
+
+
+def test_a_number_that_no_reader_of_json_would_keep_is_named() -> None:
+    text = f"{{name: x, search: {{patience: {{low: 1, high: 1{'0' * 400}}}}}}}"
+    with pytest.raises(InvalidSpec, match=r"search\.patience\.high: a whole number must be within"):
+        parse_text(text)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,30 @@
 import json
+from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from regtune.settings import Settings
-from regtune.task import TASKS, find_task, installed, points
+from regtune.task import TASKS, find_task, installed, make_task, points
+
+
+class Modelled(BaseModel):
+    widths: list[int] = Field(default_factory=lambda: [8, 4])
+    depth: int = 2
+
+
+@pydantic_dataclass
+class Checked:
+    widths: list[int] = Field(default_factory=lambda: [8, 4])
+    depth: int = 2
+
+
+@pytest.mark.parametrize("factory", [Modelled, Checked])
+def test_a_task_may_be_a_pydantic_model_whose_defaults_are_made(factory: Any) -> None:
+    made, again = make_task(factory, {}), make_task(factory, {"depth": 3})
+    assert (made.widths, made.depth, again.depth) == ([8, 4], 2, 3)  # type: ignore[attr-defined]
+    assert made.widths is not again.widths  # type: ignore[attr-defined]
 
 
 def test_what_the_configuration_names_is_offered_without_being_imported(

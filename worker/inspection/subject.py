@@ -16,6 +16,9 @@ DATA_FOR_MODELS = "digits"
 MODEL_FOR_DATA = "mlp"
 """What a model is built for, and what is trained on a data set, unless one says otherwise."""
 
+_NAMES = ("name", "dataset", "data", "model")
+"""What says of a task which one it is; the arguments do."""
+
 _STUDIES = (".yaml", ".yml", ".json")
 
 
@@ -54,6 +57,7 @@ def find_subject(
         _refuse(given, "a study's file, which says it all")
         return Subject("study", name, parse_text(_read(name)))
     own = dict(_setting(text) for text in sets)
+    _refuse([f"--set {taken}" for taken in _NAMES if taken in own], "what has a name already")
     task: dict[str, Any]
     if name in points(TASKS, settings.tasks):
         _refuse([option for option in given if option != "--set"], "a task")

@@ -24,7 +24,7 @@ import numpy as np
 import PIL
 import structlog
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from regtune.errors import InvalidData
 from regtune.task import Storage
@@ -159,9 +159,11 @@ class ImageFiles:
 
     def _decoded(self, content: bytes, path: Path) -> Bytes:
         try:
-            image = _as_bytes(ImageOps.exif_transpose(Image.open(io.BytesIO(content))), path)
+            image = _as_bytes(_upright(Image.open(io.BytesIO(content))), path)
             image = image.convert("RGB" if self.channels == 3 else "L")
-        except (OSError, Image.DecompressionBombError) as error:
+        except (InvalidData, MemoryError):
+            raise
+        except Exception as error:  # noqa: BLE001 - of broken files Pillow raises anything
             raise InvalidData(f"{str(path)!r} cannot be read: {error}") from None
         fitted = ImageOps.fit(image, (self.size, self.size), Image.Resampling.BILINEAR)
         return np.asarray(fitted).reshape(self.size, self.size, self.channels).transpose(2, 0, 1)
@@ -182,6 +184,31 @@ class ImageFiles:
             return [future.result() for future in futures]
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What EXIF's orientations ask for; 1 is upright."""
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Return an image turned as its camera has noted, unless the notes cannot be read.
+
+    ``ImageOps.exif_transpose`` also writes the other notes anew, and fails if one of them is wrong.
+    """
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # noqa: BLE001 - of broken notes Pillow raises anything
+        return image
+    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
 
 
 def _as_bytes(image: Image.Image, path: Path) -> Image.Image:

@@ -19,6 +19,7 @@ from regtune.errors import InvalidData
 from regtune.spec import Validation
 from regtune.task import Columns, Data
 from worker.tasks.encoding import encode
+from worker.tasks.holdout import strata
 from worker.tasks.rows import Rows, Standardization, blocks, statistics
 from worker.training.noise import member_seed
 
@@ -148,7 +149,7 @@ def check(data: Data, *, own_loss: bool = False) -> None:
     if shapes[0] != shapes[1]:
         raise InvalidData(f"training rows have the shape {shapes[0]}, test rows {shapes[1]}")
     if data.classes is None:
-        if np.ptp(data.train_y) == 0 and not own_loss:
+        if not own_loss and np.ptp(data.train_y) == 0:
             raise InvalidData(f"the target is {data.train_y[0]:g} in all training rows")
         return
     for y in (data.train_y, data.test_y):
@@ -175,27 +176,19 @@ def _split(data: Data, validation: Validation, seed: int) -> Iterator[Chosen]:
                 training, validated = train_test_split(
                     every_row,
                     test_size=validation.fraction,
-                    stratify=_strata(data, 2),
+                    stratify=_strata(data, 2, validation.fraction),
                     random_state=repeat_seed,
                 )
                 yield np.sort(training), np.sort(validated)
         except ValueError as error:
-            raise InvalidData(f"the training rows cannot be split: {error}") from None
+            field = "folds" if validation.folds else "fraction"
+            raise InvalidData(
+                f"the training rows cannot be split as validation.{field} says: {error}"
+            ) from None
 
 
-def _strata(data: Data, parts: int) -> NDArray[np.int64] | None:
-    """Return by what rows are stratified: the class, if it has a row for each part.
-
-    Rarer classes are one stratum together, and if that is too small it joins the largest class.
-    """
-    if data.classes is None:
-        return None
-    counts = np.bincount(data.train_y, minlength=data.classes)
-    rare = (counts < parts) & (counts > 0)
-    if not rare.any():
-        return data.train_y
-    together = data.classes if counts[rare].sum() >= parts else counts.argmax()
-    return np.where(rare[data.train_y], together, data.train_y)
+def _strata(data: Data, parts: int, fraction: float | None = None) -> NDArray[np.int64] | None:
+    return None if data.classes is None else strata(data.train_y, parts, fraction)
 
 
 def _standardize_targets(
@@ -227,8 +220,7 @@ def _standardize(
         )
         for (training, validated), (own_mean, own_deviation) in zip(chosen, found, strict=True)
     ]
-    stored = torch.from_numpy(train_x[:0]).dtype
-    return splits, Standardization.by(mean, deviation, dtype, stored)
+    return splits, Standardization.by(mean, deviation, dtype, _as_tensor(train_x[:0]).dtype)
 
 
 def _encode(

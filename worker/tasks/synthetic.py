@@ -10,15 +10,19 @@ over weights and rows (A. Hoerl and R. Kennard, Technometrics 12, 1970).
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from regtune.spec import SyntheticSettings
 from regtune.task import Data, Storage
+from worker.errors import NoRoom
+from worker.training.capacity import free_bytes, readable
 
 
 def synthetic(storage: Storage, **settings: Any) -> Data:
     """Return drawn rows; needs no files. Settings: ``SyntheticSettings``."""
     asked = SyntheticSettings.model_validate(settings)
+    _check_room(asked)
     random = np.random.default_rng(asked.seed)
     classification = asked.kind == "classification"
     outputs = asked.classes if classification else 1
@@ -34,6 +38,19 @@ def synthetic(storage: Storage, **settings: Any) -> Data:
     return Data(
         *draw(asked.rows), *draw(asked.test_rows), classes=outputs if classification else None
     )
+
+
+def _check_room(asked: SyntheticSettings) -> None:
+    """Raise NoRoom if the machine's memory cannot hold the rows while they are drawn."""
+    kept = 4 * asked.features * (asked.rows + asked.test_rows)
+    needed = kept + 8 * asked.features * max(asked.rows, asked.test_rows)  # drawn as float64
+    free = free_bytes(torch.device("cpu"))
+    if needed > free:
+        raise NoRoom(
+            f"{asked.rows} and {asked.test_rows} rows of {asked.features} features take "
+            f"{readable(needed)} of memory, but {readable(free)} are free; take a smaller "
+            "task.data.rows, test_rows or features, or a machine of more memory"
+        )
 
 
 def best_decay(asked: SyntheticSettings, trained_on: int) -> float:

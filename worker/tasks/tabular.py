@@ -36,12 +36,7 @@ def table(storage: Storage, **settings: Any) -> Data:
     """
     asked = TableSettings.model_validate(settings)
     train = _read(asked.path, storage, asked)
-    if asked.test_path is not None:
-        test = _read(asked.test_path, storage, asked, may_lack=asked.ignore)
-        _check_columns(train, test, asked)
-        both = _joined(train, test.select(train.column_names))
-    else:
-        both = train
+    both = train if asked.test_path is None else _with_test_rows(train, storage, asked)
     columns = {name: _settled(both[name], name, asked) for name in both.column_names}
     y, classes = _target(columns.pop(asked.target), asked)
     x = _inputs(columns, asked)
@@ -53,17 +48,23 @@ def table(storage: Storage, **settings: Any) -> Data:
 
 
 def _read(
-    address: str, storage: Storage, asked: TableSettings, may_lack: Collection[str] = ()
+    address: str,
+    storage: Storage,
+    asked: TableSettings,
+    *,
+    may_lack: Collection[str] = (),
+    texts: Collection[str] = (),
 ) -> pa.Table:
     """Return a file's columns, without those to ignore, of which it may lack some.
 
-    Raise InvalidData if there are no rows, or no column of a name that is asked for.
+    ``texts`` are columns to be read as text, letter by letter. Raise InvalidData if there are no
+    rows, or no column of a name that is asked for.
     """
     with opened(address, storage) as file:
         try:
             _check_room(address, file)
             if address.lower().endswith(_PARQUET):
-                rows = _without_index(parquet.read_table(file))
+                rows = _as_texts(_without_index(parquet.read_table(file)), texts, address)
             else:
                 rows = csv.read_csv(
                     file,
@@ -72,7 +73,7 @@ def _read(
                     csv.ConvertOptions(
                         null_values=list(asked.missing),
                         strings_can_be_null=True,
-                        column_types=dict.fromkeys(asked.categorical, pa.string()),
+                        column_types=dict.fromkeys((*asked.categorical, *texts), pa.string()),
                     ),
                 )
         except MemoryError:  # Arrow's is one of its own, too
@@ -124,25 +125,46 @@ def _check_room(address: str, file: IO[bytes]) -> None:
         )
 
 
-def _check_columns(train: pa.Table, test: pa.Table, asked: TableSettings) -> None:
+def _with_test_rows(train: pa.Table, storage: Storage, asked: TableSettings) -> pa.Table:
+    """Return the training rows and, behind them, those of the test file.
+
+    A column that is text in one file alone is read anew as text in the other: of what has been
+    taken for numbers or for true and false, nobody knows any more how it was written.
+    """
+    assert asked.test_path is not None
+    test = _read(asked.test_path, storage, asked, may_lack=asked.ignore)
     lacking = set(train.column_names) - set(test.column_names)
     if lacking:
         raise InvalidData(f"{asked.test_path!r} lacks the columns {_listed(sorted(lacking))}")
-
-
-def _joined(train: pa.Table, test: pa.Table) -> pa.Table:
-    """Return both tables' rows; a column that is text in one of them alone is text in both."""
-    for place, name in enumerate(train.column_names):
-        kinds = train[name].type, test[name].type
-        if kinds[0] != kinds[1] and any(map(_is_text, kinds)):
-            train, test = (
-                table.set_column(place, name, table[name].cast(pa.string()))
-                for table in (train, test)
-            )
+    kinds = {name: (train[name].type, test[name].type) for name in train.column_names}
+    texts = [name for name, (a, b) in kinds.items() if _is_text(a) != _is_text(b)]
+    if any(not _is_text(kinds[name][0]) for name in texts):
+        train = _read(asked.path, storage, asked, texts=texts)
+    if any(not _is_text(kinds[name][1]) for name in texts):
+        test = _read(asked.test_path, storage, asked, may_lack=asked.ignore, texts=texts)
+    both = [train, test.select(train.column_names)]
     try:
-        return pa.concat_tables([train, test], promote_options="permissive")
+        return pa.concat_tables(both, promote_options="permissive")
     except pa.ArrowException as error:
         raise InvalidData(f"training and test rows are of different types: {error}") from None
+
+
+def _as_texts(rows: pa.Table, names: Collection[str], address: str) -> pa.Table:
+    """Return Parquet's columns with some of them as text; raise InvalidData if one has no one way.
+
+    Whole numbers have one way to be written. Others, such as 1.0, have several.
+    """
+    for name in names:
+        column = rows[name]
+        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+        if not (_is_text(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)):
+            raise InvalidData(
+                f"the column {name!r} is of the type {kind} in {address!r}, and text in the other "
+                "file; write it as text in both, or name it under task.data.ignore"
+            )
+        place = rows.column_names.index(name)
+        rows = rows.set_column(place, name, column.cast(kind).cast(pa.string()))
+    return rows
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -168,7 +190,11 @@ def _settled(column: pa.ChunkedArray, name: str, asked: TableSettings) -> pa.Arr
     else:
         raise InvalidData(
             f"the column {name!r} is of the type {kind}, which is neither a number nor text; name "
-            "it under task.data.ignore or categorical"
+            "it under task.data.ignore or categorical, or write its file in UTF-8 if it is a text "
+            "in other letters"
+            if pa.types.is_binary(kind)
+            else f"the column {name!r} is of the type {kind}, which is neither a number nor text; "
+            "name it under task.data.ignore or categorical"
         )
     if name in asked.numeric and not pa.types.is_floating(values.type):
         raise InvalidData(f"the column {name!r} should be numeric, but not all of it is numbers")

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 
 from regtune.errors import DataMissing, InvalidData
 from regtune.task import Data, Storage
@@ -95,6 +96,40 @@ def test_an_image_is_turned_as_its_camera_was(storage):
     assert x[..., :8].max() == 0
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_as_pillow_turns_it(orientation):
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (5, 7), np.uint8))
+    image.getexif()[ExifTags.Base.Orientation] = orientation
+    turned = decoding._upright(image)
+    assert np.array_equal(np.asarray(turned), np.asarray(ImageOps.exif_transpose(image)))
+
+
+def entry(tag: int, kind: int, count: int, value: bytes) -> bytes:
+    """One of the notes of EXIF, in little-endian TIFF."""
+    return struct.pack("<HHI", tag, kind, count) + value.ljust(4, b"\0")
+
+
+TURNED = entry(ExifTags.Base.Orientation, 3, 1, b"\6")
+RESOLVED_AS_TEXT = entry(ExifTags.Base.XResolution, 2, 4, b"fine")
+
+
+@pytest.mark.parametrize(
+    "notes", [b"garbage", b"II*\0\x08\0\0\0\2\0" + TURNED + RESOLVED_AS_TEXT + bytes(4)]
+)
+def test_no_image_is_refused_for_what_its_camera_has_noted(storage, notes):
+    image = Image.new("RGB", (20, 20), (9, 9, 9))
+    save_two_classes(storage.data_dir / "noted", image, "png", exif=b"Exif\0\0" + notes)
+    assert load(storage, path="noted", size=20).train_x.shape[1:] == (3, 20, 20)
+
+
+def test_a_broken_image_is_named_whatever_pillow_raises(storage):
+    broken = storage.data_dir / "all" / "red" / "broken.ppm"
+    broken.write_bytes(b"P6\n12 x\n255\n")
+    with pytest.raises(InvalidData, match=r"broken\.ppm' cannot be read"):
+        load(storage)
+
+
 def test_the_shorter_side_is_resized_and_the_middle_cut_out(storage, tmp_path):
     wide = np.zeros((20, 60, 3), np.uint8)
     wide[:, 20:40] = 255
@@ -167,7 +202,7 @@ def test_the_file_is_found_again_for_the_same_images_and_for_no_others(
     with monkeypatch.context() as patch:
         patch.setattr(decoding.Image, "open", lambda *_: 1 / 0)
         assert load(storage).content_hash() == first.content_hash()
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(InvalidData, match="division by zero"):
             load(storage, size=8)
     assert len(files(storage)) == 2
     paint(storage.data_dir / "all" / "red" / "0.png", (0, 0, 0))

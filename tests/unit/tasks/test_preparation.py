@@ -11,6 +11,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from regtune.errors import InvalidData
 from regtune.spec import Validation
 from regtune.task import Data
+from worker.tasks.holdout import hold_out
 from worker.tasks.preparation import Prepared, Split, prepare
 
 CPU = torch.device("cpu")
@@ -206,6 +207,40 @@ def test_classes_too_rare_to_be_stratified_are_split_together(validation):
         assert 0.05 <= (y[split.validation] == 1).mean() <= 0.15
 
 
+@pytest.mark.parametrize("rarest", [1, 2])
+def test_a_class_of_one_row_takes_stratification_from_no_other(rarest):
+    y = np.repeat([0, 1, 2], [960, 39, rarest])
+    _, tested = hold_out(y, 3, 0.2)
+    assert len(tested) == pytest.approx(200, abs=1)
+    assert np.bincount(y[tested])[1] == 8
+
+
+def test_more_classes_than_the_smaller_part_has_rows_can_be_split():
+    y = np.repeat(np.arange(100), 4)
+    for tested in (hold_out(y, 100, 0.2)[1], hold_out(y, 100, 0.8)[0]):
+        assert len(tested) == 80
+        assert np.bincount(y[tested])[:79].max() == 1
+    data = Data(np.random.rand(400, 2), y, np.zeros((1, 2)), y[:1], classes=100)
+    split = only(prepared(data, fraction=0.1))
+    assert len(split.validation) == 40
+
+
+@pytest.mark.parametrize("shape", [(100,), (100, 2)])
+def test_targets_of_a_loss_of_ones_own_may_be_of_any_type(shape):
+    y = np.arange(np.prod(shape)).reshape(shape) % 3 == 0
+    data = Data(table().train_x, y, table().train_x[:9], y[:9], None)
+    assert prepare(data, Validation(), 0, torch.float64, own_loss=True).rows is not None
+
+
+@pytest.mark.parametrize("kind", [">f4", ">f8", ">i2"])
+def test_inputs_may_be_of_the_other_byte_order(kind):
+    data = table()
+    x = (data.train_x * 100).astype(kind), (data.test_x * 100).astype(kind)
+    swapped = prepared(replace(data, train_x=x[0], test_x=x[1]))
+    native = prepared(replace(data, train_x=x[0].astype(kind[1:]), test_x=x[1].astype(kind[1:])))
+    torch.testing.assert_close(swapped.rows.x, native.rows.x, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -230,7 +265,9 @@ def test_what_cannot_be_trained_on_is_refused_with_the_reason(change, says):
 
 def test_fewer_rows_than_folds_are_refused():
     data = replace(numbers(), train_x=numbers().train_x[:3], train_y=numbers().train_y[:3])
-    with pytest.raises(InvalidData, match=r"cannot be split: .* n_splits=5"):
+    with pytest.raises(
+        InvalidData, match=r"cannot be split as validation.folds says: .* n_splits=5"
+    ):
         prepared(data, folds=5)
 
 

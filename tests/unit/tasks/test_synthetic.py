@@ -7,6 +7,8 @@ from sklearn.linear_model import LogisticRegression, Ridge
 
 from regtune.spec import SyntheticSettings
 from regtune.task import Data, Storage
+from worker.errors import NoRoom
+from worker.tasks import synthetic as synthetic_module
 from worker.tasks.synthetic import best_decay, synthetic
 
 
@@ -67,3 +69,9 @@ def test_of_classes_the_most_probable_weights_are_near_the_best_on_average():
             chances = model.fit(data.train_x, data.train_y).predict_proba(data.test_x)
             losses[place] -= np.log(chances[np.arange(len(data.test_y)), data.test_y]).mean()
     assert losses.argmin() == FACTORS.index(1)
+
+
+def test_rows_that_the_memory_cannot_hold_are_not_drawn(monkeypatch):
+    monkeypatch.setattr(synthetic_module, "free_bytes", lambda device: 10_000)
+    with pytest.raises(NoRoom, match=r"250 and 2000 rows of 50 features take .* 10\.0 kB are free"):
+        load()

@@ -199,6 +199,44 @@ def test_a_column_that_is_text_in_one_file_alone_is_text_or_numbers_in_both(tmp_
     assert data.test_x.categories.tolist() == [[int(data.train_x.categories[1, 0])]]
 
 
+@pytest.mark.parametrize(
+    ("known", "other", "stray"),
+    [("True", "False", "unknown"), ("1.0", "2.0", "none"), ("01", "00", "A1"), ("1e3", "2", "x")],
+)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_what_is_text_in_one_file_is_read_letter_by_letter_in_the_other(
+    tmp_path, known, other, stray, swapped
+):
+    """A value that Arrow has parsed comes back as ``true``, ``1`` or ``1000``."""
+    rows = [[known, other, known], [known, stray, other]]
+    files = ["\n".join(["a,paid", *(f"{value},{value}" for value in values)]) for values in rows]
+    if swapped:
+        files.reverse()
+    (tmp_path / "test.csv").write_text(files[1])
+    data = load(tmp_path, files[0], test_path="test.csv")
+    values = [*data.train_x.categories[:, 0], *data.test_x.categories[:, 0]]
+    names = [*rows[swapped], *rows[not swapped]]
+    assert [sorted(set(names)).index(name) for name in names] == values
+    assert [*data.train_y, *data.test_y] == values
+
+
+def test_parquet_of_numbers_that_can_be_written_in_several_ways_is_not_made_text(tmp_path):
+    (tmp_path / "test.csv").write_text("a,b,paid\nA1,A1,no\n7,7,yes\n")
+    rows = pa.table({"a": [7, 8], "b": [7.0, 8.0], "paid": ["yes", "no"]})
+    parquet.write_table(rows, tmp_path / "t.parquet")
+    both = {"path": "t.parquet", "test_path": "test.csv"}
+    with pytest.raises(InvalidData, match=r"'b' is of the type double in 't\.parquet', and text"):
+        load(tmp_path, **both)
+    data = load(tmp_path, ignore=["b"], **both)
+    assert data.train_x.categories[0] == data.test_x.categories[1]
+
+
+def test_text_that_is_not_utf_8_is_told_as_such(tmp_path):
+    (tmp_path / "latin.csv").write_bytes("a,paid\nZürich,yes\nBern,no\n".encode("latin-1"))
+    with pytest.raises(InvalidData, match="write its file in UTF-8"):
+        load(tmp_path, path="latin.csv")
+
+
 def test_a_test_file_may_lack_what_is_ignored(tmp_path):
     (tmp_path / "test.csv").write_text("town,age,paid\nGenf,30,no\n")
     data = load(tmp_path, test_path="test.csv", ignore=["noise"])
