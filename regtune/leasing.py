@@ -22,6 +22,7 @@ from sqlalchemy.orm import Session
 from regtune import events, shares, studies
 from regtune.database import WORK, WORK_FOR
 from regtune.errors import StaleView
+from regtune.space import plain_name
 from regtune.spec import NO_SHAPE
 
 
@@ -147,8 +148,18 @@ def _row(number: int, suggestion: Suggestion) -> dict[str, Any]:
 
 
 def _user_attrs(suggestion: Suggestion) -> dict[str, Any]:
-    """Return what the dashboard shows beside a trial: its kind, and each value that is used."""
-    used = {f"used_{name}": value for name, value in suggestion.params.items()}
+    """Return what the dashboard shows beside a trial: its kind, and the values that are used.
+
+    Not those that are the same in all trials of the study: the dashboard goes through all of them
+    at each of its polls. Where the optimizer is searched, a value that is not may go by it.
+    """
+    searched = {plain_name(label) for label in suggestion.distributions}
+    by_optimizer = "optimizer" in searched
+    used = {
+        f"used_{name}": value
+        for name, value in suggestion.params.items()
+        if by_optimizer or name in searched
+    }
     return {"kind": suggestion.kind, **used}
 
 

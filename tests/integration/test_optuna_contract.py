@@ -183,6 +183,9 @@ def _through_optuna(
     study = optuna.create_study(study_name="study", storage=url, direction="minimize")
     for key, value in study_attrs.items():
         study.set_user_attr(key, value)
+    shown = {"used_weight_decay": 0.0, "used_patience": 3}
+    if "optimizer" in distributions:  # what is not searched may go by it
+        shown["used_input_noise"] = 0.0
     storage = optuna.storages.RDBStorage(url)
     study_id = storage.get_study_id_from_name("study")
     for point in [*points, points[4]]:
@@ -192,7 +195,7 @@ def _through_optuna(
                 state=TrialState.WAITING,
                 params=dict(point),
                 distributions={name: distributions[name] for name in point},
-                user_attrs={"kind": "suggested", **{f"used_{k}": v for k, v in _used().items()}},
+                user_attrs={"kind": "suggested", **shown},
                 system_attrs=note,
             )
         )
@@ -230,7 +233,8 @@ def _through_optuna(
 
 
 def _used() -> dict[str, float]:
-    return {"weight_decay": 0.0, "patience": 3}
+    """What is trained; there is no noise in any trial, so nothing is told of it beside each."""
+    return {"weight_decay": 0.0, "patience": 3, "input_noise": 0.0}
 
 
 def _study_attrs(engine: Engine) -> Mapping[str, Any]:
