@@ -91,6 +91,7 @@ def test_an_example_runs(path, engine, database_url, tmp_path, monkeypatch):
     assert audit(engine) == {}
 
 
+@pytest.mark.slow
 def test_a_loop_of_ones_own_gets_what_the_study_got(engine, database_url, tmp_path):
     whole = load_yaml((FOLDER / "digits.yaml").read_text())
     with transaction(engine) as session:

@@ -259,6 +259,7 @@ def test_a_study_of_eight_shapes_is_trained_to_its_end(
     assert client.get("/v1/studies/study").status_code == 404
 
 
+@pytest.mark.slow
 def test_a_trial_comes_to_the_same_as_in_a_study_of_its_shape_alone(
     engine: Engine, database_url: str, tmp_path: Path
 ) -> None:
@@ -289,6 +290,7 @@ def test_a_trial_comes_to_the_same_as_in_a_study_of_its_shape_alone(
     assert same.test_score == row.test_score
 
 
+@pytest.mark.slow
 def test_no_shape_starves_and_no_lane_is_thrown_away(
     engine: Engine, database_url: str, tmp_path: Path
 ) -> None:

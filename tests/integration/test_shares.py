@@ -134,8 +134,9 @@ def portions(had: Mapping[int, float]) -> list[float]:
     [
         ([1], (5.0, 5.0)),  # one lane: turns alone
         ([8], (2.0, 20.0)),  # trials ten times as long
-        ([3, 3, 3, 3], (5.0, 5.0)),  # a worker for one, three for the other
-        ([2, 8], (8.0, 3.0)),  # half a worker and one and a half
+        # A worker for one, three for the other; half a worker and one and a half.
+        pytest.param([3, 3, 3, 3], (5.0, 5.0), marks=pytest.mark.slow),
+        pytest.param([2, 8], (8.0, 3.0), marks=pytest.mark.slow),
     ],
 )
 def test_two_studies_get_lane_time_by_their_weights(

@@ -471,6 +471,7 @@ def test_a_table_is_trained_on_and_scored_as_the_study_asks(engine, run, tmp_pat
     assert audit(engine) == {}
 
 
+@pytest.mark.slow
 def test_every_technique_can_be_searched_at_once(engine, run):
     search = {
         "max_norm": {"low": 1.0, "high": 4.0, "log": True, "or_zero": True},

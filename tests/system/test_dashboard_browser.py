@@ -39,6 +39,7 @@ def page() -> Iterator[Page]:
         browser.close()
 
 
+@pytest.mark.slow
 def test_the_dashboard_shows_a_study_its_history_and_its_best_parameters(
     page: Page, database_url: str, engine: Engine, project: Path
 ) -> None:

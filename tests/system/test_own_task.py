@@ -109,6 +109,7 @@ def test_the_page_on_tasks_leads_to_a_trained_one(project: Path) -> None:
     assert "study moons completed (all 20 trials have ended)" in run.stdout
 
 
+@pytest.mark.slow
 def test_a_study_of_an_installed_task_is_trained_to_its_end(
     site: Path, project: Path, engine: Engine, database_url: str, tmp_path: Path
 ) -> None:

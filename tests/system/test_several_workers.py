@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 
+import pytest
 from sqlalchemy import Engine
 
 from regtune import workers
@@ -19,6 +20,7 @@ sys.exit(programs.run_workers([["--device", "cpu", "--name", name] for name in (
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_reaches_every_worker_and_is_waited_for(engine: Engine, database_url: str) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", RUN],

@@ -114,6 +114,7 @@ def write(folder: Path, study: str) -> str:
     return "study.yaml"
 
 
+@pytest.mark.slow
 def test_a_study_is_trained_and_a_second_run_trains_it_under_a_fresh_name(folder: Path) -> None:
     study = write(folder, SMALL)
     with up(folder, "--study", study) as first:
@@ -135,6 +136,7 @@ def test_a_study_is_trained_and_a_second_run_trains_it_under_a_fresh_name(folder
         assert "study small-2 completed" in second.text
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_it_and_until_then_nobody_else_gets_its_folder_or_its_port(
     folder: Path,
 ) -> None:

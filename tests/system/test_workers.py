@@ -51,6 +51,7 @@ def test_forty_trials_on_three_workers_are_forty_and_none_is_trained_twice(
     assert read.best_trial.user_attrs["test_score"] > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("scheduler")
 def test_trials_of_a_killed_worker_are_trained_again_under_the_same_numbers(
     engine: Engine, database_url: str
@@ -74,6 +75,7 @@ def test_trials_of_a_killed_worker_are_trained_again_under_the_same_numbers(
     assert audit(engine) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("scheduler")
 def test_a_polite_stop_gives_the_trials_back_at_once(engine: Engine, database_url: str) -> None:
     study = builders.create(engine, budget={"trials": 8}, training={"max_epochs": 5000})

@@ -277,6 +277,7 @@ def _load_mapped(data_dir: Path, start: Any, told: Any) -> None:
     told.put((load(Storage(data_dir)).content_hash(), len(written)))
 
 
+@pytest.mark.slow
 def test_workers_that_want_the_same_images_at_once_decode_them_once(storage, mapped):
     context = multiprocessing.get_context("spawn")
     start, told = context.Barrier(3), context.Queue()

@@ -219,6 +219,7 @@ def test_an_augmented_trial_is_the_same_alone_in_company_resumed_and_lane_by_lan
     torch.testing.assert_close(losses(train(looped, EPOCHS)[0]), expected, rtol=1e-8, atol=0)
 
 
+@pytest.mark.slow
 def test_an_augmented_trial_is_the_same_compiled(build, monkeypatch):
     monkeypatch.setattr(compiling, "CALLS_BEFORE_RECORDING", 2)
     plain, engine = build(), build()

@@ -120,6 +120,7 @@ def test_what_is_averaged_counts_as_state_of_a_lane(make_engine):
         plain.join([trial(0)], {0: averaging.checkpoint([0])[0]})
 
 
+@pytest.mark.slow
 def test_an_average_is_the_same_compiled(make_engine, monkeypatch):
     monkeypatch.setattr(compiling, "CALLS_BEFORE_RECORDING", 2)
     plain, engine = make_engine(**SWA), make_engine(**SWA)

@@ -240,6 +240,7 @@ print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_c
 """
 
 
+@pytest.mark.slow
 def test_what_was_compiled_once_is_found_by_the_next_process_that_loads_the_compiler_at_once(
     tmp_path,
 ):
@@ -399,6 +400,7 @@ def test_what_will_certainly_run_for_long_is_compiled_at_once(monkeypatch):
     assert program.queued
 
 
+@pytest.mark.slow
 def test_where_there_is_no_compiler_that_is_said_once_and_recordings_go_on(tmp_path):
     environment = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
@@ -616,9 +618,14 @@ def compiled(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "epochs", "tolerance"), [(torch.float64, 12, 1e-8), (torch.float32, 1, 1e-5)]
+    ("training", "dtype", "epochs", "tolerance"),
+    [
+        pytest.param({}, torch.float64, 12, 1e-8, marks=pytest.mark.slow),
+        ({}, torch.float32, 1, 1e-5),
+        ({"optimizer": "sgd", "l1": "subgradient"}, torch.float64, 12, 1e-8),
+        ({"optimizer": "sgd", "l1": "subgradient"}, torch.float32, 1, 1e-5),
+    ],
 )
-@pytest.mark.parametrize("training", [{}, {"optimizer": "sgd", "l1": "subgradient"}])
 def test_a_trial_is_the_same_compiled(make_engine, training, dtype, epochs, tolerance):
     settings = {"dtype": dtype, "batch_size": 20, **training}  # three batches of 20 rows
     strong = trial(0, weight_decay=0.3, dropout=0.4, l1_lambda=0.02, input_noise=0.1, **OTHERS)

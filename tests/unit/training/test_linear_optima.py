@@ -160,6 +160,7 @@ def test_of_classes_with_l1_it_is_the_sparse_logistic_regression(build, classes:
         np.testing.assert_array_equal(ours == 0, expected == 0)
 
 
+@pytest.mark.slow
 def test_of_synthetic_rows_the_known_decay_is_the_best_of_the_trials_on_average(build):
     asked = SyntheticSettings(rows=160, test_rows=1, features=40)
     factors, total = [1 / 16, 1 / 4, 1, 4, 16], np.zeros(5)

@@ -170,7 +170,13 @@ LIKE_TORCH = [
 ]
 
 
-@pytest.mark.parametrize("own", LIKE_TORCH)
+SLOW = [InstanceNormed, KeepsAMask, RemembersItsFeatures, Recurrent, FillsAState, Embedded]
+"""Of those, what takes long one lane after the other."""
+
+
+@pytest.mark.parametrize(
+    "own", [pytest.param(own, marks=pytest.mark.slow) if own in SLOW else own for own in LIKE_TORCH]
+)
 def test_a_module_trains_as_torch_alone_would_train_it_in_company_and_lane_by_lane(
     make_engine, own
 ):

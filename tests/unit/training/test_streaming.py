@@ -132,7 +132,9 @@ def test_streamed_trials_are_the_same_in_company_and_in_several_chunks(build, mo
     torch.testing.assert_close(company, by_itself, rtol=1e-8, atol=0)
 
 
-@pytest.mark.parametrize("case", ["mlp", "augmented images", "folds"])
+@pytest.mark.parametrize(
+    "case", ["mlp", "augmented images", pytest.param("folds", marks=pytest.mark.slow)]
+)
 def test_streamed_steps_may_be_recorded(build, monkeypatch, case):
     expected, _ = joined_later(build("always", **CASES[case]))
     monkeypatch.setattr(compiling, "CALLS_BEFORE_RECORDING", 2)
