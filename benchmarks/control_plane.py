@@ -45,7 +45,7 @@ from regtune.settings import Settings
 from regtune.spec import StudySpec, parse_spec
 from regtune.studies import Study
 from regtune.task import Offer
-from service.scheduler.mirror import Mirror, read_trials
+from service.scheduler.mirror import Mirror, as_trials, read_trials
 from service.scheduler.suggestion import as_suggestion, distributions
 from tests.audit import audit
 from tests.serving import service_process
@@ -331,7 +331,7 @@ def _outcome(curve: Sequence[Epoch]) -> Completed:
 def _suggestions(engine: Engine, study: Study) -> list[Measure]:
     """Time suggestions of ours, and of Optuna's sampler with the same trials in memory."""
     with transaction(engine) as session:
-        trials = read_trials(session, study.study_id, study.spec)
+        trials = as_trials(read_trials(session, study.study_id, study.spec), study.spec)
     mirror = Mirror(study.spec)
     mirror.restore(trials)
     plain = optuna.create_study(

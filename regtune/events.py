@@ -93,13 +93,13 @@ def history(
             WHERE study_id IN (
                 SELECT study_id FROM regtune.studies WHERE name = :name
                 UNION {_DELETED_STUDIES})
-              AND (:trials OR number IS NULL)
+              {"" if trials else "AND number IS NULL"}
               AND (cast(:after AS bigint) IS NULL OR event_id {beyond} :after)
             ORDER BY event_id {order}
             LIMIT :limit
             """
         ),
-        {"name": name, "trials": trials, "after": after, "limit": limit},
+        {"name": name, "after": after, "limit": limit},
     )
     return [Event(**row._mapping) for row in rows]
 

@@ -54,16 +54,11 @@ class Born:
 
 
 @dataclass(frozen=True)
-class Study:
-    """A study as it stands; ``model`` is None until a worker has built it.
-
-    Where the study searches shapes, it is that of the one that was built first.
-    """
+class Outline:
+    """A study as it stands, as far as can be told whatever version of regtune has posted it."""
 
     study_id: int
     name: str
-    spec: StudySpec
-    model: ModelFacts | None
     state: str
     reason: str | None
     priority: int
@@ -78,6 +73,17 @@ class Study:
     def live(self) -> bool:
         """Whether it may still change by itself."""
         return self.state in tables.LIVE_STUDY_STATES
+
+
+@dataclass(frozen=True)
+class Study(Outline):
+    """A study as it stands; ``model`` is None until a worker has built it.
+
+    Where the study searches shapes, it is that of the one that was built first.
+    """
+
+    spec: StudySpec
+    model: ModelFacts | None
 
     def decay_timescale_epochs(self, params: Mapping[str, Any]) -> float | None:
         """Return over how many epochs decay acts on a trial's weights, 1 / (η·λ₂·steps).
@@ -224,14 +230,17 @@ def live_ids(session: Session) -> Sequence[int]:
     ).all()
 
 
-def page(session: Session, *, state: str | None, before: int | None, limit: int) -> Sequence[Study]:
+def page(
+    session: Session, *, state: str | None, before: int | None, limit: int
+) -> Sequence[Outline]:
     """Return up to ``limit`` studies, newest first, of a state and older than id ``before``."""
-    query = select(tables.studies).order_by(tables.studies.c.study_id.desc()).limit(limit)
+    told = [tables.studies.c[name] for name in Outline.__dataclass_fields__]
+    query = select(*told).order_by(tables.studies.c.study_id.desc()).limit(limit)
     if state is not None:
         query = query.where(tables.studies.c.state == state)
     if before is not None:
         query = query.where(tables.studies.c.study_id < before)
-    return [_study(row) for row in session.execute(query)]
+    return [Outline(**row._mapping) for row in session.execute(query)]
 
 
 def lock(session: Session, study_id: int) -> Study:

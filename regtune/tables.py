@@ -281,6 +281,9 @@ events = Table(
     Column("actor", Text, nullable=False),
     Column("detail", JSONB, nullable=False, server_default=text("'{}'::jsonb")),
     Index("events_of_study", "study_id", "event_id"),
+    Index(
+        "events_of_study_itself", "study_id", "event_id", postgresql_where=text("number IS NULL")
+    ),
     Index("events_in_order", "study_id", "transaction_id", "event_id"),
     Index("events_of_deletions", "study_id", postgresql_where=text("kind = 'study_deleted'")),
     Index("events_of_refusals", "study_id", postgresql_where=text("kind = 'study_refused'")),

@@ -15,7 +15,7 @@ from regtune.reporting import Epoch
 from regtune.space import plain_name
 from regtune.spec import REFERENCE_TRIALS
 from regtune.standing import Standing
-from regtune.studies import Study
+from regtune.studies import Outline, Study
 
 Params = Mapping[str, Any]
 
@@ -87,7 +87,7 @@ class After:
     value: float | None
 
 
-def progress(study: Study, stands: Standing) -> float:
+def progress(study: Outline, stands: Standing) -> float:
     """Return the share of a study's budget that is used up, by the limit that is nearest."""
     if study.state == "completed":
         return 1.0

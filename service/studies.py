@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from regtune import shapes, standing, studies
 from regtune.spec import StudyChange, StudySpec, read_shape
 from regtune.standing import Standing
-from regtune.studies import Study, Verb
+from regtune.studies import Outline, Study, Verb
 from service import admission, cursors, records
 from service.bodies import (
     JSON_TYPES,
@@ -344,7 +344,7 @@ def _detail(session: Session, study: Study, context: Context) -> StudyDetail:
     )
 
 
-def _summary(study: Study, stands: Standing) -> dict[str, Any]:
+def _summary(study: Outline, stands: Standing) -> dict[str, Any]:
     return {
         "name": study.name,
         "state": study.state,

@@ -18,14 +18,7 @@ from typing import Any, TypeVar
 import structlog
 from sqlalchemy import Engine as Database
 from sqlalchemy.orm import Session
-from tenacity import (
-    RetryCallState,
-    Retrying,
-    retry_if_exception,
-    sleep_using_event,
-    stop_when_event_set,
-    wait_random_exponential,
-)
+from tenacity import RetryCallState
 
 from regtune import database, leasing, reporting, shapes, workers
 from regtune.leasing import Lease
@@ -35,12 +28,10 @@ from regtune.spec import NO_SHAPE
 from regtune.studies import Study
 from worker.checkpoints import CheckpointStore, CheckpointWriter, Saved
 from worker.heartbeat import BEATS_A_LEASE
+from worker.patience import transact_patiently
 from worker.training.checkpoint import Checkpoint
 
 log = structlog.get_logger()
-
-MOST_SECONDS_BETWEEN_TRIES = 5.0
-"""How long after an outage a worker may be silent; less than a lease lasts."""
 
 MEETING_SECONDS = 1.0
 """Ample time for a meeting to end that has begun, if the database is there."""
@@ -244,19 +235,7 @@ class Meetings:
 
     def _transact(self, work: Callable[[Session], T], stop: threading.Event) -> T:
         """Do work in a transaction, again and again until the database is there; or stop."""
-
-        def attempt() -> T:
-            with database.transaction(self._database) as session:
-                return work(session)
-
-        return Retrying(
-            retry=retry_if_exception(database.is_outage),
-            wait=wait_random_exponential(0.2, MOST_SECONDS_BETWEEN_TRIES),
-            stop=stop_when_event_set(stop),
-            sleep=sleep_using_event(stop),
-            before_sleep=self._say,
-            reraise=True,
-        )(attempt)
+        return transact_patiently(self._database, work, stop, self._say)
 
     def _say(self, state: RetryCallState) -> None:
         self._said = None  # what this beat said may not have been heard

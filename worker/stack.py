@@ -13,9 +13,10 @@ from math import ceil, inf, prod
 import structlog
 import torch
 from sqlalchemy import Engine as Database
+from sqlalchemy.orm import Session
 
 from regtune import shapes, studies
-from regtune.database import FAULTS, Listener, transaction
+from regtune.database import FAULTS, Listener
 from regtune.errors import NotFound
 from regtune.leasing import Lease
 from regtune.reporting import Completed, Epoch, Failed, Outcome, Pruned
@@ -27,6 +28,7 @@ from worker.checkpoints import CheckpointStore, CheckpointWriter, Saved
 from worker.devices import describe
 from worker.errors import DataDiffer, TaskFailed
 from worker.meeting import Answer, Meetings, Report, Turn
+from worker.patience import transact_patiently
 from worker.shutdown import Interrupted
 from worker.training import capacity
 from worker.training.capacity import Capacity
@@ -263,18 +265,23 @@ class Stack:
     def _agree_on_data(self, database: Database) -> None:
         """Let the first worker that builds a model say which data the study is about."""
         study_id, own, facts = self.study.study_id, _facts(self._engine), self.study.model
+
+        def describe(session: Session) -> ModelFacts | None:
+            studies.describe_model(session, study_id, own)
+            return studies.by_id(session, study_id).model
+
         if facts is None:
-            with transaction(database) as session:
-                studies.describe_model(session, study_id, own)
-                facts = studies.by_id(session, study_id).model
+            facts = transact_patiently(database, describe)
         if facts and facts.data_hash not in (None, own.data_hash):
             raise DataDiffer(
                 f"the study began with the data {facts.data_hash}, but those of "
                 f"{self.study.spec.task} are {own.data_hash} here"
             )
         if self.shape != NO_SHAPE:
-            with transaction(database) as session:
-                shapes.describe(session, study_id, self.shape, own)
+            transact_patiently(
+                database,
+                lambda session: shapes.describe(session, study_id, self.shape, own),
+            )
 
     def _settle_capacity(self) -> Capacity:
         """Return how many lanes to train: as set, as remembered, or as measured now."""

@@ -21,7 +21,7 @@ from regtune.settings import Settings
 from regtune.studies import Study
 from service.scheduler import glances
 from service.scheduler.glances import Glance
-from service.scheduler.mirror import Mirror, read_trials
+from service.scheduler.mirror import Mirror, as_trials, read_trials
 
 log = structlog.get_logger()
 
@@ -110,10 +110,10 @@ class Conductor:
         self._study_id = study_id
         with database.transaction(engine) as session:
             study = studies.by_id(session, study_id)
-            trials = read_trials(session, study_id, study.spec)
+            rows = read_trials(session, study_id, study.spec)
         self._prunes = study.spec.pruner.name != "none"
         self._mirror = Mirror(study.spec)
-        self._mirror.restore(trials)
+        self._mirror.restore(as_trials(rows, study.spec))
         self._room = 0
         self._judged_epochs = 0
         self._first_waiting: int | None = None
@@ -283,8 +283,12 @@ class Conductor:
             or any(trial.state == "failed" for trial in news.ended)
         )
 
+    @property
+    def _failures_allowed(self) -> int:
+        return self._settings.max_consecutive_failures
+
     def _ending(self, session: Session, study: Study, news: News) -> tuple[str, str] | None:
-        limit = self._settings.max_consecutive_failures
+        limit = self._failures_allowed
         if any(trial.state == "failed" for trial in news.ended):
             failed, reason = self._last_failed(session, limit)
             if failed >= limit:
@@ -302,7 +306,7 @@ class Conductor:
         return "completed", used_up
 
     def _last_failed(self, session: Session, count: int) -> tuple[int, str]:
-        """Return how many of the last trials to end have failed, and why the very last one has."""
+        """Return how many of the last trials have failed, and why the last one to end has."""
         row = session.execute(_LAST_OUTCOMES, {"study_id": self._study_id, "limit": count}).one()
         return row.failed, row.reason
 
@@ -380,13 +384,16 @@ class Conductor:
         As many as lanes want, but no more than are called for, see ``_turns``, so that those to
         come are chosen by what these have shown; with a pruner, which may stop several trials at
         once, so many at the least that the next few find a successor. Suspects wait until nothing
-        else does, so they are none.
+        else does, so they are none, unless all has failed for so long that they should train now
+        and end the study: else each would be followed by another one until the budget is used up.
         """
+        if self._mirror.failing_in_a_row(glance.suspects) >= self._failures_allowed:
+            return 0
         wanted = glance.wanted_lanes
         wanted = max(min(wanted, MOST_AT_ONCE), -(-wanted // self._turns))
         if self._prunes and wanted > 0:
             wanted = max(wanted, min(SPARE_TRIALS, glance.running // LANES_PER_SPARE_TRIAL))
-        return wanted - (glance.waiting - glance.suspects)
+        return wanted - (glance.waiting - len(glance.suspects))
 
 
 def _is_out_of_time(study: Study, seconds_spent: float) -> bool:
@@ -417,12 +424,13 @@ CROSS JOIN LATERAL (
 ORDER BY e.epoch, t.number
 """)
 
+# By number: suspects, which wait until nothing else does, fail in a row even if they are few.
 _LAST_OUTCOMES = text("""
 SELECT count(*) FILTER (WHERE state = 'failed') AS failed,
        (array_agg(reason ORDER BY finished_at DESC, number DESC))[1] AS reason
 FROM (SELECT * FROM regtune.trials
       WHERE study_id = :study_id AND state IN ('complete', 'pruned', 'failed')
-      ORDER BY finished_at DESC, number DESC LIMIT :limit) last
+      ORDER BY number DESC LIMIT :limit) last
 """)
 
 _KEEP_NOTES = text("""

@@ -5,7 +5,7 @@ PostgreSQL wakes every session that listens in the database. One statement for a
 instead, a few times a second.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import text
@@ -20,8 +20,8 @@ class Glance:
     """How a study's open trials stand, and what workers want of it, at one moment."""
 
     waiting: int
-    suspects: int
-    """Of those that wait, the ones that train alone, when nothing else is left to train."""
+    suspects: Sequence[int]
+    """The numbers of those that wait to train alone, when nothing else is left to train."""
     first_waiting: int | None
     """The lowest number of those that wait."""
     running: int
@@ -73,8 +73,8 @@ _GLANCES = text(f"""
 SELECT s.study_id, counted.*, wanted.*
 FROM regtune.studies s, LATERAL (
     SELECT count(*) FILTER (WHERE t.state = 'waiting') AS waiting,
-           count(*) FILTER (WHERE t.state = 'waiting' AND t.lost_leases >= :suspect_from)
-               AS suspects,
+           coalesce(array_agg(t.number) FILTER (
+               WHERE t.state = 'waiting' AND t.lost_leases >= :suspect_from), '{{}}') AS suspects,
            min(t.number) FILTER (WHERE t.state = 'waiting') AS first_waiting,
            count(*) FILTER (WHERE t.state = 'running') AS running,
            count(*) FILTER (WHERE t.state = 'running' AND t.lease_expires_at < now()) AS overdue,

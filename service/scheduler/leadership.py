@@ -2,7 +2,8 @@
 
 These locks need a session of their own, so a proxy that pools transactions cannot stand between
 the service and the database for this connection. When the connection is lost, so are the locks,
-and another replica leads within its next poll.
+and another replica leads within its next poll. So they are when nothing is asked on it any more: a
+process that is frozen, or hangs in a sampler, leaves a connection behind that looks alive.
 """
 
 from collections.abc import Iterable, Set
@@ -11,6 +12,11 @@ from sqlalchemy import Connection, Engine, text
 
 _LOCK_CLASS = 0x7274
 """First key of the two-key advisory locks; the second is the study's id."""
+
+
+SILENT_SECONDS = 120
+"""After so long without a claim the server ends the session. Claims come at each poll, but between
+two of them a scheduler may read a study of very many trials."""
 
 
 class Leadership:
@@ -53,6 +59,10 @@ class Leadership:
         if self._connection is None:
             self._connection = self._engine.connect().execution_options(
                 isolation_level="AUTOCOMMIT"
+            )
+            self._connection.execute(
+                text("SELECT set_config('idle_session_timeout', :seconds, false)"),
+                {"seconds": f"{SILENT_SECONDS}s"},
             )
         return self._connection
 

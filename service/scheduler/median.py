@@ -9,6 +9,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from service.scheduler.changes import Changes
 
+_FEW = 8
+"""So many losses are put in their places one by one; each moves half of those that are known."""
+
 
 class MedianPruner(BasePruner):
     """Prunes as ``optuna.pruners.MedianPruner`` does: what is worse than half of the others.
@@ -39,13 +42,22 @@ class MedianPruner(BasePruner):
         return others is not None and min(own) > _median(others)
 
     def _take_in(self, study: Study) -> None:
+        fresh: dict[int, list[float]] = {}
         for trial in self._changes.among(study.get_trials(deepcopy=False)):
             if trial.state is not TrialState.COMPLETE:
                 continue
             self._complete += 1
             for epoch, loss in trial.intermediate_values.items():
                 if not isnan(loss):
-                    insort(self._losses.setdefault(epoch, []), loss)
+                    fresh.setdefault(epoch, []).append(loss)
+        for epoch, losses in fresh.items():
+            known = self._losses.setdefault(epoch, [])
+            if len(losses) > _FEW:  # all of a study that was begun by another replica
+                known.extend(losses)
+                known.sort()
+            else:
+                for loss in losses:
+                    insort(known, loss)
 
 
 def _median(ordered: list[float]) -> float:

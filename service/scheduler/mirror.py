@@ -7,7 +7,7 @@ something; nothing is lost with it.
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from math import inf
 from typing import Any
@@ -32,6 +32,9 @@ from service.scheduler.suggestion import (
     suggest_rest,
 )
 
+_RUNG = "completed_rung_"
+"""What Optuna's pruners by rungs note on a trial, with the rung's number behind it."""
+
 
 class Mirror:
     """An in-memory Optuna study, and its trials that have not ended, by number."""
@@ -48,6 +51,9 @@ class Mirror:
         self._keeps_notes = keeps_notes(spec)
         self._open: dict[int, optuna.Trial] = {}
         self._judged: dict[int, int] = {}
+        self._doomed: dict[int, int] = {}
+        self._last_trained = -1
+        self._failed: list[int] = []
         self._known_notes: dict[int, Mapping[str, Any]] = {}
         self._next = 0
 
@@ -66,6 +72,13 @@ class Mirror:
         """The last epoch that the pruner has seen, by trial number."""
         return self._judged
 
+    def failing_in_a_row(self, suspects: Sequence[int]) -> int:
+        """Return how many trials have failed, or are suspected to, since one was trained to an end.
+
+        In the order of their numbers: those that fail late may be ones that had to wait for it.
+        """
+        return sum(number > self._last_trained for number in (*self._failed, *suspects))
+
     def suggest(self, count: int, seconds: float = inf) -> Sequence[Suggestion]:
         """Return the next suggestions; the mirror takes them for running from here on.
 
@@ -82,8 +95,9 @@ class Mirror:
     ) -> int | None:
         """Show the pruner new epochs of an open trial; return the epoch at which it says stop.
 
-        ``over`` says that the trial has ended by itself, so that its answer matters no more, and
-        all its epochs have been.
+        Once it has said so, that stands, for another attempt at the trial too: some pruners say it
+        once alone, and whoever was to hear it may be gone. ``over`` says that the trial has ended
+        by itself, so that the answer matters no more, and all its epochs have been.
         """
         trial = self._open[number]
         asked = kind_of(number) == "suggested" and (self._keeps_notes or not over)
@@ -92,9 +106,10 @@ class Mirror:
                 continue
             trial.report(loss, epoch)
             self._judged[number] = epoch
+            asked = asked and number not in self._doomed
             if asked and trial.should_prune() and not over:
-                return epoch
-        return None
+                self._doomed[number] = epoch
+        return None if over else self._doomed.get(number)
 
     def tell(self, number: int, state: TrialState, value: float | None) -> Mapping[str, Any]:
         """Let an open trial end; return what sampler and pruner have noted on it since it began.
@@ -103,6 +118,8 @@ class Mirror:
         """
         trial = self._open.pop(number)
         self._judged.pop(number, None)
+        self._doomed.pop(number, None)
+        self._count(number, state)
         self._study.tell(trial, value if state is TrialState.COMPLETE else None, state=state)
         known = self._known_notes.pop(number)
         return {key: note for key, note in self._notes(number).items() if known.get(key) != note}
@@ -110,11 +127,31 @@ class Mirror:
     def restore(self, trials: Sequence[FrozenTrial]) -> None:
         """Take over the trials of a study in the database, ordered by number."""
         for trial in trials:
-            if trial.state.is_finished():
+            number = self._next
+            if not trial.state.is_finished():
+                self._reopen(trial)
+            elif self._lacks_notes(trial):
+                self._reopen(trial, over=True)
+                self.tell(number, trial.state, trial.value)
+            else:
                 self._study.add_trial(trial)
                 self._next += 1
-            else:
-                self._reopen(trial)
+                self._count(number, trial.state)
+
+    def _lacks_notes(self, trial: FrozenTrial) -> bool:
+        """Say whether a trial has ended while no scheduler was there to let its pruner note it."""
+        return (
+            self._keeps_notes
+            and bool(trial.intermediate_values)
+            and not any(key.startswith(_RUNG) for key in trial.system_attrs)
+        )
+
+    def _count(self, number: int, state: TrialState) -> None:
+        if state is TrialState.FAIL:
+            self._failed.append(number)
+        elif number > self._last_trained:
+            self._last_trained = number
+            self._failed = [failed for failed in self._failed if failed > number]
 
     def _suggest_one(self) -> Suggestion:
         number = self._next
@@ -134,7 +171,7 @@ class Mirror:
         """Return how the sampler sees the trials; CMA-ES counts those that have ended."""
         return self._storage.looking_ahead() if self.spec.sampler.name == "tpe" else nullcontext()
 
-    def _reopen(self, trial: FrozenTrial) -> None:
+    def _reopen(self, trial: FrozenTrial, *, over: bool = False) -> None:
         """Add an open trial, and show the pruner its epochs again, one by one, as it saw them."""
         number = self._next
         self._study.add_trial(
@@ -148,7 +185,7 @@ class Mirror:
         self._next += 1
         self._open[number] = optuna.Trial(self._study, self._trial_id(number))
         self._known_notes[number] = trial.system_attrs
-        self.report(number, sorted(trial.intermediate_values.items()))
+        self.report(number, sorted(trial.intermediate_values.items()), over=over)
 
     def _notes(self, number: int) -> Mapping[str, Any]:
         return self._storage.get_trial_system_attrs(self._trial_id(number))
@@ -157,16 +194,22 @@ class Mirror:
         return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
 
 
-def read_trials(session: Session, study_id: int, spec: StudySpec) -> Sequence[FrozenTrial]:
-    """Read all trials of a study from Optuna's tables, ordered by number.
+def read_trials(session: Session, study_id: int, spec: StudySpec) -> Sequence[Row[Any]]:
+    """Read all trials of a study from Optuna's tables, ordered by number, for ``as_trials``.
 
     In one statement: Optuna's own storage takes seconds for ten thousand trials. Learning curves
     come along where somebody judges by them, and of pruned trials. What others have added to the
     study in Optuna's tables, as ``enqueue_trial`` does, is none of ours: no worker trains it.
     """
-    rows = session.execute(
-        text(_TRIALS), {"study_id": study_id, "curves": spec.pruner.name != "none"}
-    )
+    curves = spec.pruner.name != "none"
+    return session.execute(text(_TRIALS), {"study_id": study_id, "curves": curves}).all()
+
+
+def as_trials(rows: Iterable[Row[Any]], spec: StudySpec) -> Sequence[FrozenTrial]:
+    """Return what was read of trials as Optuna has them.
+
+    Not within the transaction: it may take longer than the server lets one rest.
+    """
     space = distributions(spec)
     return [_trial(row, space) for row in rows]
 

@@ -9,7 +9,10 @@ from sqlalchemy.exc import DBAPIError
 
 from regtune import database, workers
 from regtune.database import transaction
+from service.scheduler import leadership
+from service.scheduler.leadership import Leadership
 from tests import builders
+from tests.waiting import wait_until
 
 LAST = 77
 
@@ -136,6 +139,28 @@ def test_who_is_frozen_in_a_transaction_loses_its_locks(
             connection.execute(text("SELECT 1"))
     frozen.dispose()
     assert database.is_outage(raised.value)
+
+
+def test_who_is_frozen_between_transactions_leads_no_study_any_more(
+    database_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leadership, "SILENT_SECONDS", 1)
+    ids = [builders.create(engine).study_id]
+    frozen, other = (Leadership(database.connect(database_url)) for _ in range(2))
+    frozen.claim(ids)
+    other.claim(ids)
+    assert (frozen.led, other.led) == (set(ids), set())
+
+    def taken_over() -> bool:
+        other.claim(ids)  # which keeps its own session alive
+        return other.led == set(ids)
+
+    wait_until(taken_over)
+    with pytest.raises(DBAPIError) as raised:
+        frozen.claim(ids)
+    assert database.is_outage(raised.value)
+    assert frozen.led == set()
+    other.give_up()
 
 
 def test_who_only_drains_does_not_reconnect() -> None:

@@ -178,6 +178,15 @@ def test_a_stream_reads_no_event_that_it_has_told(engine: Engine, study: Study) 
         assert [node for node in plan(engine, statement) if "Filter" in node] == []
 
 
+def test_what_was_done_to_a_study_itself_is_read_alone(engine: Engine, study: Study) -> None:
+    with heard(engine) as asked, transaction(engine) as session:
+        told = events.history(session, study.name, trials=False, after=None, up=True, limit=100)
+    assert [event.kind for event in told] == ["study_created"]
+    (statement,) = asked
+    assert "events_of_study_itself" in indexes(engine, statement)
+    assert whole_scans(engine, statement) == []
+
+
 _LET_HALF_WAIT_IN_ANOTHER_SHAPE = """
 UPDATE regtune.trials SET state = 'waiting', shape = :shape, finished_at = NULL
 WHERE study_id = :study_id AND state = 'complete' AND number < 50000

@@ -447,6 +447,17 @@ def test_the_events_say_who_it_was(client: httpx.Client, engine: Engine) -> None
     assert actors == ["client 127.0.0.1"]
 
 
+def test_a_study_of_a_newer_version_keeps_no_other_from_being_listed(
+    client: httpx.Client, engine: Engine
+) -> None:
+    for name in ("old", "new"):
+        post(client, name=name)
+    with engine.begin() as connection:
+        newer = """UPDATE regtune.studies SET spec = spec || '{"newer": 1}' WHERE name = 'new'"""
+        connection.execute(text(newer))
+    assert [one["name"] for one in client.get("/v1/studies").json()["items"]] == ["new", "old"]
+
+
 def test_workers_are_listed_with_what_they_offer(client: httpx.Client, engine: Engine) -> None:
     register(engine, "b", datasets="digits mnist")
     register(engine, "a")

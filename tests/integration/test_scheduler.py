@@ -1,7 +1,7 @@
 """The scheduler against a real database, with a stand-in for training that costs nothing."""
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from math import inf
@@ -280,6 +280,63 @@ def test_a_suspect_that_waits_keeps_no_lane_empty(engine: Engine) -> None:
     builders.register(engine, "busy", 2)
     Conductor(engine, SETTINGS, study.study_id).round()
     assert builders.states(engine, study) == ["waiting"] * 3
+
+
+def suspects(engine: Engine, study: Study, count: int) -> None:
+    """Let the next trials lose all leases but one."""
+    for _ in range(count):
+        builders.append(engine, study, 1)
+        for _ in range(SETTINGS.suspect_from):
+            lease_one(engine, study, alone=False)
+            builders.expire(engine, study, SETTINGS.max_attempts)
+
+
+FAIL_SOON = SETTINGS.model_copy(update={"max_consecutive_failures": 3})
+
+
+@pytest.mark.parametrize("trained", [0, 1])
+def test_a_study_that_kills_every_worker_gets_no_more_trials_until_its_suspects_have_failed(
+    engine: Engine, trained: int
+) -> None:
+    """Else each would be followed by another one, to the end of the budget."""
+    study = builders.create(engine, budget={"trials": 100})
+    builders.append(engine, study, trained)
+    builders.complete(engine, builders.lease(engine, study, trained))
+    suspects(engine, study, FAIL_SOON.max_consecutive_failures)
+    builders.register(engine, "busy", 1)
+    conductor = Conductor(engine, FAIL_SOON, study.study_id)
+    while builders.study_state(engine, study) == "active":
+        conductor.round()
+        assert "waiting" in builders.states(engine, study)
+        lease_one(engine, study, alone=True)
+        builders.expire(engine, study, SETTINGS.max_attempts)
+        conductor.round()
+    states = builders.states(engine, study)
+    assert states.count("failed") == FAIL_SOON.max_consecutive_failures
+    assert len(states) <= trained + FAIL_SOON.max_consecutive_failures + 2
+
+
+def lease_one(engine: Engine, study: Study, *, alone: bool) -> Sequence[Lease]:
+    """Lease a trial as a worker does that is ``alone`` with it, or is not."""
+    with transaction(engine) as session:
+        return leasing.lease(
+            session, study.study_id, "w", 1, 30, suspect_from=SETTINGS.suspect_from, alone=alone
+        )
+
+
+def test_a_few_fatal_trials_that_had_to_wait_for_all_others_end_no_study(engine: Engine) -> None:
+    study = builders.create(engine, budget={"trials": 8})
+    for _ in range(4):
+        suspects(engine, study, 1)
+        builders.append(engine, study, 1)
+        builders.complete(engine, lease_one(engine, study, alone=False))
+    conductor = Conductor(engine, FAIL_SOON, study.study_id)
+    for _ in range(4):
+        lease_one(engine, study, alone=True)
+        builders.expire(engine, study, SETTINGS.max_attempts)
+        conductor.round()
+    assert builders.states(engine, study) == ["failed", "complete"] * 4
+    assert builders.study_state(engine, study) == "completed"
 
 
 AT_ONCE = SETTINGS.model_copy(update={"poll_seconds": 0.0})

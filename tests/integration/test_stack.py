@@ -2,22 +2,26 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from sqlalchemy import Engine
+from sqlalchemy.orm import Session
 from structlog.testing import capture_logs
 
 from regtune import studies
+from regtune.database import transaction
 from regtune.leasing import Lease
 from regtune.settings import Settings
 from regtune.spec import NO_SHAPE
-from regtune.studies import Study
+from regtune.studies import ModelFacts, Study
 from tests import builders
 from tests.audit import audit
 from tests.locking import locked, wait_for_waiters
+from tests.outage import out_of_service
 from tests.threads import working
 from tests.waiting import wait_until
 from worker.loop import Worker
@@ -95,6 +99,27 @@ def test_what_is_leased_while_the_worker_leaves_is_given_back(
     assert builders.states(engine, study) == ["waiting"] * 3
     assert builders.column(engine, "SELECT lost_leases FROM regtune.trials") == [0] * 3
     assert audit(engine) == {}
+
+
+def test_a_database_that_goes_away_as_a_study_has_been_built_costs_no_build(
+    engine: Engine, build: BuildStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = builders.create(engine, budget={"trials": 1}, **SHORT)
+    builders.append(engine, study, 1)
+    describe, outages = studies.describe_model, iter([out_of_service(engine)])
+
+    def describe_in_an_outage(session: Session, study_id: int, facts: ModelFacts) -> None:
+        with next(outages, nullcontext()):
+            describe(session, study_id, facts)
+
+    monkeypatch.setattr(studies, "describe_model", describe_in_an_outage)
+    stack = build(study, leases=builders.lease(engine, study))
+    monkeypatch.undo()
+    assert next(outages, None) is None
+    with transaction(engine) as session:
+        assert studies.by_id(session, study.study_id).model is not None
+    wait_until(stack.meet)
+    assert stack.training
 
 
 def test_a_trial_that_is_lost_while_its_study_is_built_for_it_may_come_again(

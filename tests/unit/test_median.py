@@ -33,3 +33,22 @@ def test_trials_that_had_ended_before_it_was_first_asked_count() -> None:
     better.report(0.15, FIRST)
     pruner = MedianPruner(STARTUP, FIRST)
     assert [pruner.prune(study, study.trials[n]) for n in (3, 4)] == [True, False]
+
+
+@given(st.lists(losses, min_size=20, max_size=40), st.lists(losses, max_size=3))
+def test_many_that_come_at_once_are_put_in_order_as_few_are(
+    many: list[float], few: list[float]
+) -> None:
+    """As when a replica takes over a study of very many trials."""
+    study = optuna.create_study()
+    pruner, theirs = (
+        MedianPruner(STARTUP, FIRST),
+        optuna.pruners.MedianPruner(n_startup_trials=STARTUP, n_warmup_steps=FIRST),
+    )
+    for some in (many, few):
+        for loss in some:
+            study.add_trial(optuna.trial.create_trial(value=0.5, intermediate_values={FIRST: loss}))
+        asked = study.ask()
+        asked.report(0.5, FIRST)
+        trial = study.trials[asked.number]
+        assert pruner.prune(study, trial) == theirs.prune(study, trial)

@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -5,8 +6,9 @@ import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from optuna.trial import TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from regtune.leasing import Suggestion
 from regtune.spec import STRENGTHS
 from service.scheduler.mirror import Mirror
 from service.scheduler.suggestion import as_suggestion, distributions, predetermined
@@ -281,6 +283,70 @@ def test_a_mirror_is_restored_with_conditional_parameters() -> None:
         )
     second.restore(trials)
     assert second.suggest(1)[0].suggested == first.suggest(1)[0].suggested
+
+
+ASHA = {
+    "pruner": {"name": "asha", "first_epoch": 2, "reduction_factor": 3},
+    "training": {"max_epochs": 30},
+    "budget": {"trials": 60},
+}
+
+
+def as_stored(made: Suggestion, losses: Sequence[float], state: TrialState) -> FrozenTrial:
+    """A trial as it is read from the database; nobody has noted anything on it."""
+    return create_trial(
+        state=state,
+        value=losses[-1] if state is TrialState.COMPLETE else None,
+        params=dict(made.suggested),
+        distributions={name: made.distributions[name] for name in made.suggested},
+        intermediate_values=dict(enumerate(losses, 1)),
+    )
+
+
+def test_a_verdict_that_nobody_has_heard_is_said_again_by_who_leads_next() -> None:
+    """Successive halving says it once alone, at a rung."""
+    study = spec(**ASHA)
+    mirror = Mirror(study)
+    made = mirror.suggest(8)
+    epochs = [(1, 0.5), (2, 0.4)]
+    for number in range(2, 7):
+        assert mirror.report(number, epochs) is None
+    assert mirror.report(7, [(1, 0.9), (2, 0.8)]) == 2
+    assert mirror.report(7, [(3, 0.8)]) == 2  # by another attempt at it
+    assert mirror.report(7, [(4, 0.8)], over=True) is None
+    running = TrialState.RUNNING
+    heir = Mirror(study)
+    heir.restore(
+        [as_stored(one, [0.5, 0.4], running) for one in made[:7]]
+        + [as_stored(made[7], [0.9, 0.8], running)]
+    )
+    assert heir.report(6, [(3, 0.3)]) is None
+    assert heir.report(7, [(3, 0.8)]) == 2
+
+
+def test_what_has_ended_while_nobody_led_takes_part_in_the_rungs() -> None:
+    study = spec(**ASHA)
+    made = Mirror(study).suggest(8)
+    heir = Mirror(study)
+    heir.restore(
+        [as_stored(one, [0.5, 0.4, 0.3], TrialState.COMPLETE) for one in made[:7]]
+        + [as_stored(made[7], [], TrialState.RUNNING)]
+    )
+    assert heir.report(7, [(1, 0.9), (2, 0.8)]) == 2
+
+
+def test_failures_are_in_a_row_by_number() -> None:
+    mirror = Mirror(spec(budget={"trials": 60}))
+    mirror.suggest(8)
+    for number in (0, 5, 2):
+        mirror.tell(number, TrialState.FAIL, None)
+    assert mirror.failing_in_a_row([6, 7]) == 5
+    mirror.tell(3, TrialState.COMPLETE, 0.5)
+    assert mirror.failing_in_a_row([1, 6, 7]) == 3
+    mirror.tell(1, TrialState.PRUNED, None)
+    assert mirror.failing_in_a_row([]) == 1
+    mirror.tell(6, TrialState.COMPLETE, 0.5)
+    assert mirror.failing_in_a_row([4, 7]) == 1
 
 
 def test_a_grid_has_every_point_of_every_optimizer_once() -> None:
