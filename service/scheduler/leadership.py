@@ -19,6 +19,10 @@ SILENT_SECONDS = 120
 two of them a scheduler may read a study of very many trials."""
 
 
+_KNOWS_LIMIT = (14,)
+"""The PostgreSQL since which a session may be ended for idling."""
+
+
 class Leadership:
     """The studies that this process leads."""
 
@@ -60,10 +64,11 @@ class Leadership:
             self._connection = self._engine.connect().execution_options(
                 isolation_level="AUTOCOMMIT"
             )
-            self._connection.execute(
-                text("SELECT set_config('idle_session_timeout', :seconds, false)"),
-                {"seconds": f"{SILENT_SECONDS}s"},
-            )
+            if (self._connection.dialect.server_version_info or ()) >= _KNOWS_LIMIT:
+                self._connection.execute(
+                    text("SELECT set_config('idle_session_timeout', :seconds, false)"),
+                    {"seconds": f"{SILENT_SECONDS}s"},
+                )
         return self._connection
 
     def _unlock(self, connection: Connection, ended: set[int]) -> None:
