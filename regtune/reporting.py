@@ -302,7 +302,7 @@ WITH lease AS (
            sparsity, seconds
     FROM curve WHERE NOT EXISTS (
         SELECT FROM moved WHERE moved.trial_id = curve.trial_id AND moved.epoch = curve.epoch)
-    ON CONFLICT DO NOTHING
+    ON CONFLICT DO NOTHING RETURNING trial_id
 ), counted AS (
     UPDATE regtune.trials t SET epochs = greatest(t.epochs, reached.epochs)
     FROM (SELECT trial_id, max(epoch) AS epochs FROM curve GROUP BY trial_id) reached
@@ -317,6 +317,7 @@ WITH lease AS (
            json_build_object('attempt', attempt, 'epoch', curve.epochs)
     FROM held JOIN (SELECT trial_id, max(epoch) AS epochs FROM curve GROUP BY trial_id) curve
          USING (trial_id)
+    WHERE trial_id IN (SELECT trial_id FROM moved UNION SELECT trial_id FROM added)
     ORDER BY number
 )
 SELECT trial_id FROM held

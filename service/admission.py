@@ -7,7 +7,14 @@ from sqlalchemy.orm import Session
 
 from regtune import studies, workers
 from regtune.errors import FieldError, InvalidSpec, NotFound
-from regtune.spec import AnyTask, NamedTask, Requires, StudySpec
+from regtune.spec import (
+    AnyTask,
+    NamedTask,
+    Requires,
+    StudySpec,
+    TableSettings,
+    TaskSpec,
+)
 from regtune.studies import Study
 from regtune.task import Offer
 from regtune.workers import Worker
@@ -15,8 +22,13 @@ from regtune.workers import Worker
 _SAMPLERS_NEED = {"gp": ("scipy", "torch"), "cmaes": ("cmaes",), "qmc": ("scipy",)}
 
 
+MOST_FOR_GP = 1000
+"""Of so many trials in four dimensions a Gaussian process takes 4 s on a slow core, and eight times
+as long for twice as many. A replica leads no other study meanwhile."""
+
+
 def check(session: Session, spec: StudySpec, installed: Offer, alive_seconds: float) -> None:
-    """Raise InvalidSpec if nobody knows the study's task, or its sampler cannot run here.
+    """Raise InvalidSpec if nobody knows the study's task, or it cannot be run as it is meant.
 
     A study that was admitted once is not judged again.
     """
@@ -24,7 +36,8 @@ def check(session: Session, spec: StudySpec, installed: Offer, alive_seconds: fl
         studies.find(session, spec.name)
     except NotFound:
         offered = workers.offered(session, alive_seconds)
-        errors = (*_unknown(spec.task, installed, offered), *_missing(spec))
+        unknown = _unknown(spec.task, installed, offered)
+        errors = (*unknown, *_contradictions(spec.task), *_missing(spec), *_too_many(spec))
         if errors:
             raise InvalidSpec(errors) from None
 
@@ -83,6 +96,22 @@ def _missing(spec: StudySpec) -> Iterator[FieldError]:
             "sampler.name",
             f"the sampler {spec.sampler.name} needs {' and '.join(missing)}, which this service "
             "is installed without; take another sampler",
+        )
+
+
+def _contradictions(task: AnyTask) -> Iterator[FieldError]:
+    """Yield what a table's settings cannot mean; not in reading a spec, since some are stored."""
+    if isinstance(task, TaskSpec) and task.dataset == "table":
+        for field, fault in TableSettings.model_validate(task.data).contradictions():
+            yield FieldError(f"task.data.{field}", fault)
+
+
+def _too_many(spec: StudySpec) -> Iterator[FieldError]:
+    if spec.sampler.name == "gp" and spec.budget.trials > MOST_FOR_GP:
+        yield FieldError(
+            "budget.trials",
+            f"name {MOST_FOR_GP} or fewer with the sampler gp: the time that a suggestion takes "
+            "grows with the cube of the trials; take tpe for more",
         )
 
 

@@ -1,6 +1,6 @@
 """The settings of the built-in data sets, checked where no data set is installed."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, Strict, ValidationInfo
@@ -75,30 +75,15 @@ class TableSettings(SpecModel):
         ",", min_length=1, max_length=1, description="Between the columns of a CSV file."
     )
 
-    @validate_field("delimiter")
-    @classmethod
-    def _check_sign(cls, value: str) -> str:
-        if not value.isascii() or value in '\0\r\n"':
-            raise PydanticCustomError(
-                "delimiter", "must be an ASCII character, but no quotation mark or end of a line"
-            )
-        return value
-
-    @validate_field("numeric", "categorical", "ignore")
-    @classmethod
-    def _check_one_use(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-        """Compare with the fields before this one, which alone are known yet."""
-        uses = {use: info.data.get(use, ()) for use in ("numeric", "categorical")}
-        if info.field_name == "ignore":
-            uses["target"] = (info.data.get("target"),)
-        for use, names in uses.items():
-            if twice := [name for name in value if name in names]:
-                raise PydanticCustomError(
-                    "column",
-                    "{name} is named under {use} as well",
-                    {"name": repr(twice[0]), "use": use},
-                )
-        return value
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Yield the settings that cannot be meant so, and why; what is stored may have some."""
+        if not self.delimiter.isascii() or self.delimiter in '\0\r\n"':
+            yield "delimiter", "must be an ASCII character, but no quotation mark or end of a line"
+        if self.target in self.ignore:
+            yield "ignore", f"{self.target!r} is the target"
+        for name in self.categorical:
+            if name in self.numeric:
+                yield "categorical", f"{name!r} is named under numeric as well"
 
 
 class ImageFolderSettings(SpecModel):

@@ -20,6 +20,7 @@ from regtune.errors import StaleView
 from regtune.settings import Settings
 from regtune.studies import Study
 from service.scheduler import glances
+from service.scheduler.failures import Failures
 from service.scheduler.glances import Glance
 from service.scheduler.mirror import Mirror, as_trials, read_trials
 
@@ -114,6 +115,9 @@ class Conductor:
         self._prunes = study.spec.pruner.name != "none"
         self._mirror = Mirror(study.spec)
         self._mirror.restore(as_trials(rows, study.spec))
+        self._failures = Failures()
+        for row in rows:
+            self._failures.note(row.number, row.our_state)
         self._room = 0
         self._judged_epochs = 0
         self._first_waiting: int | None = None
@@ -223,32 +227,35 @@ class Conductor:
         notes = {}
         self._lasted.extend(t.seconds for t in news.ended if t.seconds is not None)
         for trial in news.ended:
+            self._failures.note(trial.number, trial.state)
             self._mirror.report(trial.number, news.epochs.get(trial.number, ()), over=True)
             notes[trial.trial_id] = self._mirror.tell(
                 trial.number, _OPTUNA_STATES[trial.state], trial.value
             )
-        rows = [
-            {"trial_id": trial_id, "key": key, "value": json.dumps(value)}
-            for trial_id, attrs in notes.items()
-            for key, value in attrs.items()
-        ]
-        if self._prunes and rows:
+        if self._prunes and any(notes.values()):
             with database.transaction(self._engine) as session:
-                session.execute(_KEEP_NOTES, {"rows": json.dumps(rows)})
+                _keep_notes(session, notes)
 
     def _judge(self, news: News) -> None:
+        """Let the pruner judge new epochs; keep what it says, and what it notes, together.
+
+        Of what it has noted, whoever leads next takes it that the verdict has been heard.
+        """
         over = {trial.number for trial in news.ended}
-        verdicts = {}
+        verdicts, notes = {}, {}
         for number, epochs in news.epochs.items():
             if number in over:
                 continue
             stop_at = self._mirror.report(number, epochs)
+            trial_id, attempt = news.attempts[number]
+            if fresh := self._mirror.take_notes(number):
+                notes[trial_id] = fresh
             if stop_at is not None:
-                trial_id, attempt = news.attempts[number]
                 name = news.study.spec.pruner.name
                 verdicts[trial_id] = (attempt, f"pruned by {name} at epoch {stop_at}")
-        if verdicts:
+        if verdicts or notes:
             with database.transaction(self._engine) as session:
+                _keep_notes(session, notes)
                 reporting.request_stop(session, verdicts)
 
     def _conclude(self, news: News) -> bool:
@@ -280,7 +287,7 @@ class Conductor:
             news.study.state not in ("active", "paused")
             or news.out_of_time
             or not news.glance.open
-            or any(trial.state == "failed" for trial in news.ended)
+            or self._failures.in_a_row() >= self._failures_allowed
         )
 
     @property
@@ -289,7 +296,7 @@ class Conductor:
 
     def _ending(self, session: Session, study: Study, news: News) -> tuple[str, str] | None:
         limit = self._failures_allowed
-        if any(trial.state == "failed" for trial in news.ended):
+        if self._failures.in_a_row() >= limit:
             failed, reason = self._last_failed(session, limit)
             if failed >= limit:
                 return "failed", f"{limit} trials failed in a row; the last one: {reason}"
@@ -306,7 +313,7 @@ class Conductor:
         return "completed", used_up
 
     def _last_failed(self, session: Session, count: int) -> tuple[int, str]:
-        """Return how many of the last trials have failed, and why the last one to end has."""
+        """Return how many of the last trials by number have failed, and why the latest has."""
         row = session.execute(_LAST_OUTCOMES, {"study_id": self._study_id, "limit": count}).one()
         return row.failed, row.reason
 
@@ -387,13 +394,24 @@ class Conductor:
         else does, so they are none, unless all has failed for so long that they should train now
         and end the study: else each would be followed by another one until the budget is used up.
         """
-        if self._mirror.failing_in_a_row(glance.suspects) >= self._failures_allowed:
+        if self._failures.in_a_row(glance.suspects) >= self._failures_allowed:
             return 0
         wanted = glance.wanted_lanes
         wanted = max(min(wanted, MOST_AT_ONCE), -(-wanted // self._turns))
         if self._prunes and wanted > 0:
             wanted = max(wanted, min(SPARE_TRIALS, glance.running // LANES_PER_SPARE_TRIAL))
-        return wanted - (glance.waiting - len(glance.suspects))
+        return wanted - (glance.waiting - glance.waiting_suspects)
+
+
+def _keep_notes(session: Session, notes: Mapping[int, Mapping[str, object]]) -> None:
+    """Keep what sampler and pruner have noted on trials, by trial id."""
+    rows = [
+        {"trial_id": trial_id, "key": key, "value": json.dumps(value)}
+        for trial_id, attrs in notes.items()
+        for key, value in attrs.items()
+    ]
+    if rows:
+        session.execute(_KEEP_NOTES, {"rows": json.dumps(rows)})
 
 
 def _is_out_of_time(study: Study, seconds_spent: float) -> bool:
@@ -427,7 +445,9 @@ ORDER BY e.epoch, t.number
 # By number: suspects, which wait until nothing else does, fail in a row even if they are few.
 _LAST_OUTCOMES = text("""
 SELECT count(*) FILTER (WHERE state = 'failed') AS failed,
-       (array_agg(reason ORDER BY finished_at DESC, number DESC))[1] AS reason
+       (SELECT reason FROM regtune.trials
+        WHERE study_id = :study_id AND state = 'failed'
+        ORDER BY finished_at DESC, number DESC LIMIT 1) AS reason
 FROM (SELECT * FROM regtune.trials
       WHERE study_id = :study_id AND state IN ('complete', 'pruned', 'failed')
       ORDER BY number DESC LIMIT :limit) last

@@ -20,8 +20,10 @@ class Glance:
     """How a study's open trials stand, and what workers want of it, at one moment."""
 
     waiting: int
+    waiting_suspects: int
+    """Of those that wait, the ones that train alone, when nothing else is left to train."""
     suspects: Sequence[int]
-    """The numbers of those that wait to train alone, when nothing else is left to train."""
+    """The numbers of such trials, those that train already included."""
     first_waiting: int | None
     """The lowest number of those that wait."""
     running: int
@@ -73,8 +75,10 @@ _GLANCES = text(f"""
 SELECT s.study_id, counted.*, wanted.*
 FROM regtune.studies s, LATERAL (
     SELECT count(*) FILTER (WHERE t.state = 'waiting') AS waiting,
-           coalesce(array_agg(t.number) FILTER (
-               WHERE t.state = 'waiting' AND t.lost_leases >= :suspect_from), '{{}}') AS suspects,
+           count(*) FILTER (WHERE t.state = 'waiting' AND t.lost_leases >= :suspect_from)
+               AS waiting_suspects,
+           coalesce(array_agg(t.number) FILTER (WHERE t.lost_leases >= :suspect_from), '{{}}')
+               AS suspects,
            min(t.number) FILTER (WHERE t.state = 'waiting') AS first_waiting,
            count(*) FILTER (WHERE t.state = 'running') AS running,
            count(*) FILTER (WHERE t.state = 'running' AND t.lease_expires_at < now()) AS overdue,

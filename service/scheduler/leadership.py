@@ -6,6 +6,7 @@ and another replica leads within its next poll. So they are when nothing is aske
 process that is frozen, or hangs in a sampler, leaves a connection behind that looks alive.
 """
 
+import time
 from collections.abc import Iterable, Set
 
 from sqlalchemy import Connection, Engine, text
@@ -14,9 +15,12 @@ _LOCK_CLASS = 0x7274
 """First key of the two-key advisory locks; the second is the study's id."""
 
 
-SILENT_SECONDS = 120
-"""After so long without a claim the server ends the session. Claims come at each poll, but between
-two of them a scheduler may read a study of very many trials."""
+SILENT_SECONDS = 120.0
+"""After so long without a word the server ends the session. A scheduler says one at each poll and
+before each round of a study, but it may take a while to read one of very many trials."""
+
+_SAID_LATELY = 1.0
+"""Seconds after which a word is worth a statement."""
 
 
 _KNOWS_LIMIT = (14,)
@@ -26,8 +30,10 @@ _KNOWS_LIMIT = (14,)
 class Leadership:
     """The studies that this process leads."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, silent_seconds: float = SILENT_SECONDS) -> None:
         self._engine = engine
+        self._silent_seconds = silent_seconds
+        self._said_at = 0.0
         self._connection: Connection | None = None
         self._led: set[int] = set()
 
@@ -46,9 +52,15 @@ class Leadership:
             connection = self._connected()
             self._unlock(connection, self._led - wanted)
             self._led |= self._try_lock(connection, wanted - self._led)
+            self._said_at = time.monotonic()
         except BaseException:
             self.give_up()
             raise
+
+    def stay(self) -> None:
+        """Say that this process lives, if it has not lately; raise as ``claim`` does."""
+        if time.monotonic() - self._said_at > _SAID_LATELY:
+            self.claim(self._led)
 
     def give_up(self) -> None:
         """Lead nothing any more."""
@@ -67,7 +79,7 @@ class Leadership:
             if (self._connection.dialect.server_version_info or ()) >= _KNOWS_LIMIT:
                 self._connection.execute(
                     text("SELECT set_config('idle_session_timeout', :seconds, false)"),
-                    {"seconds": f"{SILENT_SECONDS}s"},
+                    {"seconds": f"{self._silent_seconds:.0f}s"},
                 )
         return self._connection
 

@@ -14,7 +14,7 @@ from regtune.settings import Settings
 from service.scheduler import glances
 from service.scheduler.conductor import Conductor
 from service.scheduler.glances import Glance
-from service.scheduler.leadership import Leadership
+from service.scheduler.leadership import SILENT_SECONDS, Leadership
 
 log = structlog.get_logger()
 
@@ -39,6 +39,10 @@ _PAUSE_FOR_GLANCE = 2
 """A pause is at least so many times as long as the glance before it took."""
 
 
+_SILENT_POLLS = 4
+"""Polls that a replica may miss before it leads nothing any more."""
+
+
 class Scheduler:
     """Conducts studies from ``start()`` to ``stop()``; any number of replicas may run.
 
@@ -50,7 +54,10 @@ class Scheduler:
         self._engine = engine
         self._url = url
         self._settings = settings
-        self._leadership = Leadership(database.connect(url, pool_size=1, program="scheduler-locks"))
+        self._leadership = Leadership(
+            database.connect(url, pool_size=1, program="scheduler-locks"),
+            max(SILENT_SECONDS, _SILENT_POLLS * settings.poll_seconds),
+        )
         self._conductors: dict[int, Conductor] = {}
         self._errors: dict[int, int] = {}
         self._unfinished: set[int] = set()
@@ -151,6 +158,11 @@ class Scheduler:
     def _conduct_each(self, study_ids: Set[int]) -> None:
         for study_id in sorted(study_ids):
             if self._stopping.is_set():
+                return
+            try:
+                self._leadership.stay()
+            except database.FAULTS as error:
+                self._lose_touch(error)
                 return
             if study_id in self._leadership.led:  # none, once the connection has been lost
                 self._conduct(study_id)

@@ -36,6 +36,10 @@ _RUNG = "completed_rung_"
 """What Optuna's pruners by rungs note on a trial, with the rung's number behind it."""
 
 
+_STOP_AT = "regtune:stop_at"
+"""Our own note beside theirs: the epoch at which such a pruner has said stop; it says so once."""
+
+
 class Mirror:
     """An in-memory Optuna study, and its trials that have not ended, by number."""
 
@@ -52,8 +56,6 @@ class Mirror:
         self._open: dict[int, optuna.Trial] = {}
         self._judged: dict[int, int] = {}
         self._doomed: dict[int, int] = {}
-        self._last_trained = -1
-        self._failed: list[int] = []
         self._known_notes: dict[int, Mapping[str, Any]] = {}
         self._next = 0
 
@@ -71,13 +73,6 @@ class Mirror:
     def judged_epochs(self) -> Mapping[int, int]:
         """The last epoch that the pruner has seen, by trial number."""
         return self._judged
-
-    def failing_in_a_row(self, suspects: Sequence[int]) -> int:
-        """Return how many trials have failed, or are suspected to, since one was trained to an end.
-
-        In the order of their numbers: those that fail late may be ones that had to wait for it.
-        """
-        return sum(number > self._last_trained for number in (*self._failed, *suspects))
 
     def suggest(self, count: int, seconds: float = inf) -> Sequence[Suggestion]:
         """Return the next suggestions; the mirror takes them for running from here on.
@@ -99,30 +94,30 @@ class Mirror:
         once alone, and whoever was to hear it may be gone. ``over`` says that the trial has ended
         by itself, so that the answer matters no more, and all its epochs have been.
         """
-        trial = self._open[number]
-        asked = kind_of(number) == "suggested" and (self._keeps_notes or not over)
+        asked = self._keeps_notes or not over
         for epoch, loss in epochs:
-            if epoch <= self._judged.get(number, 0):
-                continue
-            trial.report(loss, epoch)
-            self._judged[number] = epoch
-            asked = asked and number not in self._doomed
-            if asked and trial.should_prune() and not over:
-                self._doomed[number] = epoch
+            if epoch > self._judged.get(number, 0):
+                self._show(number, epoch, loss, asked=asked, over=over)
         return None if over else self._doomed.get(number)
 
+    def take_notes(self, number: int) -> Mapping[str, Any]:
+        """Return what sampler and pruner have noted on an open trial since this was last asked."""
+        notes, known = dict(self._notes(number)), self._known_notes[number]
+        self._known_notes[number] = notes
+        return {key: note for key, note in notes.items() if known.get(key) != note}
+
     def tell(self, number: int, state: TrialState, value: float | None) -> Mapping[str, Any]:
-        """Let an open trial end; return what sampler and pruner have noted on it since it began.
+        """Let an open trial end; return what has been noted on it, as ``take_notes`` does.
 
         A pruned trial counts with the last epoch that was reported of it.
         """
         trial = self._open.pop(number)
         self._judged.pop(number, None)
         self._doomed.pop(number, None)
-        self._count(number, state)
         self._study.tell(trial, value if state is TrialState.COMPLETE else None, state=state)
-        known = self._known_notes.pop(number)
-        return {key: note for key, note in self._notes(number).items() if known.get(key) != note}
+        notes = self.take_notes(number)
+        del self._known_notes[number]
+        return notes
 
     def restore(self, trials: Sequence[FrozenTrial]) -> None:
         """Take over the trials of a study in the database, ordered by number."""
@@ -136,7 +131,6 @@ class Mirror:
             else:
                 self._study.add_trial(trial)
                 self._next += 1
-                self._count(number, trial.state)
 
     def _lacks_notes(self, trial: FrozenTrial) -> bool:
         """Say whether a trial has ended while no scheduler was there to let its pruner note it."""
@@ -145,13 +139,6 @@ class Mirror:
             and bool(trial.intermediate_values)
             and not any(key.startswith(_RUNG) for key in trial.system_attrs)
         )
-
-    def _count(self, number: int, state: TrialState) -> None:
-        if state is TrialState.FAIL:
-            self._failed.append(number)
-        elif number > self._last_trained:
-            self._last_trained = number
-            self._failed = [failed for failed in self._failed if failed > number]
 
     def _suggest_one(self) -> Suggestion:
         number = self._next
@@ -171,8 +158,24 @@ class Mirror:
         """Return how the sampler sees the trials; CMA-ES counts those that have ended."""
         return self._storage.looking_ahead() if self.spec.sampler.name == "tpe" else nullcontext()
 
+    def _show(self, number: int, epoch: int, loss: float, *, asked: bool, over: bool) -> None:
+        """Show the pruner an epoch, and keep its verdict, as a note if it keeps notes itself."""
+        trial = self._open[number]
+        trial.report(loss, epoch)
+        self._judged[number] = epoch
+        asked = asked and kind_of(number) == "suggested" and number not in self._doomed
+        if asked and trial.should_prune() and not over:
+            self._doomed[number] = epoch
+            if self._keeps_notes:
+                self._storage.set_trial_system_attr(self._trial_id(number), _STOP_AT, epoch)
+
     def _reopen(self, trial: FrozenTrial, *, over: bool = False) -> None:
-        """Add an open trial, and show the pruner its epochs again, one by one, as it saw them."""
+        """Add an open trial, and show the pruner its epochs again.
+
+        One that keeps notes judges those on which none has been kept, since nobody has judged them.
+        Another one is asked about the last alone: what is known of other trials by now would let it
+        condemn one in hindsight, which has done well since.
+        """
         number = self._next
         self._study.add_trial(
             create_trial(
@@ -185,7 +188,12 @@ class Mirror:
         self._next += 1
         self._open[number] = optuna.Trial(self._study, self._trial_id(number))
         self._known_notes[number] = trial.system_attrs
-        self.report(number, sorted(trial.intermediate_values.items()), over=over)
+        if _STOP_AT in trial.system_attrs:
+            self._doomed[number] = trial.system_attrs[_STOP_AT]
+        last = max(trial.intermediate_values, default=0)
+        for epoch, loss in sorted(trial.intermediate_values.items()):
+            asked = self._keeps_notes or (epoch == last and not over)
+            self._show(number, epoch, loss, asked=asked, over=over)
 
     def _notes(self, number: int) -> Mapping[str, Any]:
         return self._storage.get_trial_system_attrs(self._trial_id(number))
@@ -231,7 +239,7 @@ def _trial(row: Row[Any], space: Mapping[str, BaseDistribution]) -> FrozenTrial:
 
 
 _TRIALS = """
-SELECT t.state::text, v.value,
+SELECT ours.number, ours.state AS our_state, t.state::text, v.value,
        (SELECT json_object_agg(param_name, param_value)
         FROM public.trial_params p WHERE p.trial_id = t.trial_id) AS params,
        (SELECT json_object_agg(key, value_json)

@@ -215,6 +215,8 @@ def test_a_resumed_attempt_takes_over_the_curve_up_to_its_checkpoint(engine, lea
     third = retried(engine, second)
     resume(engine, third, curve[:2])  # of a checkpoint that the second attempt did not write
     resume(engine, third, curve[:2])  # the connection was lost in its commit
+    told = "SELECT detail -> 'attempt' FROM regtune.events WHERE kind = 'trial_resumed' ORDER BY 1"
+    assert builders.column(engine, told) == [2, 3]
     assert record(engine, first) == [(1, 4), (1, 5), (2, 3), (2, 4), (3, 1), (3, 2)]
     assert optuna_curve(engine, first) == {1: 1, 2: 1 / 2}
     assert audit(engine) == {}

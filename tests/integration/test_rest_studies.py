@@ -11,6 +11,7 @@ from sqlalchemy import Engine, text
 
 from regtune import events, shares, studies, workers
 from regtune.database import transaction
+from regtune.spec import parse_spec
 from regtune.studies import ModelFacts
 from regtune.task import Offer
 from service.scheduler import glances
@@ -226,6 +227,37 @@ def test_a_sampler_whose_packages_are_missing_says_so(
         assert error["field"] == "sampler.name"
         assert f"needs {missing}" in error["message"]
         assert post(client, name=f"{sampler}-{missing}", sampler="tpe").status_code == 201
+
+
+def test_a_sampler_that_would_take_too_long_is_refused_by_its_budget(client: httpx.Client) -> None:
+    for budget in ({"trials": 1001}, {"seconds": 60}):
+        (error,) = post(client, sampler="gp", budget=budget).json()["errors"]
+        assert error["field"] == "budget.trials"
+        assert "1000 or fewer" in error["message"]
+    assert post(client, sampler="gp", budget={"trials": 1000}).status_code == 201
+
+
+@pytest.mark.parametrize(
+    ("settings", "field", "says"),
+    [
+        ({"ignore": ["y"]}, "ignore", "'y' is the target"),
+        ({"numeric": ["a"], "categorical": ["a"]}, "categorical", "'a' is named under numeric"),
+        ({"delimiter": "§"}, "delimiter", "must be an ASCII character"),
+        ({"delimiter": "\n"}, "delimiter", "no quotation mark or end of a line"),
+    ],
+)
+def test_settings_of_a_table_that_contradict_each_other_are_refused(
+    client: httpx.Client, engine: Engine, settings: dict[str, Any], field: str, says: str
+) -> None:
+    register(engine, datasets="table", models="linear")
+    data = {"path": "t.csv", "target": "y", **settings}
+    task = {"dataset": "table", "model": "linear", "data": data}
+    (error,) = post(client, task=task).json()["errors"]
+    assert error["field"] == f"task.data.{field}"
+    assert says in error["message"]
+    with transaction(engine) as session:  # as one that an earlier version has let in
+        studies.create(session, parse_spec({**SPEC, "task": task}), "client")
+    assert client.get("/v1/studies/study").status_code == 200
 
 
 def test_the_warning_tells_who_is_missing(client: httpx.Client, engine: Engine) -> None:

@@ -324,6 +324,30 @@ def lease_one(engine: Engine, study: Study, *, alone: bool) -> Sequence[Lease]:
         )
 
 
+def test_failures_that_nobody_led_through_end_a_study_as_well(engine: Engine) -> None:
+    study = builders.create(engine, budget={"trials": 100})
+    builders.append(engine, study, 2 + FAIL_SOON.max_consecutive_failures)
+    builders.complete(engine, builders.lease(engine, study))
+    builders.lease(engine, study)  # and goes on
+    with transaction(engine) as session:
+        leases = leasing.lease(session, study.study_id, "w", 99, 30)
+        failed = Failed("ZeroDivisionError", "Traceback")
+        reporting.finish(session, [(lease, failed) for lease in leases], "w")
+    Conductor(engine, FAIL_SOON, study.study_id).round()
+    assert builders.study_state(engine, study) == "failed"
+
+
+def test_cancelled_trials_are_no_failures(engine: Engine) -> None:
+    """As when a budget of seconds ends and is then raised."""
+    study = builders.create(engine, budget={"trials": 100})
+    builders.append(engine, study, FAIL_SOON.max_consecutive_failures)
+    with transaction(engine) as session:
+        studies.withdraw_waiting(session, study.study_id, "the time is up", "scheduler")
+    builders.register(engine, "busy", 1)
+    Conductor(engine, FAIL_SOON, study.study_id).round()
+    assert "waiting" in builders.states(engine, study)
+
+
 def test_a_few_fatal_trials_that_had_to_wait_for_all_others_end_no_study(engine: Engine) -> None:
     study = builders.create(engine, budget={"trials": 8})
     for _ in range(4):

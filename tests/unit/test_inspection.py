@@ -320,6 +320,12 @@ def test_what_the_arguments_say_is_no_setting(run: Any, setting: str) -> None:
     assert f"--set {setting.partition('=')[0]}: means nothing" in said
 
 
+def test_a_data_set_may_have_a_setting_of_any_name(run: Any) -> None:
+    _, _, said = run("check", "wine", "--set", "name=other")
+    assert "means nothing" not in said
+    assert "task.data.name" in said
+
+
 def test_unknown_names_and_settings_end_with_codes_of_their_own(run: Any) -> None:
     assert run("check", "nothing")[0] == NOT_FOUND
     assert run("check", "mlp", "--data", "nothing")[0] == NOT_FOUND

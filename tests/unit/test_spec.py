@@ -294,31 +294,6 @@ def test_the_learning_rate_defaults_by_optimizer() -> None:
             "task.data.kind",
             "'classification' or 'regression'",
         ),
-        (
-            {"task": {**TABLE, "data": {"path": "t", "target": "y", "ignore": ["y"]}}},
-            "task.data.ignore",
-            "'y' is named under target as well",
-        ),
-        (
-            {
-                "task": {
-                    **TABLE,
-                    "data": {"path": "t", "target": "y", "numeric": ["a"], "categorical": ["a"]},
-                }
-            },
-            "task.data.categorical",
-            "'a' is named under numeric as well",
-        ),
-        (
-            {"task": {**TABLE, "data": {"path": "t", "target": "y", "delimiter": "§"}}},
-            "task.data.delimiter",
-            "must be an ASCII character",
-        ),
-        (
-            {"task": {**TABLE, "data": {"path": "t", "target": "y", "delimiter": "\n"}}},
-            "task.data.delimiter",
-            "no quotation mark or end of a line",
-        ),
         ({"range": 1}, "range", "unknown field; known: name, task"),
         ({"search": {"range": 1}}, "search.range", "known: weight_decay, dropout"),
         ({"validation": {"choices": 3}}, "validation.choices", "known: fraction"),

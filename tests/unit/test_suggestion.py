@@ -335,18 +335,52 @@ def test_what_has_ended_while_nobody_led_takes_part_in_the_rungs() -> None:
     assert heir.report(7, [(1, 0.9), (2, 0.8)]) == 2
 
 
-def test_failures_are_in_a_row_by_number() -> None:
-    mirror = Mirror(spec(budget={"trials": 60}))
-    mirror.suggest(8)
-    for number in (0, 5, 2):
-        mirror.tell(number, TrialState.FAIL, None)
-    assert mirror.failing_in_a_row([6, 7]) == 5
-    mirror.tell(3, TrialState.COMPLETE, 0.5)
-    assert mirror.failing_in_a_row([1, 6, 7]) == 3
-    mirror.tell(1, TrialState.PRUNED, None)
-    assert mirror.failing_in_a_row([]) == 1
-    mirror.tell(6, TrialState.COMPLETE, 0.5)
-    assert mirror.failing_in_a_row([4, 7]) == 1
+def test_a_trial_that_was_promoted_is_not_condemned_in_hindsight() -> None:
+    """It came first to its rung; what has come after it was better there."""
+    study = spec(**ASHA)
+    mirror = Mirror(study)
+    made = mirror.suggest(8)
+    assert mirror.report(7, [(1, 0.9), (2, 0.8), (3, 0.1)]) is None
+    notes = dict(mirror.take_notes(7))
+    assert notes
+    assert mirror.take_notes(7) == {}
+    others = [as_stored(one, [0.5, 0.4], TrialState.RUNNING) for one in made[:7]]
+    promoted = as_stored(made[7], [0.9, 0.8, 0.1], TrialState.RUNNING)
+    promoted.system_attrs = {**made[7].system_attrs, **notes}
+    heir = Mirror(study)
+    heir.restore([*others, promoted])
+    assert heir.report(7, [(4, 0.1)]) is None
+
+
+def test_a_verdict_is_kept_among_the_notes_and_stands_for_every_attempt() -> None:
+    study = spec(**ASHA)
+    mirror = Mirror(study)
+    made = mirror.suggest(8)
+    for number in range(2, 7):
+        mirror.report(number, [(1, 0.5), (2, 0.4)])
+    assert mirror.report(7, [(1, 0.9), (2, 0.8)]) == 2
+    again = as_stored(made[7], [0.9, 0.8, 0.7], TrialState.RUNNING)
+    again.system_attrs = {**made[7].system_attrs, **mirror.take_notes(7)}
+    heir = Mirror(study)
+    heir.restore([as_stored(one, [], TrialState.RUNNING) for one in made[:7]] + [again])
+    assert heir.report(7, [(4, 0.1)]) == 2
+
+
+@pytest.mark.parametrize("pruner", ["extrapolation", "median"])
+def test_other_pruners_are_asked_about_the_last_epoch_of_a_trial_that_is_taken_over(
+    pruner: str,
+) -> None:
+    """It was among the worst, when nobody could know; by now it leads."""
+    study = spec(**{**ASHA, "pruner": {"name": pruner, "first_epoch": 2}})
+    made = Mirror(study).suggest(12)
+    slow = [0.9] * 20 + [0.1] * 5
+    ended = [as_stored(one, [0.5] * 30, TrialState.COMPLETE) for one in made[:11]]
+    heir = Mirror(study)
+    heir.restore([*ended, as_stored(made[11], slow, TrialState.RUNNING)])
+    assert heir.report(11, [(26, 0.1)]) is None
+    late = Mirror(study)
+    late.restore([*ended, as_stored(made[11], slow[:20], TrialState.RUNNING)])
+    assert late.report(11, [(21, 0.9)]) is not None
 
 
 def test_a_grid_has_every_point_of_every_optimizer_once() -> None:

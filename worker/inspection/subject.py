@@ -1,6 +1,6 @@
 """What is looked at: a task, a data set or a model by its name, or the task of a study."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -57,11 +57,10 @@ def find_subject(
         _refuse(given, "a study's file, which says it all")
         return Subject("study", name, parse_text(_read(name)))
     own = dict(_setting(text) for text in sets)
-    _refuse([f"--set {taken}" for taken in _NAMES if taken in own], "what has a name already")
     task: dict[str, Any]
     if name in points(TASKS, settings.tasks):
         _refuse([option for option in given if option != "--set"], "a task")
-        kind, task = "task", {"name": name, **own}
+        kind, task = "task", {"name": name, **_without_names(own)}
     elif name in points(DATASETS, {}):
         _refuse([option for option in given if option == "--data"], "a data set")
         model = _known(model or MODEL_FOR_DATA, MODELS, "model")
@@ -69,10 +68,15 @@ def find_subject(
     elif name in points(MODELS, {}):
         _refuse([option for option in given if option == "--model"], "a model")
         data = _known(data or DATA_FOR_MODELS, DATASETS, "data set")
-        kind, task = "model", {"dataset": data, "model": name, **own}
+        kind, task = "model", {"dataset": data, "model": name, **_without_names(own)}
     else:
         raise _unknown(name, "task, data set or model")
     return Subject(kind, name, parse_spec({"name": "task", "task": task, "budget": {"trials": 2}}))  # type: ignore[arg-type]
+
+
+def _without_names(own: Mapping[str, Any]) -> Mapping[str, Any]:
+    _refuse([f"--set {taken}" for taken in _NAMES if taken in own], "what has a name already")
+    return own
 
 
 def _refuse(options: Sequence[str], kind: str) -> None:

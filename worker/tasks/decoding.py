@@ -203,6 +203,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
     ``ImageOps.exif_transpose`` also writes the other notes anew, and fails if one of them is wrong.
     """
+    image.load()  # which turns a TIFF already, and takes the note away
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # noqa: BLE001 - of broken notes Pillow raises anything

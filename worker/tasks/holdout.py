@@ -39,13 +39,14 @@ def strata(
     """Return by what rows are stratified: the class, if it has a row for each part.
 
     Rarer classes are one stratum together, and if that is too small it joins the largest class.
-    ``fraction`` is the share of the smaller of two parts, which cannot have a row of each stratum
-    if there are more of them than rows: then the smallest classes are one together as well.
+    ``fraction`` is the share of one of two parts, the smaller of which cannot have a row of each
+    stratum if there are more of them than rows: then the smallest classes are one as well.
     """
     counts = np.bincount(labels)
     rare = (counts < parts) & (counts > 0)
     if fraction is not None:
-        most = ceil(min(fraction, 1 - fraction) * len(labels))
+        drawn = ceil(fraction * len(labels))
+        most = min(drawn, len(labels) - drawn)
         if np.count_nonzero(counts >= parts) + rare.any() > most:
             rare = counts > 0
             rare[np.argsort(-counts, kind="stable")[: max(0, most - 1)]] = False

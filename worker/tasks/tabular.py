@@ -35,6 +35,8 @@ def table(storage: Storage, **settings: Any) -> Data:
     in the order of their names, or of their values. Raises InvalidData.
     """
     asked = TableSettings.model_validate(settings)
+    for field, fault in asked.contradictions():
+        raise InvalidData(f"task.data.{field}: {fault}")
     train = _read(asked.path, storage, asked)
     both = train if asked.test_path is None else _with_test_rows(train, storage, asked)
     columns = {name: _settled(both[name], name, asked) for name in both.column_names}

@@ -1,5 +1,6 @@
 import errno
 import fcntl
+import io
 import multiprocessing
 import os
 import re
@@ -96,13 +97,16 @@ def test_an_image_is_turned_as_its_camera_was(storage):
     assert x[..., :8].max() == 0
 
 
+@pytest.mark.parametrize("kind", ["png", "tiff", "webp", "jpeg"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_orientation_is_turned_as_pillow_turns_it(orientation):
+def test_every_orientation_is_turned_as_pillow_turns_it(orientation, kind):
     rng = np.random.default_rng(0)
-    image = Image.fromarray(rng.integers(0, 256, (5, 7), np.uint8))
-    image.getexif()[ExifTags.Base.Orientation] = orientation
-    turned = decoding._upright(image)
-    assert np.array_equal(np.asarray(turned), np.asarray(ImageOps.exif_transpose(image)))
+    image, file = Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8)), io.BytesIO()
+    exif = image.getexif()
+    exif[ExifTags.Base.Orientation] = orientation
+    image.save(file, kind, exif=exif)
+    turned = decoding._upright(Image.open(file))
+    assert np.array_equal(np.asarray(turned), np.asarray(ImageOps.exif_transpose(Image.open(file))))
 
 
 def entry(tag: int, kind: int, count: int, value: bytes) -> bytes:

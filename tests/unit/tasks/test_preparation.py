@@ -217,6 +217,7 @@ def test_a_class_of_one_row_takes_stratification_from_no_other(rarest):
 
 def test_more_classes_than_the_smaller_part_has_rows_can_be_split():
     y = np.repeat(np.arange(100), 4)
+    assert [len(part) for part in hold_out(np.arange(6) % 3, 3, 0.55)] == [2, 4]
     for tested in (hold_out(y, 100, 0.2)[1], hold_out(y, 100, 0.8)[0]):
         assert len(tested) == 80
         assert np.bincount(y[tested])[:79].max() == 1

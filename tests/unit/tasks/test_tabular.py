@@ -261,6 +261,8 @@ def test_test_rows_may_have_a_file_of_their_own(tmp_path):
         ("age,paid\n1,yes,3\n", {}, "Expected 2 columns, got 3"),
         (ROWS, {"target": "income"}, "no column 'income'; it has age, town, paid, noise"),
         (ROWS, {"ignore": ["x"]}, "no column 'x'"),
+        (ROWS, {"ignore": ["paid"]}, "task.data.ignore: 'paid' is the target"),
+        (ROWS, {"delimiter": "§"}, "task.data.delimiter: must be an ASCII"),
         ("a,paid\n1,yes\n2,yes\n", {}, "'paid' has one class alone"),
         ("a,paid\n1,yes\n2,\n", {}, "'paid' is missing in 1 of 2 rows"),
         ("a,paid\n1,1.5\n2,nan\n", {}, "'paid' is missing in 1 of 2 rows"),
