@@ -257,6 +257,7 @@ def size(server: Server, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     measures = [*_suggestions(engine, big), _restart(url, engine, big)]
     with service_process(url) as (_, client):
         _suggest_more(engine, big, 3)
+        _wait_until_nothing_is_suggested(engine, big)
         study, poll = f"/v1/studies/{big.name}", f"/api/studies/{small.study_id}?after="
         pages = f"{study}/trials?limit=100"
         measures += [
@@ -269,7 +270,9 @@ def size(server: Server, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             _timed(client, f"dashboard at {shown} trials, all of them", f"{poll}0", None),
             _timed(client, "… a poll for what is new", f"{poll}{shown - 10}", 150),
         ]
+        known = _appended(engine, big)
         _want_lanes(engine, 200)
+        wait_until(lambda: _appended(engine, big) > known, 120)
         measures.append(_timed(client, "GET of the study while suggestions are made", study, None))
     engine.dispose()
     _print_measures(measures)
@@ -367,6 +370,15 @@ def _suggest_more(engine: Engine, study: Study, lanes: int) -> None:
     _want_lanes(engine, lanes)
     wait_until(lambda: _appended(engine, study) > known, 120)
     _want_lanes(engine, 0)
+
+
+def _wait_until_nothing_is_suggested(engine: Engine, study: Study) -> None:
+    """Wait until a second has passed without a suggestion: what is begun goes on for a while."""
+    known, since = _appended(engine, study), time.perf_counter()
+    while time.perf_counter() < since + 1:
+        time.sleep(0.05)
+        if (now := _appended(engine, study)) != known:
+            known, since = now, time.perf_counter()
 
 
 def _want_lanes(engine: Engine, lanes: int) -> None:

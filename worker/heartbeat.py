@@ -30,7 +30,8 @@ def end_process() -> None:
 class Heartbeat:
     """Calls ``renew`` several times a lease, whenever at least one step was taken since.
 
-    Calls ``give_up`` when none was taken for ``hung_seconds``.
+    Calls ``give_up`` when none was taken for ``hung_seconds``. What is ``between_steps`` counts as
+    a step that goes on.
     """
 
     def __init__(
@@ -39,8 +40,10 @@ class Heartbeat:
         lease_seconds: float,
         hung_seconds: float,
         give_up: Callable[[], None] = end_process,
+        between_steps: Callable[[], bool] = lambda: False,
     ) -> None:
         """``renew`` must not block."""
+        self._between_steps = between_steps
         self._renew = renew
         self._give_up = give_up
         self._seconds = lease_seconds / BEATS_A_LEASE
@@ -65,7 +68,7 @@ class Heartbeat:
     def _run(self) -> None:
         seen, seen_at = self._steps, time.monotonic()
         while not self._stopping.wait(self._seconds):
-            if self._steps != seen:
+            if self._steps != seen or self._between_steps():
                 seen, seen_at = self._steps, time.monotonic()
                 self._beat()
             elif time.monotonic() - seen_at > self._patience:

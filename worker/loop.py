@@ -40,7 +40,7 @@ from worker.refusals import Refusals
 from worker.shutdown import Interrupted, Shutdown
 from worker.stack import Stack
 from worker.training import capacity
-from worker.training.compiling import first_line
+from worker.training.compiling import first_line, is_between_steps
 from worker.training.engine import Engine, check_device
 from worker.training.model import UnsupportedModel
 
@@ -106,6 +106,7 @@ class Worker:
         database.check(self._database)
         with database.reachable(), transaction(self._database) as session:
             self._register(session)
+        self._shutdown.say_last(self._part)
         log.info("worker_started", worker=self.name, device=str(self._device), lanes=self._lanes)
         with self._listener:
             while not self._shutdown.requested:
@@ -113,13 +114,19 @@ class Worker:
                 if not self._train_next():
                     self._wait()
         self._drop_stack()
+        self._part()
+        self._database.dispose()
+        log.info("worker_stopped", worker=self.name)
+
+    def _part(self) -> None:
+        """Say that this worker stops; of what it holds then, as while it hangs, it lets go."""
+        leases = self._stack.leases if self._stack else []
         try:
             with transaction(self._database) as session:
+                leasing.release(session, leases, self.name)
                 workers.leave(session, self.name, socket.gethostname(), os.getpid())
         except database.FAULTS as error:
             log.warning("database_lost", worker=self.name, error=str(error).splitlines()[0])
-        self._database.dispose()
-        log.info("worker_stopped", worker=self.name)
 
     def _register(self, session: Session) -> None:
         workers.register(
@@ -388,7 +395,10 @@ class Worker:
         if stack.idle:
             return
         heartbeat = Heartbeat(
-            stack.renew, self._settings.lease_seconds, self._settings.hung_seconds
+            stack.renew,
+            self._settings.lease_seconds,
+            self._settings.hung_seconds,
+            between_steps=is_between_steps,
         )
 
         def progress() -> None:

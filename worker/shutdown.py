@@ -1,15 +1,18 @@
 """Polite stops: the first SIGTERM or Ctrl-C gives the trials back, the second one kills.
 
 So does the first one, should giving back take too long: a machine that is about to be taken away
-does not wait, and a database that is gone would not come back for it.
+does not wait, and a database that is gone would not come back for it. Whoever has not noticed by
+then, as in a step that takes a minute, has its last words said for it before.
 """
 
 import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 
 GRACE_SECONDS = 10.0
+LAST_WORDS_SECONDS = 8.5
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -24,6 +27,7 @@ class Shutdown:
     def __init__(self) -> None:
         self._requested = threading.Event()
         self._number: int | None = None
+        self._last_words: Callable[[], None] = lambda: None
 
     @property
     def requested(self) -> bool:
@@ -38,6 +42,10 @@ class Shutdown:
     def request(self) -> None:
         """Ask for a stop, as the first signal does."""
         self._requested.set()
+
+    def say_last(self, words: Callable[[], None]) -> None:
+        """Let ``words`` be called, from a thread of its own, before the process is ended."""
+        self._last_words = words
 
     def check(self) -> None:
         """Raise Interrupted once a stop was asked for."""
@@ -54,6 +62,13 @@ class Shutdown:
         if self.requested:
             self.end_process()
         self.request()
-        last_resort = threading.Timer(GRACE_SECONDS, self.end_process)
-        last_resort.daemon = True
-        last_resort.start()
+        for seconds, act in ((LAST_WORDS_SECONDS, self._part), (GRACE_SECONDS, self.end_process)):
+            timer = threading.Timer(seconds, act)
+            timer.daemon = True
+            timer.start()
+
+    def _part(self) -> None:
+        try:
+            self._last_words()
+        finally:
+            self.end_process()

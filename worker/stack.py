@@ -141,6 +141,11 @@ class Stack:
         return Turn(self.study.study_id, self.shape)
 
     @property
+    def leases(self) -> Sequence[Lease]:
+        """The trials that it holds; from any thread."""
+        return list(self._leases.values())
+
+    @property
     def training(self) -> bool:
         """Whether any trial is in training."""
         return bool(self._engine.lanes)
@@ -379,8 +384,7 @@ class Stack:
         self._capacity = self._capacity.halved(trials * self._engine.members)
         self._engine.max_lanes = self._capacity.lanes
         if not self._settings.lanes:
-            seconds = capacity.ACCIDENT_SECONDS
-            self._memory.keep(self._capacity, *self._situation, seconds=seconds)
+            self._memory.keep(self._capacity, *self._situation)
         capacity.free_memory(self._device)
         self._give_back(self._engine.lanes[self._engine.slots :])
         capacity.free_memory(self._device)

@@ -48,6 +48,8 @@ def raises(logits: Tensor) -> Tensor:
 
 
 def hangs(logits: Tensor) -> Tensor:
+    """Never return; leave a mark that it has begun."""
+    (Path(os.environ["REGTUNE_DATA_DIR"]) / "hung").touch()
     while True:
         time.sleep(1)
 

@@ -41,7 +41,9 @@ def scheduler(engine: Engine, database_url: str) -> Iterator[None]:
 
 
 @contextmanager
-def supervised_worker(url: str, data: Path) -> Iterator[subprocess.Popen[bytes]]:
+def supervised_worker(
+    url: str, data: Path, lease_seconds: float = LEASE_SECONDS
+) -> Iterator[subprocess.Popen[bytes]]:
     """``regtune worker --gpus all``, on the CPU."""
     process = subprocess.Popen(
         [sys.executable, "-c", RUN],
@@ -52,9 +54,9 @@ def supervised_worker(url: str, data: Path) -> Iterator[subprocess.Popen[bytes]]
             ),
             "REGTUNE_DATABASE_URL": url,
             "REGTUNE_DATA_DIR": str(data),
-            "REGTUNE_LEASE_SECONDS": str(LEASE_SECONDS),
+            "REGTUNE_LEASE_SECONDS": str(lease_seconds),
             "REGTUNE_MAX_ATTEMPTS": str(MAX_ATTEMPTS),
-            "REGTUNE_HUNG_SECONDS": str(2 * LEASE_SECONDS),
+            "REGTUNE_HUNG_SECONDS": str(2 * lease_seconds),
             "REGTUNE_BUILD_SECONDS": str(2 * LEASE_SECONDS),
             "OMP_NUM_THREADS": "1",
         },
@@ -164,3 +166,21 @@ def test_who_is_told_to_stop_while_it_builds_gives_back_at_once_and_does_not_wai
             == 0
         )
     assert seconds < GRACE_SECONDS
+
+
+@pytest.mark.slow
+def test_who_is_told_to_stop_in_a_step_that_does_not_end_gives_back_in_time(
+    engine: Engine, database_url: str, tmp_path: Path
+) -> None:
+    study = faulty(engine, "hangs")
+    with supervised_worker(database_url, tmp_path, lease_seconds=30) as process:
+        wait_until((tmp_path / "hung").exists, SECONDS)
+        process.send_signal(signal.SIGTERM)
+        told = time.monotonic()
+        process.wait(30)
+        seconds = time.monotonic() - told
+    assert seconds < GRACE_SECONDS + 1
+    assert "running" not in builders.states(engine, study)
+    with engine.connect() as connection:
+        query = "SELECT max(lost_leases) FROM regtune.trials"
+        assert connection.scalar(text(query)) == 0

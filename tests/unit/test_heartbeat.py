@@ -31,6 +31,21 @@ def test_it_does_not_renew_for_a_worker_that_hangs() -> None:
     assert renewals == 1
 
 
+def test_what_happens_between_steps_is_progress_as_well() -> None:
+    """To record a large network takes longer than a lease lasts."""
+    renewed, gave_up, recording = threading.Event(), threading.Event(), threading.Event()
+    recording.set()
+    heartbeat = Heartbeat(renewed.set, 0.03, 0.2, gave_up.set, between_steps=recording.is_set)
+    heartbeat.start()
+    for _ in range(20):
+        assert renewed.wait(30)
+        renewed.clear()
+    assert not gave_up.is_set()
+    recording.clear()
+    assert gave_up.wait(30)
+    heartbeat.stop()
+
+
 def test_a_renewal_that_fails_is_tried_again() -> None:
     failures = 0
     recovered = threading.Event()

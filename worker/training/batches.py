@@ -108,6 +108,12 @@ class Batches:
         group_K = None if isinstance(group, int) else _on(np.array(group), self._device)
         return order, Keys(_on(keys_SGN2, self._device), group_K)
 
+    @property
+    def bytes_of_epoch(self) -> int:
+        """What ``of_epoch`` takes on the device for a lane that shares its place with no other."""
+        keys = len(self.sizes) * (self._sites + PERTURBATIONS + INPUT_KEYS) * 8
+        return 8 * self.rows + keys
+
     def _order(self, place: Place) -> NDArray[np.int64]:
         training = self._splits[place.member].training
         shuffled = data_order(self._seeds[place.member], place.epoch, len(training))

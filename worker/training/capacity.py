@@ -47,7 +47,9 @@ _LIMIT_AND_USE = ("memory.max", "memory.current")
 _MEMORY = Path("/proc/meminfo")
 
 ACCIDENT_SECONDS = 86_400.0
-"""How long it is remembered that lanes have run out of memory: another program may have held it."""
+"""How long it is remembered that memory was short."""
+
+_ROOM_FOR, _RAN_OUT = "there is room for", "ran out of memory"
 
 PATIENCE_SECONDS = 20.0
 """A measurement that has taken as long is over: the steps are so long that few lanes will do."""
@@ -57,8 +59,9 @@ PATIENCE_SECONDS = 20.0
 class Footprint:
     """The bytes of one lane.
 
-    ``state`` is what it holds throughout (weights, best copy, moments, buffers, and a copy of what
-    an epoch changes), ``step`` what it needs besides within a step (gradient, activations).
+    ``state`` is what it holds throughout: weights, best copy, moments, buffers, a copy of what an
+    epoch changes, and the epoch's order of rows and keys of noise. ``step`` is what it needs more
+    within a step: gradient, activations.
     """
 
     state: int
@@ -83,13 +86,19 @@ class Capacity:
     trial_epochs_per_second: float | None = None
     data: str | None = None
 
+    @property
+    def remembered_seconds(self) -> float:
+        """For how long it holds: where memory was short, another program may have held it."""
+        was_short = self.reason.startswith(_ROOM_FOR) or self.reason.endswith(_RAN_OUT)
+        return ACCIDENT_SECONDS if was_short else inf
+
     def halved(self, trained: int) -> "Capacity":
         """Return what is left after so many lanes have run out of memory in training."""
         lanes = min(self.lanes, trained)
         return replace(
             self,
             lanes=max(1, lanes // 2),
-            reason=f"{lanes} lanes ran out of memory",
+            reason=f"{lanes} lanes {_RAN_OUT}",
             trial_epochs_per_second=None,
         )
 
@@ -115,7 +124,7 @@ def measure(
     started = perf_counter()
     fitting = MEMORY_MARGIN * free_bytes(device) / footprint.total
     room = max(members, int(min(fitting, most(device))))
-    trials = -(-min(room, provisional(device)) // members)
+    trials = min(-(-provisional(device) // members), room // members)
     lanes = max(1, trials) * members
     rates: dict[int, float] = {}
     reason = ""
@@ -125,7 +134,7 @@ def measure(
         except Exception as error:
             if not is_out_of_memory(error) or not rates:
                 raise
-            reason = f"{lanes} lanes ran out of memory"
+            reason = f"{lanes} lanes {_RAN_OUT}"
         if lanes not in rates:
             free_memory(device)  # which the error's frames have held
             break
@@ -135,7 +144,7 @@ def measure(
         elif lanes * 2 > most(device):
             reason = f"{most(device)} lanes are the most that are computed at a time"
         elif lanes * 2 > room:
-            reason = f"there is room for {room}"
+            reason = f"{_ROOM_FOR} {room}"
         elif perf_counter() - started > PATIENCE_SECONDS:
             reason = f"steps of {lanes} lanes are long enough"
         lanes *= 2
@@ -171,11 +180,12 @@ class Memory:
         except TypeError:  # of another version
             return None
 
-    def keep(self, capacity: Capacity, *situation: object, seconds: float = inf) -> None:
-        """Remember a capacity, for so long.
+    def keep(self, capacity: Capacity, *situation: object) -> None:
+        """Remember a capacity, for as long as it holds.
 
         A file that cannot be written costs a measurement next time.
         """
+        seconds = capacity.remembered_seconds
         until = {} if seconds == inf else {"until": time() + seconds}
         entry = {_key(situation): {**asdict(capacity), **until}}
         try:

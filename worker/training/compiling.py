@@ -122,6 +122,32 @@ _CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 Function = Callable[..., Tensor]
 
 
+_BETWEEN_STEPS: dict[int, float] = {}
+"""Threads that record, compare or capture a program, and since when."""
+
+MOST_SECONDS_BETWEEN_STEPS = 600.0
+"""What takes longer than that hangs."""
+
+
+@contextmanager
+def _between_steps() -> Iterator[None]:
+    thread = threading.get_ident()
+    _BETWEEN_STEPS[thread] = perf_counter()
+    try:
+        yield
+    finally:
+        _BETWEEN_STEPS.pop(thread, None)
+
+
+def is_between_steps() -> bool:
+    """Say whether a program is being recorded, compared or captured, which is progress of a kind.
+
+    To record a large network takes a minute, in which no step is taken.
+    """
+    now = perf_counter()
+    return any(now - began < MOST_SECONDS_BETWEEN_STEPS for began in [*_BETWEEN_STEPS.values()])
+
+
 class Program:
     """A function of tensors for one set of shapes, in the fastest form found so far.
 
@@ -225,7 +251,8 @@ class Program:
 
     def _capture(self, form: Form, fixed: Leaves, varying: Leaves) -> Tensor:
         """Capture a form and call it once."""
-        made = self._try_to_capture(form, fixed, varying)
+        with _between_steps():
+            made = self._try_to_capture(form, fixed, varying)
         if made is None:
             return form(*fixed, *varying)[0]
         captured, expected, copies = made
@@ -294,7 +321,8 @@ class Program:
         """Change this program, unless another thread does so right now."""
         if self._changing.acquire(blocking=False):
             try:
-                change()
+                with _between_steps():
+                    change()
             finally:
                 self._changing.release()
 

@@ -312,7 +312,7 @@ class Engine:
                 tick,
                 trying=trying,
             )
-            measured_TM5 = measured_K5.double().cpu().view(len(self._lanes), self._members, 5)
+            measured_TM5 = measured_K5.cpu().double().view(len(self._lanes), self._members, 5)
         seconds = perf_counter() - started
         epochs = self._close_epoch(measured_TM5, seconds)
         self._epochs.ended(seconds, max(self.epochs_left().values()))
@@ -377,7 +377,7 @@ class Engine:
             changing += weights + kept
         step = self._epochs.settle_memory(*self._throwaway(WEIGHED_LANES)) // WEIGHED_LANES
         return Footprint(
-            state=2 * changing + weights + kept,
+            state=2 * changing + weights + kept + self._epochs.batches.bytes_of_epoch,
             step=step,
         )
 
@@ -406,7 +406,12 @@ class Engine:
             tensors.slice(slice(0, lanes)),
             strengths_of([typical] * lanes, self._device, self._dtype),
             np.full(lanes, typical.learning_rate),
-            [Place(lane % self._members, 1) for lane in range(lanes)],
+            # Each trial at an epoch of its own, as once some have been refilled: such lanes share
+            # neither an order of the rows nor, where those are streamed, the rows.
+            [
+                Place(lane % self._members, 1 + lane // self._members % self._training.max_epochs)
+                for lane in range(lanes)
+            ],
         )
 
     def settle(self) -> None:

@@ -291,7 +291,8 @@ class Epochs:
         size = self.batches.sizes[0]
         with closing(self._supply.batches(order, [size])) as batches:
             batch = next(batches)
-        weight_B = self._like.new_ones(size)
+        several = len(self._splits) > 1  # members, each of which gathers rows of its own
+        weight = self._like.new_ones((lanes, size) if several else size)
         step = self._replicas.get()
         with torch.no_grad():
             training = peak_bytes(
@@ -311,13 +312,13 @@ class Epochs:
                     own.tensors.parameters,
                     own.tensors.buffers,
                     source,
-                    weight_B,
+                    weight,
                     *brought,
-                    index.view(lanes, -1)[0],
+                    index.view(lanes, -1) if several else index.view(lanes, -1)[0],
                 )
             )
         self._replicas.put(step)
-        bytes_per_row = evaluation / len(weight_B)
+        bytes_per_row = evaluation / size
         rows = int(max(training, lanes * CHEAP_BYTES) / bytes_per_row)
         self._evaluation_rows = max(1, min(rows, MOST_EVALUATION_ROWS))
         held = BATCHES_AT_ONCE + (CAPTURED_BATCHES if self._device.type == "cuda" else 0)

@@ -111,8 +111,12 @@ class Lane:
     def observe(
         self, train_loss: float, validation_losses: Sequence[float], score: float, max_epochs: int
     ) -> None:
-        """Take in one more epoch of all members, and decide whether it was the last."""
-        self.latest_loss = validation_loss = fmean(validation_losses)
+        """Take in one more epoch of all members, and decide whether it was the last.
+
+        Of several losses that are not all finite there is no mean that says anything.
+        """
+        several_finite = all(map(isfinite, validation_losses)) or len(validation_losses) == 1
+        self.latest_loss = validation_loss = fmean(validation_losses) if several_finite else nan
         self.stopping = self.stopping.observe(validation_loss)
         if self.stopping.improved:
             self.best_score = score

@@ -105,20 +105,45 @@ def test_lanes_are_those_of_whole_trials(monkeypatch):
     assert measure(saturating_at(1), SMALL, CPU, members=5).lanes == 10
 
 
+@pytest.mark.parametrize(("members", "room", "lanes"), [(5, 6, 5), (7, 8, 7), (3, 9, 9), (9, 4, 9)])
+def test_no_more_lanes_are_tried_than_there_is_room_for_whole_trials(
+    monkeypatch, members, room, lanes
+):
+    monkeypatch.setattr(capacity, "provisional", lambda device: 8)
+    free = room * SMALL.total / capacity.MEMORY_MARGIN
+    monkeypatch.setattr(capacity, "free_bytes", lambda device: free + 1)
+    tried = []
+    measure(lambda lanes: tried.append(lanes) or 1.0, SMALL, CPU, members=members)
+    assert tried == [lanes]
+
+
 def test_half_the_lanes_remain_after_an_accident_and_never_none():
     assert Capacity(9, "").halved(9) == Capacity(4, "9 lanes ran out of memory")
     assert Capacity(9, "").halved(3) == Capacity(1, "3 lanes ran out of memory")
     assert Capacity(1, "").halved(1).lanes == 1
 
 
-def test_an_accident_is_remembered_for_as_long_as_it_is_said_and_no_longer(tmp_path, monkeypatch):
+@pytest.mark.parametrize("lack", ["room", "an accident", "an accident in training"])
+def test_a_lack_of_memory_is_remembered_for_a_day(tmp_path, monkeypatch, lack):
+    """Another program may have held it."""
+
+    def rehearse(lanes: int) -> float:
+        if lanes > 4 and lack == "an accident":
+            raise MemoryError
+        return float(lanes)
+
+    if lack == "room":
+        monkeypatch.setattr(capacity, "free_bytes", lambda device: 10 * SMALL.total)
+    short = measure(rehearse, SMALL, CPU)
+    if lack == "an accident in training":
+        short = short.halved(8)
     memory = Memory(tmp_path / "capacity.json")
-    memory.keep(Capacity(4, "an accident"), "here", seconds=60)
-    memory.keep(Capacity(8, "measured"), "there")
-    assert memory.recall("here") == Capacity(4, "an accident")
-    monkeypatch.setattr(capacity, "time", lambda: time.time() + 61)
+    memory.keep(short, "here")
+    memory.keep(Capacity(8, "8 lanes are hardly faster"), "there")
+    assert memory.recall("here") == short
+    monkeypatch.setattr(capacity, "time", lambda: time.time() + capacity.ACCIDENT_SECONDS + 1)
     assert memory.recall("here") is None
-    assert memory.recall("there") == Capacity(8, "measured")
+    assert memory.recall("there") == Capacity(8, "8 lanes are hardly faster")
 
 
 def test_what_another_version_remembered_is_measured_again(tmp_path):
@@ -166,4 +191,5 @@ def test_the_footprint_counts_weights_moments_copies_and_activations(make_engine
     """6 inputs, 16 hidden and 3 classes, AdamW, batches of 16 rows, float64."""
     engine = make_engine(settings={"hidden": [16], "norm": "none"}, knobs=frozenset({"dropout"}))
     weights = 6 * 16 + 16 + 16 * 3 + 3
-    assert engine.footprint.state == 8 * weights * 7  # current and two moments twice, best once
+    kept = 8 * weights * 7  # current and two moments twice, best once
+    assert engine.footprint.state == kept + engine._epochs.batches.bytes_of_epoch

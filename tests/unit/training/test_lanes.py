@@ -1,4 +1,4 @@
-from math import inf, nan
+from math import inf, isnan, nan
 
 import pytest
 import torch
@@ -82,7 +82,9 @@ def test_a_trial_goes_by_the_mean_of_its_members_and_keeps_their_spread():
     assert trial_of_two.best_score == 3.0
 
 
-def test_one_member_that_diverges_ends_its_trial():
+@pytest.mark.parametrize("losses", [[1.0, inf], [1.0, -inf], [inf, -inf], [nan, 1.0]])
+def test_one_member_that_diverges_ends_its_trial(losses):
     trial_of_two = lane()
-    trial_of_two.observe(1.0, [1.0, inf], score=0.5, max_epochs=9)
+    trial_of_two.observe(1.0, losses, score=0.5, max_epochs=9)
     assert trial_of_two.ended == "diverged"
+    assert isnan(trial_of_two.latest_loss)
