@@ -11,6 +11,7 @@ from regtune.spec import (
     AnyTask,
     NamedTask,
     Requires,
+    StudyChange,
     StudySpec,
     TableSettings,
     TaskSpec,
@@ -40,6 +41,15 @@ def check(session: Session, spec: StudySpec, installed: Offer, alive_seconds: fl
         errors = (*unknown, *_contradictions(spec.task), *_missing(spec), *_too_many(spec))
         if errors:
             raise InvalidSpec(errors) from None
+
+
+def check_change(study: Study, change: StudyChange) -> None:
+    """Raise InvalidSpec if a study would become what would not be admitted."""
+    asked = change.given.get("budget", {}).get("trials", 0)
+    if asked > study.budget_trials:
+        budget = study.spec.budget.model_copy(update={"trials": asked})
+        if errors := tuple(_too_many(study.spec.model_copy(update={"budget": budget}))):
+            raise InvalidSpec(errors)
 
 
 def warning(session: Session, study: Study, alive_seconds: float) -> str | None:

@@ -310,6 +310,7 @@ def change_study(
 ) -> StudyDetail:
     """Change budget and priority of a live study; what is left out stays."""
     change = parse_change_of_study(body, request.headers.get("content-type", ""))
+    admission.check_change(studies.find(session, name), change)
     return _detail(session, studies.change(session, name, change, actor), context)
 
 

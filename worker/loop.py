@@ -106,7 +106,7 @@ class Worker:
         database.check(self._database)
         with database.reachable(), transaction(self._database) as session:
             self._register(session)
-        self._shutdown.say_last(self._part)
+        self._shutdown.say_last(self._say_last)
         log.info("worker_started", worker=self.name, device=str(self._device), lanes=self._lanes)
         with self._listener:
             while not self._shutdown.requested:
@@ -114,13 +114,20 @@ class Worker:
                 if not self._train_next():
                     self._wait()
         self._drop_stack()
-        self._part()
+        self._leave([])
         self._database.dispose()
         log.info("worker_stopped", worker=self.name)
 
-    def _part(self) -> None:
-        """Say that this worker stops; of what it holds then, as while it hangs, it lets go."""
-        leases = self._stack.leases if self._stack else []
+    def _say_last(self) -> bool:
+        """Give back what the stack holds, unless it is at that itself; return if it is not."""
+        stack = self._stack
+        if stack is not None and stack.leaving:
+            return False
+        self._leave(stack.abandon() if stack else [])
+        return True
+
+    def _leave(self, leases: Sequence[Lease]) -> None:
+        """Say that this worker stops, and give back what it still holds."""
         try:
             with transaction(self._database) as session:
                 leasing.release(session, leases, self.name)

@@ -209,6 +209,13 @@ class Meetings:
         pool.shutdown(wait=False)
         return parting.result() if done and parting.exception() is None else None
 
+    def abandon(self) -> Sequence[Lease]:
+        """Hold no meeting any more; return what was leased in one whose answer was not taken."""
+        self._closing.set()
+        if self._answer is not None:
+            wait([self._answer], MEETING_SECONDS)
+        return list(self._leased)
+
     def close(self) -> None:
         """Let go of the threads, and of a meeting that is under way."""
         self._closing.set()

@@ -27,7 +27,7 @@ class Shutdown:
     def __init__(self) -> None:
         self._requested = threading.Event()
         self._number: int | None = None
-        self._last_words: Callable[[], None] = lambda: None
+        self._last_words: Callable[[], bool] = lambda: False
 
     @property
     def requested(self) -> bool:
@@ -43,8 +43,11 @@ class Shutdown:
         """Ask for a stop, as the first signal does."""
         self._requested.set()
 
-    def say_last(self, words: Callable[[], None]) -> None:
-        """Let ``words`` be called, from a thread of its own, before the process is ended."""
+    def say_last(self, words: Callable[[], bool]) -> None:
+        """Let ``words`` be called, from a thread of its own, if the process is still there then.
+
+        They return whether it has nothing more to say, so that it may be ended.
+        """
         self._last_words = words
 
     def check(self) -> None:
@@ -68,7 +71,5 @@ class Shutdown:
             timer.start()
 
     def _part(self) -> None:
-        try:
-            self._last_words()
-        finally:
+        if self._last_words():
             self.end_process()

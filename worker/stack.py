@@ -131,6 +131,7 @@ class Stack:
         self._epochs: dict[int, list[Epoch]] = {}
         self._outcomes: dict[int, Outcome] = {}
         self._given_back: frozenset[int] = frozenset()
+        self.leaving = False
         self._more_to_come = True
         self.turn: Turn | None = self.own_turn
         self._met_at = self._checkpointed_at = time.monotonic()
@@ -139,11 +140,6 @@ class Stack:
     def own_turn(self) -> Turn:
         """What it trains, as whose turn it may be."""
         return Turn(self.study.study_id, self.shape)
-
-    @property
-    def leases(self) -> Sequence[Lease]:
-        """The trials that it holds; from any thread."""
-        return list(self._leases.values())
 
     @property
     def training(self) -> bool:
@@ -227,8 +223,13 @@ class Stack:
         self._writer.close()
         self._engine.close()
 
+    def abandon(self) -> Sequence[Lease]:
+        """Lease nothing more; return all that is held. From any thread, before the process ends."""
+        return [*self._leases.values(), *self._meetings.abandon()]
+
     def release(self) -> None:
         """Checkpoint what is in training, report what has ended, and give everything else back."""
+        self.leaving = True
         self._checkpoint(self._engine.lanes)
         self._writer.wait(CHECKPOINT_SECONDS)
         report, answer = self._meetings.unanswered, None

@@ -75,12 +75,16 @@ class TableSettings(SpecModel):
         ",", min_length=1, max_length=1, description="Between the columns of a CSV file."
     )
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Yield the settings that cannot be meant so, and why; what is stored may have some."""
+    def faults(self) -> Iterator[tuple[str, str]]:
+        """Yield the settings by which no table can be read; a stored study may have some."""
         if not self.delimiter.isascii() or self.delimiter in '\0\r\n"':
             yield "delimiter", "must be an ASCII character, but no quotation mark or end of a line"
         if self.target in self.ignore:
             yield "ignore", f"{self.target!r} is the target"
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Yield the settings that nobody can mean so, ``faults`` included."""
+        yield from self.faults()
         for name in self.categorical:
             if name in self.numeric:
                 yield "categorical", f"{name!r} is named under numeric as well"

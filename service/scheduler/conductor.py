@@ -114,7 +114,10 @@ class Conductor:
             rows = read_trials(session, study_id, study.spec)
         self._prunes = study.spec.pruner.name != "none"
         self._mirror = Mirror(study.spec)
-        self._mirror.restore(as_trials(rows, study.spec))
+        noted = self._mirror.restore(as_trials(rows, study.spec))
+        if noted:
+            with database.transaction(engine) as session:
+                _keep_notes(session, {rows[number].trial_id: noted[number] for number in noted})
         self._failures = Failures()
         for row in rows:
             self._failures.note(row.number, row.our_state)

@@ -32,12 +32,9 @@ from service.scheduler.suggestion import (
     suggest_rest,
 )
 
-_RUNG = "completed_rung_"
-"""What Optuna's pruners by rungs note on a trial, with the rung's number behind it."""
-
-
-_STOP_AT = "regtune:stop_at"
-"""Our own note beside theirs: the epoch at which such a pruner has said stop; it says so once."""
+_STOP_AT, _SEEN_TO_END = "regtune:stop_at", "regtune:seen_to_end"
+"""Our own notes beside those of pruners that keep some: the epoch at which such a one has said
+stop, which it says once, and that it has seen all epochs of a trial that has ended."""
 
 
 class Mirror:
@@ -114,30 +111,37 @@ class Mirror:
         trial = self._open.pop(number)
         self._judged.pop(number, None)
         self._doomed.pop(number, None)
+        if self._keeps_notes:
+            self._storage.set_trial_system_attr(self._trial_id(number), _SEEN_TO_END, True)
         self._study.tell(trial, value if state is TrialState.COMPLETE else None, state=state)
         notes = self.take_notes(number)
         del self._known_notes[number]
         return notes
 
-    def restore(self, trials: Sequence[FrozenTrial]) -> None:
-        """Take over the trials of a study in the database, ordered by number."""
+    def restore(self, trials: Sequence[FrozenTrial]) -> Mapping[int, Mapping[str, Any]]:
+        """Take over the trials of a study in the database, ordered by number.
+
+        Return what is noted only now on those that have ended, by number.
+        """
+        noted = {}
         for trial in trials:
             number = self._next
             if not trial.state.is_finished():
                 self._reopen(trial)
             elif self._lacks_notes(trial):
                 self._reopen(trial, over=True)
-                self.tell(number, trial.state, trial.value)
+                noted[number] = self.tell(number, trial.state, trial.value)
             else:
                 self._study.add_trial(trial)
                 self._next += 1
+        return noted
 
     def _lacks_notes(self, trial: FrozenTrial) -> bool:
         """Say whether a trial has ended while no scheduler was there to let its pruner note it."""
         return (
             self._keeps_notes
             and bool(trial.intermediate_values)
-            and not any(key.startswith(_RUNG) for key in trial.system_attrs)
+            and _SEEN_TO_END not in trial.system_attrs
         )
 
     def _suggest_one(self) -> Suggestion:
@@ -239,7 +243,7 @@ def _trial(row: Row[Any], space: Mapping[str, BaseDistribution]) -> FrozenTrial:
 
 
 _TRIALS = """
-SELECT ours.number, ours.state AS our_state, t.state::text, v.value,
+SELECT ours.trial_id, ours.number, ours.state AS our_state, t.state::text, v.value,
        (SELECT json_object_agg(param_name, param_value)
         FROM public.trial_params p WHERE p.trial_id = t.trial_id) AS params,
        (SELECT json_object_agg(key, value_json)

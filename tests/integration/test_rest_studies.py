@@ -234,7 +234,10 @@ def test_a_sampler_that_would_take_too_long_is_refused_by_its_budget(client: htt
         (error,) = post(client, sampler="gp", budget=budget).json()["errors"]
         assert error["field"] == "budget.trials"
         assert "1000 or fewer" in error["message"]
-    assert post(client, sampler="gp", budget={"trials": 1000}).status_code == 201
+    assert post(client, sampler="gp", budget={"trials": 999}).status_code == 201
+    for trials, status in ((1000, 200), (1001, 422)):
+        change = client.patch("/v1/studies/study", json={"budget": {"trials": trials}})
+        assert change.status_code == status
 
 
 @pytest.mark.parametrize(

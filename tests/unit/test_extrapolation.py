@@ -217,7 +217,7 @@ def test_reference_points_are_never_pruned() -> None:
     assert verdicts(study, "extrapolation") == {3: FIRST}
 
 
-def test_a_mirror_that_was_rebuilt_says_the_same() -> None:
+def test_a_mirror_that_was_rebuilt_says_stop_as_of_the_last_epoch() -> None:
     trials = [
         (TrialState.COMPLETE, STRONG),
         (TrialState.COMPLETE, WEAK),
@@ -226,7 +226,7 @@ def test_a_mirror_that_was_rebuilt_says_the_same() -> None:
     ]
     rebuilt = Mirror(spec(training={"max_epochs": EPOCHS}))
     rebuilt.restore(study_of(trials).trials)
-    assert rebuilt.report(2, [(FIRST, 2.0)]) == FIRST
+    assert rebuilt.report(2, [(FIRST, 2.0)]) == FIRST - 1
     assert rebuilt.report(3, [(FIRST, STRONG[FIRST - 1])]) is None
 
 

@@ -335,6 +335,21 @@ def test_what_has_ended_while_nobody_led_takes_part_in_the_rungs() -> None:
     assert heir.report(7, [(1, 0.9), (2, 0.8)]) == 2
 
 
+def test_what_was_noted_of_a_trial_before_it_ended_unseen_is_not_all() -> None:
+    study = spec(**ASHA)
+    mirror = Mirror(study)
+    made = mirror.suggest(8)
+    mirror.report(7, [(1, 0.5), (2, 0.4)])
+    ended = as_stored(made[7], [0.5, 0.4, *[0.3] * 28], TrialState.COMPLETE)
+    ended.system_attrs = {**made[7].system_attrs, **mirror.take_notes(7)}
+    heir = Mirror(study)
+    open_ones = [as_stored(one, [], TrialState.RUNNING) for one in made[:7]]
+    (noted,) = heir.restore([*open_ones, ended]).values()
+    assert {"completed_rung_1", "completed_rung_2"} <= noted.keys()
+    ended.system_attrs |= noted
+    assert Mirror(study).restore([*open_ones, ended]) == {}
+
+
 def test_a_trial_that_was_promoted_is_not_condemned_in_hindsight() -> None:
     """It came first to its rung; what has come after it was better there."""
     study = spec(**ASHA)

@@ -35,7 +35,7 @@ def table(storage: Storage, **settings: Any) -> Data:
     in the order of their names, or of their values. Raises InvalidData.
     """
     asked = TableSettings.model_validate(settings)
-    for field, fault in asked.contradictions():
+    for field, fault in asked.faults():
         raise InvalidData(f"task.data.{field}: {fault}")
     train = _read(asked.path, storage, asked)
     both = train if asked.test_path is None else _with_test_rows(train, storage, asked)

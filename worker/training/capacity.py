@@ -141,10 +141,10 @@ def measure(
         log.debug("rehearsed", lanes=lanes, trial_epochs_per_second=round(rates[lanes], 3))
         if _in_vain(list(rates.values())):
             reason = f"{lanes} lanes are hardly faster"
+        elif lanes * 2 > room and fitting < most(device):
+            reason = f"{_ROOM_FOR} {room}"
         elif lanes * 2 > most(device):
             reason = f"{most(device)} lanes are the most that are computed at a time"
-        elif lanes * 2 > room:
-            reason = f"{_ROOM_FOR} {room}"
         elif perf_counter() - started > PATIENCE_SECONDS:
             reason = f"steps of {lanes} lanes are long enough"
         lanes *= 2
@@ -173,12 +173,14 @@ class Memory:
     def recall(self, *situation: object) -> Capacity | None:
         """Return the capacity that was measured in the same situation, if it still holds."""
         known = dict(self._read().get(_key(situation), {}))
-        if not known or known.pop("until", inf) < time():
+        until = known.pop("until", inf)
+        if not known or until < time():
             return None
         try:
-            return Capacity(**known)
+            found = Capacity(**known)
         except TypeError:  # of another version
             return None
+        return found if until <= time() + found.remembered_seconds else None  # of an earlier one
 
     def keep(self, capacity: Capacity, *situation: object) -> None:
         """Remember a capacity, for as long as it holds.

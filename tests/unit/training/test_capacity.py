@@ -146,6 +146,15 @@ def test_a_lack_of_memory_is_remembered_for_a_day(tmp_path, monkeypatch, lack):
     assert memory.recall("there") == Capacity(8, "8 lanes are hardly faster")
 
 
+def test_of_less_room_than_the_cores_could_use_that_is_the_reason(monkeypatch):
+    monkeypatch.setattr(capacity, "provisional", lambda device: 64)
+    monkeypatch.setattr(capacity, "most", lambda device: 64)
+    free = 50 * SMALL.total / capacity.MEMORY_MARGIN
+    monkeypatch.setattr(capacity, "free_bytes", lambda device: free + 1)
+    found = measure(float, SMALL, CPU)
+    assert (found.lanes, found.reason) == (50, "there is room for 50")
+
+
 def test_what_another_version_remembered_is_measured_again(tmp_path):
     memory = Memory(tmp_path / "capacity.json")
     memory.keep(Capacity(4, ""), "here")
