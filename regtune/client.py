@@ -78,11 +78,8 @@ class Client:
         # A proxy that is set for the outside world has no way to this machine itself.
         try:
             local = httpx.URL(self.url).host in ("127.0.0.1", "::1", "localhost")
-        except httpx.InvalidURL as error:
-            raise self._unreachable(error) from None
-        try:
             self._http = httpx.Client(base_url=self.url, timeout=_TIMEOUT, trust_env=not local)
-        except (ImportError, ValueError) as error:  # of a proxy that the environment names
+        except (httpx.InvalidURL, ImportError, ValueError) as error:  # the latter of a proxy
             raise self._unreachable(error) from None
 
     def submit(self, spec: Mapping[str, Any] | Path | str) -> tuple[Document, bool]:
@@ -94,8 +91,8 @@ class Client:
             body, media_type = json.dumps(spec).encode(), "application/json"
         else:
             # As it came, if it came from a terminal or a pipe that Python could not decode.
-            text = spec.encode(errors="surrogateescape") if isinstance(spec, str) else b""
-            body = spec.read_bytes() if isinstance(spec, Path) else text
+            escaped = "surrogateescape"
+            body = spec.read_bytes() if isinstance(spec, Path) else spec.encode(errors=escaped)
             media_type = "application/yaml"
         headers = {"Content-Type": media_type}
         response = self._request("POST", "/v1/studies", content=body, headers=headers)

@@ -38,7 +38,8 @@ def check(session: Session, spec: StudySpec, installed: Offer, alive_seconds: fl
     except NotFound:
         offered = workers.offered(session, alive_seconds)
         unknown = _unknown(spec.task, installed, offered)
-        errors = (*unknown, *_contradictions(spec.task), *_missing(spec), *_too_many(spec))
+        too_many = _too_many(spec, spec.budget.trials)
+        errors = (*unknown, *_contradictions(spec.task), *_missing(spec), *too_many)
         if errors:
             raise InvalidSpec(errors) from None
 
@@ -46,10 +47,8 @@ def check(session: Session, spec: StudySpec, installed: Offer, alive_seconds: fl
 def check_change(study: Study, change: StudyChange) -> None:
     """Raise InvalidSpec if a study would become what would not be admitted."""
     asked = change.given.get("budget", {}).get("trials", 0)
-    if asked > study.budget_trials:
-        budget = study.spec.budget.model_copy(update={"trials": asked})
-        if errors := tuple(_too_many(study.spec.model_copy(update={"budget": budget}))):
-            raise InvalidSpec(errors)
+    if asked > study.budget_trials and (errors := tuple(_too_many(study.spec, asked))):
+        raise InvalidSpec(errors)
 
 
 def warning(session: Session, study: Study, alive_seconds: float) -> str | None:
@@ -116,8 +115,8 @@ def _contradictions(task: AnyTask) -> Iterator[FieldError]:
             yield FieldError(f"task.data.{field}", fault)
 
 
-def _too_many(spec: StudySpec) -> Iterator[FieldError]:
-    if spec.sampler.name == "gp" and spec.budget.trials > MOST_FOR_GP:
+def _too_many(spec: StudySpec, trials: int) -> Iterator[FieldError]:
+    if spec.sampler.name == "gp" and trials > MOST_FOR_GP:
         yield FieldError(
             "budget.trials",
             f"name {MOST_FOR_GP} or fewer with the sampler gp: the time that a suggestion takes "

@@ -1,7 +1,5 @@
 """What a worker does while it builds a study: that may take long, and runs the user's code."""
 
-import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -84,8 +82,7 @@ class Building:
     def _part(self) -> None:
         self._transact(self._give_back)
         if not self._ended.wait(_PARTING_SECONDS):
-            self._transact(self._leave)
-            self._shutdown.end_process()
+            self._shutdown.part()
 
     def _transact(self, work: Callable[[Session], object]) -> None:
         try:
@@ -96,9 +93,6 @@ class Building:
 
     def _give_back(self, session: Session) -> None:
         leasing.release(session, self._leases, self._worker)
-
-    def _leave(self, session: Session) -> None:
-        workers.leave(session, self._worker, socket.gethostname(), os.getpid())
 
     def _renew(self, session: Session) -> None:
         reporting.flush(session, self._leases, {}, self._settings.lease_seconds)

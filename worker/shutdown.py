@@ -55,6 +55,11 @@ class Shutdown:
         if self.requested:
             raise Interrupted
 
+    def part(self) -> None:
+        """Say the last words; end the process unless it has more to say itself."""
+        if self._last_words():
+            self.end_process()
+
     def end_process(self) -> None:
         """End this process at once, as one that the signal ended, if it was a signal."""
         if self._number is not None:
@@ -65,11 +70,7 @@ class Shutdown:
         if self.requested:
             self.end_process()
         self.request()
-        for seconds, act in ((LAST_WORDS_SECONDS, self._part), (GRACE_SECONDS, self.end_process)):
+        for seconds, act in ((LAST_WORDS_SECONDS, self.part), (GRACE_SECONDS, self.end_process)):
             timer = threading.Timer(seconds, act)
             timer.daemon = True
             timer.start()
-
-    def _part(self) -> None:
-        if self._last_words():
-            self.end_process()

@@ -196,7 +196,7 @@ class Mirror:
             self._doomed[number] = trial.system_attrs[_STOP_AT]
         last = max(trial.intermediate_values, default=0)
         for epoch, loss in sorted(trial.intermediate_values.items()):
-            asked = self._keeps_notes or (epoch == last and not over)
+            asked = self._keeps_notes or epoch == last
             self._show(number, epoch, loss, asked=asked, over=over)
 
     def _notes(self, number: int) -> Mapping[str, Any]:

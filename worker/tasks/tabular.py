@@ -190,13 +190,10 @@ def _settled(column: pa.ChunkedArray, name: str, asked: TableSettings) -> pa.Arr
     elif _is_text(kind):
         values = _text(values, asked.missing)
     else:
+        other = ", or write its file in UTF-8 if it is a text in other letters"
         raise InvalidData(
             f"the column {name!r} is of the type {kind}, which is neither a number nor text; name "
-            "it under task.data.ignore or categorical, or write its file in UTF-8 if it is a text "
-            "in other letters"
-            if pa.types.is_binary(kind)
-            else f"the column {name!r} is of the type {kind}, which is neither a number nor text; "
-            "name it under task.data.ignore or categorical"
+            f"it under task.data.ignore or categorical{other if pa.types.is_binary(kind) else ''}"
         )
     if name in asked.numeric and not pa.types.is_floating(values.type):
         raise InvalidData(f"the column {name!r} should be numeric, but not all of it is numbers")
