@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -29,23 +30,6 @@ KEPT_BYTES = 2**26
 
 
 @dataclass(frozen=True)
-class Keys:
-    """The noise keys of K lanes in an epoch, on the device, once for each of G groups of lanes.
-
-    ``keys_SGN2`` are those of each step, ``group_K`` says which group each lane belongs to; None
-    for a single lane, which has no lane axis.
-    """
-
-    keys_SGN2: Tensor
-    group_K: Tensor | None
-
-    def of_step(self, number: int) -> Tensor:
-        """Return the keys of a step: ``(K, N, 2)``, or ``(N, 2)`` of a single lane."""
-        keys_GN2 = self.keys_SGN2[number]
-        return keys_GN2[0] if self.group_K is None else keys_GN2.index_select(0, self.group_K)
-
-
-@dataclass(frozen=True)
 class Order:
     """The rows that K lanes see in an epoch, one after the other, by number.
 
@@ -57,16 +41,26 @@ class Order:
     numbers_GR: NDArray[np.int64]
     group: Sequence[int] | int
 
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """Return numbers and groups on a device: ``(G, R)`` and ``(K,)``; ``(R,)`` and None."""
-        if isinstance(self.group, int):
-            return _on(self.numbers_GR[self.group], device), None
-        return _on(self.numbers_GR, device), _on(np.array(self.group), device)
-
     def of_lanes(self, device: torch.device) -> Tensor:
         """Return each lane's numbers, ``(K, R)``; or those of all, ``(R,)``."""
-        numbers, group_K = self.on(device)
-        return numbers if group_K is None else numbers.index_select(0, group_K)
+        if isinstance(self.group, int):
+            return _on(self.numbers_GR[self.group], device)
+        group_K = _on(np.array(self.group), device)
+        return _on(self.numbers_GR, device).index_select(0, group_K)
+
+    def cut(self, sizes: Sequence[int], device: torch.device) -> Sequence[Tensor]:
+        """Return the numbers of each of these batches, ``(K, B)`` or ``(B,)``, side by side.
+
+        All at once: threads that compute would get into each other's way if each step cut its own.
+        """
+        numbers, batches, begin = self.of_lanes(device), list[Tensor](), 0
+        for size, alike in groupby(sizes):
+            count = len(list(alike))
+            part = numbers[..., begin : begin + count * size]
+            part = part.view(*part.shape[:-1], count, size).movedim(-2, 0)
+            batches += part.contiguous().unbind()
+            begin += count * size
+        return batches
 
     @property
     def seen_apart(self) -> int:
@@ -92,21 +86,23 @@ class Batches:
         self._device = device
         self._kept_order = lru_cache(max(1, KEPT_BYTES // (8 * self.rows)))(self._order)
 
-    def of_epoch(self, places: Sequence[Place]) -> tuple[Order, Keys]:
-        """Return the order of K lanes' rows, and their noise keys of each step.
+    def of_epoch(self, places: Sequence[Place]) -> tuple[Order, Sequence[Tensor]]:
+        """Return the order of K lanes' rows, and on the device their noise keys of each step.
 
-        Batches are cut from the order by ``sizes``. A single lane has no lane axis. Lanes at the
-        same place see the same rows and noise; they come to the device once, and each step gets
-        them as if they were its lanes' own: to share them there too would save a tenth of a step,
-        and be a second program to record and to compile.
+        Those are ``(K, N, 2)``, or ``(N, 2)`` of a single lane, which has no lane axis. Batches are
+        cut from the order by ``sizes``. Lanes at the same place see the same rows and noise; they
+        come to the device once, and each step gets them as if they were its lanes' own: to share
+        them there too would save a tenth of a step, and be a second program to record and to
+        compile.
         """
         distinct = sorted(set(places))
         number = {place: number for number, place in enumerate(distinct)}
         group = [number[place] for place in places] if len(places) > 1 else 0
         order = Order(np.stack([self._kept_order(place) for place in distinct]), group)
-        keys_SGN2 = np.stack([self._keys(place) for place in distinct], axis=1)
-        group_K = None if isinstance(group, int) else _on(np.array(group), self._device)
-        return order, Keys(_on(keys_SGN2, self._device), group_K)
+        keys_SGN2 = _on(np.stack([self._keys(place) for place in distinct], 1), self._device)
+        if isinstance(group, int):
+            return order, keys_SGN2[:, group].unbind()
+        return order, keys_SGN2.index_select(1, _on(np.array(group), self._device)).unbind()
 
     @property
     def bytes_of_epoch(self) -> int:

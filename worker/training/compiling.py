@@ -172,7 +172,8 @@ class Program:
         the best can be told only when all are compiled or none is.
 
         ``speedup`` is how many times faster the compiled form has been found, ``obstacle`` what has
-        kept this program from being recorded or compiled.
+        kept this program from being recorded or compiled. ``way`` is which of several ways is
+        recorded; where it is known before, no other is tried.
         """
         self.name = name
         self.kind = kind
@@ -191,6 +192,7 @@ class Program:
         self._rematches = REMATCHES
         self.speedup: float | None = None
         self.obstacle: str | None = None
+        self.way: int | None = None
         self.recording: GraphModule | None = None
         self.examples: Leaves = ()
         self._known = False
@@ -332,26 +334,35 @@ class Program:
         if self._form is not None or not self._recordable:
             return
         try:
-            recordings = [record(function, spec, arguments) for function in functions]
-            chosen = 0
-            if len(recordings) > 1:
-                copies = self._copies(arguments)
-                seconds = [fastest(recording.forward, copies) for recording, _ in recordings]
-                fastest_way = seconds.index(min(seconds))
-                if seconds[fastest_way] < CLEARLY_FASTER * seconds[0]:
-                    usual, faster = (recordings[way][0].forward for way in (0, fastest_way))
-                    found = self._differences(
-                        usual, self._copies(arguments), faster, self._copies(arguments)
-                    )
-                    chosen = fastest_way if self._are_rounding(found, usual, arguments) else 0
-            self.recording, self.examples = recordings[chosen]
+            if self.way is None:
+                self.recording, self.examples = self._record_fastest(functions, spec, arguments)
+            else:
+                self.recording, self.examples = record(functions[self.way], spec, arguments)
             self._known = is_marked(self.recording, self.examples, self.threads)
             self._form = self.recording.forward
-            log.debug("recorded", program=self.name, lanes=self.lanes, way=chosen)
+            log.debug("recorded", program=self.name, lanes=self.lanes, way=self.way)
         except Exception as error:  # noqa: BLE001 - whatever it is, the function itself still works
             self.obstacle = first_line(error)
             log.warning("not_recorded", program=self.name, reason=self.obstacle)
             self._recordable = False
+
+    def _record_fastest(
+        self, functions: Sequence[Function], spec: pytree.TreeSpec, arguments: Leaves
+    ) -> tuple[GraphModule, Leaves]:
+        """Record all ways; return that of the fastest, and note which one it is."""
+        recordings = [record(function, spec, arguments) for function in functions]
+        self.way = 0
+        if len(recordings) > 1:
+            copies = self._copies(arguments)
+            seconds = [fastest(recording.forward, copies) for recording, _ in recordings]
+            fastest_way = seconds.index(min(seconds))
+            if seconds[fastest_way] < CLEARLY_FASTER * seconds[0]:
+                usual, faster = (recordings[way][0].forward for way in (0, fastest_way))
+                found = self._differences(
+                    usual, self._copies(arguments), faster, self._copies(arguments)
+                )
+                self.way = fastest_way if self._are_rounding(found, usual, arguments) else 0
+        return recordings[self.way]
 
     def _differences(
         self, one: Form, ones: Leaves, other: Form, others: Leaves
@@ -446,6 +457,7 @@ class Programs:
                 kind = (name, lanes, *shapes)
                 program = Program(name, lanes, threads, self._constants, kind, self._epsilon)
                 program.certain = self._expected_of(program)
+                program.way = self._way_of_others(program)
                 self._programs[key] = program
             return self._programs[key]
 
@@ -529,6 +541,20 @@ class Programs:
     def _expected_of(self, program: Program) -> float:
         """Return for how many seconds a program will run, as far as that has been said."""
         return self._expected.get((program.name, program.lanes), 0.0)
+
+    def _way_of_others(self, program: Program) -> int | None:
+        """Return how a program with as many lanes or more does the same, if that has been found.
+
+        It need not be found again for other batches or fewer lanes; but one alone is no batch.
+        """
+        ways = (
+            other.way
+            for other in self._programs.values()
+            if (other.name, other.threads) == (program.name, program.threads)
+            and other.lanes >= program.lanes
+            and (other.lanes > 1) == (program.lanes > 1)
+        )
+        return next((way for way in ways if way is not None), None)
 
     def _take_compiled(self) -> bool:
         taken = False

@@ -156,8 +156,10 @@ class Engine:
         self._initial_buffers = _stacked([self.model.buffers_of(m) for m in models], device)
         memory_format = memory_format_of_rows(models[0], prepared.rows.input_shape, device)
         with _no_room_for("all rows at once", device):
-            resident = self.residence.resident
-            placed = prepared.on(device, memory_format, keep_bytes=True) if resident else prepared
+            resident, keep_bytes = self.residence.resident, self.residence.keeps_bytes
+            placed = (
+                prepared.on(device, memory_format, keep_bytes=keep_bytes) if resident else prepared
+            )
         self._epochs = Epochs(
             placed,
             self.model,

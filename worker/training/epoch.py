@@ -205,7 +205,7 @@ class Epochs:
             total_K = self._like.new_zeros(len(own.places))
             with closing(self._take_steps(step, chunk, own)) as steps:
                 for loss_K, rows in steps:
-                    total_K += loss_K * rows
+                    total_K.add_(loss_K, alpha=rows)
                     tick()
             if own.tensors.averages:
                 self._average(step, chunk, own, tick)
@@ -302,7 +302,7 @@ class Epochs:
                     source,
                     rate_SK[0],
                     coefficients_SCK[0],
-                    keys.of_step(0),
+                    keys[0],
                     *batch,
                 )
             )
@@ -409,7 +409,7 @@ class Epochs:
         To be closed unless it has come to its end.
         """
         source = self._source(self._supply, own.members)
-        rate_SK, coefficients_SCK = self._scheduled(own.rate_K, own.places)
+        rates, coefficients = (each.unbind() for each in self._scheduled(own.rate_K, own.places))
 
         @cache
         def take(shape: torch.Size) -> Callable[..., Tensor]:
@@ -419,14 +419,8 @@ class Epochs:
         order, keys = self.batches.of_epoch(own.places)
         with closing(self._supply.batches(order, self.batches.sizes)) as batches:
             for number, (*brought, index) in enumerate(batches):
-                loss_K = take(index.shape)(
-                    rate_SK[number],
-                    coefficients_SCK[number],
-                    keys.of_step(number),
-                    *brought,
-                    index,
-                )
-                yield loss_K, index.shape[-1]
+                numbers = rates[number], coefficients[number], keys[number]
+                yield take(index.shape)(*numbers, *brought, index), index.shape[-1]
 
     def _average(self, step: LaneStep, chunk: Chunk, own: "_Share", tick: Tick) -> None:
         """Take the weights into their averages, and find what batch norms see of those."""
@@ -547,7 +541,7 @@ class _Share:
 
 
 class _Rehearsal:
-    """Times steps, once they are warm, for a moment."""
+    """Times steps, once they are warm, for a moment; never the first, which loads much of torch."""
 
     def __init__(self) -> None:
         self._started = self._latest = perf_counter()
@@ -562,9 +556,10 @@ class _Rehearsal:
 
     def step(self) -> None:
         """Note a step."""
-        seconds, self._latest = perf_counter() - self._latest, perf_counter()
+        began, self._latest = self._latest, perf_counter()
+        seconds = self._latest - began
         self._steps += 1
-        slow = self._latest - self._started > WARM_UP_SECONDS
+        slow = began - self._started > WARM_UP_SECONDS
         if self._steps > CALLS_BEFORE_RECORDING + 1 or slow:
             self._seconds.append(seconds)
             self.over = sum(self._seconds) > REHEARSAL_SECONDS

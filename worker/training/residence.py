@@ -15,13 +15,20 @@ OnDevice = Literal["auto", "always", "never"]
 RESIDENT_SHARE = 0.5
 """The share of a device's free memory that rows may take; the rest is for lanes."""
 
+NUMBERS_SHARE = 0.1
+"""The same of images that are kept as numbers, of four times as many bytes, to be read faster."""
+
 
 @dataclass(frozen=True)
 class Residence:
-    """Where rows are, and what all of them would take on the device."""
+    """Where rows are, and what all of them would take on the device.
+
+    ``keeps_bytes`` says whether images of bytes stay bytes where they are resident.
+    """
 
     resident: bool
     row_bytes: int
+    keeps_bytes: bool = True
 
     def __str__(self) -> str:
         return "resident" if self.resident else "streamed"
@@ -35,6 +42,10 @@ def choose(prepared: Prepared, device: torch.device, wish: OnDevice, batch_rows:
     """
     needed = sum(len(rows) * rows.bytes_kept for rows in (prepared.rows, prepared.test))
     free = free_bytes(device)
+    if wish != "never" and prepared.rows.are_bytes and reads_bytes_slowly(device):
+        as_numbers = sum(len(rows) * rows.bytes_each for rows in (prepared.rows, prepared.test))
+        if as_numbers <= NUMBERS_SHARE * free:
+            return Residence(True, as_numbers, keeps_bytes=False)
     there = device.type == "cpu" and prepared.rows.finished
     if wish == "always" and needed > free and not there:
         raise NoRoom(
@@ -51,3 +62,12 @@ def choose(prepared: Prepared, device: torch.device, wish: OnDevice, batch_rows:
             "training.batch_size, or smaller rows"
         )
     return Residence(False, needed)
+
+
+def reads_bytes_slowly(device: torch.device) -> bool:
+    """Whether a compiled step loses time by turning bytes into numbers.
+
+    For eight bytes at a time, as it computes with AVX2, torch's headers have no load but one by way
+    of memory. For AVX-512's sixteen they have one (torch 2.15, ``vec256_int.h``, ``vec512_int.h``).
+    """
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"

@@ -64,11 +64,9 @@ class Resident:
 
     def batches(self, order: Order, sizes: Sequence[int]) -> BatchIterator:
         """Yield the numbers of each batch's rows."""
-        numbers, group_K = order.on(self._device)
         brake = Brake(self._device, STEPS_LAUNCHED)
-        for size, end in zip(sizes, accumulate(sizes), strict=True):
-            batch = numbers[..., end - size : end]
-            yield (batch if group_K is None else batch.index_select(0, group_K),)
+        for batch in order.cut(sizes, self._device):
+            yield (batch,)
             brake()
 
 

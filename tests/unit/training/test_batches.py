@@ -23,7 +23,7 @@ PLACES = {
 @pytest.fixture
 def of_two_members() -> Batches:
     none = torch.empty(0)
-    parts = np.arange(22), np.arange(1, 22)
+    parts = np.arange(23), np.arange(1, 23)
     splits = [Split(part, part[:0], part[:0], none, none) for part in parts]
     return Batches(splits, batch_size=8, seed=3, sites=2, device=CPU)
 
@@ -38,8 +38,8 @@ def test_each_lane_sees_the_rows_and_the_noise_of_its_place(
         own_order, own_keys = of_two_members.of_epoch([place])
         assert torch.equal(numbers[lane], own_order.of_lanes(CPU))
         for step in range(len(of_two_members.sizes)):
-            of_lanes = keys.of_step(step).reshape(len(places), -1, 2)
-            assert torch.equal(of_lanes[lane], own_keys.of_step(step))
+            of_lanes = keys[step].reshape(len(places), -1, 2)
+            assert torch.equal(of_lanes[lane], own_keys[step])
 
 
 @pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
@@ -47,11 +47,16 @@ def test_what_a_step_gets_lies_side_by_side(of_two_members: Batches, places: Seq
     """A compiled step insists on the strides that it was compiled for, and a graph on its own."""
     order, keys = of_two_members.of_epoch(places)
     sizes = of_two_members.sizes
-    supply = Resident(Rows(torch.zeros(22, 1), torch.zeros(22), None))
+    supply = Resident(Rows(torch.zeros(23, 1), torch.zeros(23), None))
+    assert len(set(sizes)) == 2
+    end = 0
     for number, (index,) in enumerate(supply.batches(order, sizes)):
         assert index.shape[-1] == sizes[number]
         assert index.is_contiguous()
-        assert keys.of_step(number).is_contiguous()
+        assert keys[number].is_contiguous()
+        end += sizes[number]
+        assert torch.equal(index, order.of_lanes(CPU)[..., end - sizes[number] : end])
+    assert number + 1 == len(sizes)
 
 
 def test_an_order_is_kept_for_lanes_that_come_there_later(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.unit.training.conftest import losses, train, trial
-from worker.training import capacity
+from worker.training import capacity, epoch
 from worker.training.capacity import Capacity, Footprint, Memory, measure, most
 
 CPU = torch.device("cpu")
@@ -49,6 +49,21 @@ def test_lanes_are_doubled_until_that_is_no_longer_faster():
 def test_of_two_numbers_that_are_about_as_fast_the_smaller_is_taken():
     rates = {1: 1.0, 2: 1.9, 4: 2.0}
     assert measure(rates.__getitem__, SMALL, CPU).lanes == 2
+
+
+@pytest.mark.parametrize("usual", [0.01, 3.0])
+def test_a_rehearsal_does_not_count_its_first_step(monkeypatch: pytest.MonkeyPatch, usual: float):
+    """In a new process torch loads for seconds what it has not needed yet."""
+    now = 0.0
+    monkeypatch.setattr(epoch, "perf_counter", lambda: now)
+    clock = epoch._Rehearsal()
+    for seconds in [5.0] + 60 * [usual]:
+        assert not clock.over
+        now += seconds
+        clock.step()
+        if clock.over:
+            break
+    assert clock.rate == pytest.approx(1 / usual)
 
 
 def test_memory_ends_the_doubling_before_it_is_tried(monkeypatch):

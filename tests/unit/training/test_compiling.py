@@ -93,6 +93,45 @@ def test_of_two_ways_to_do_the_same_the_faster_one_runs():
         assert len(program.recording.graph.nodes) < 10
 
 
+def test_the_faster_way_is_not_looked_for_again_with_fewer_lanes(monkeypatch: pytest.MonkeyPatch):
+    programs, tried = Programs(compiles=False), []
+
+    def way(number: int, rounds: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        def one(x: torch.Tensor) -> torch.Tensor:
+            for _ in range(rounds):
+                x = x @ x
+            return x
+
+        one.number = number
+        return one
+
+    recorded_as_usual = compiling.record
+
+    def noting(function: Callable, *others: object) -> object:
+        tried.append(function.number)
+        return recorded_as_usual(function, *others)
+
+    monkeypatch.setattr(compiling, "record", noting)
+    ways = [way(0, 30), way(1, 1)]
+
+    def found(name: str, lanes: int, threads: int, shape: str) -> list[int]:
+        tried.clear()
+        program = programs.find(name, lanes, threads, shape)
+        bound = program.bind(ways)
+        for _ in range(4):
+            bound(torch.eye(200))
+        assert program.way == 1
+        return list(tried)
+
+    assert found("step", 3, 1, "usual") == [0, 1]
+    assert found("step", 2, 1, "usual") == found("step", 3, 1, "larger") == [1]
+    assert found("step", 4, 1, "usual") == [0, 1], "more may do it otherwise"
+    assert found("step", 3, 2, "usual") == [0, 1], "so may other threads"
+    assert found("measure", 3, 1, "usual") == [0, 1]
+    assert found("step", 1, 1, "usual") == [0, 1], "one alone is no batch"
+    assert found("step", 1, 1, "larger") == [1]
+
+
 def test_what_is_slow_is_recorded_after_fewer_calls(monkeypatch):
     monkeypatch.setattr(compiling, "CALLS_BEFORE_RECORDING", 1000)
     monkeypatch.setattr(compiling, "SECONDS_BEFORE_RECORDING", 0.0)

@@ -282,7 +282,15 @@ def with_free(monkeypatch: pytest.MonkeyPatch, free: float) -> None:
     monkeypatch.setattr(residence, "free_bytes", lambda device: free)
 
 
-def test_rows_are_resident_if_they_take_no_more_than_half_of_what_is_free(monkeypatch):
+@pytest.fixture(params=[False, True], ids=["fast", "slow"])
+def bytes_are_slow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    monkeypatch.setattr(residence, "reads_bytes_slowly", lambda device: request.param)
+    return request.param
+
+
+def test_rows_are_resident_if_they_take_no_more_than_half_of_what_is_free(
+    monkeypatch, bytes_are_slow
+):
     row = 3 * 16 * 16 + 8  # images of bytes stay bytes
     with_free(monkeypatch, 2 * 28 * row)
     assert choose(prepared(), CPU, "auto", 1) == residence.Residence(True, 28 * row)
@@ -292,19 +300,47 @@ def test_rows_are_resident_if_they_take_no_more_than_half_of_what_is_free(monkey
     assert choose(prepared(), CPU, "always", 1).resident
 
 
+def test_images_become_numbers_where_bytes_are_slow_and_there_is_plenty_of_room(monkeypatch):
+    monkeypatch.setattr(residence, "reads_bytes_slowly", lambda device: True)
+    needed = 28 * (3 * 16 * 16 * 4 + 8)
+    with_free(monkeypatch, 10 * needed)
+    assert choose(prepared(), CPU, "auto", 1) == residence.Residence(True, needed, False)
+    assert choose(prepared(), CPU, "always", 1) == residence.Residence(True, needed, False)
+    assert not choose(prepared(), CPU, "never", 1).resident
+    with_free(monkeypatch, 10 * needed - 1)
+    assert choose(prepared(), CPU, "auto", 1).keeps_bytes
+    monkeypatch.setattr(residence, "reads_bytes_slowly", lambda device: False)
+    with_free(monkeypatch, 1000 * needed)
+    assert choose(prepared(), CPU, "auto", 1).keeps_bytes
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability", "slow"),
+    [
+        ("cpu", "AVX2", True),
+        ("cpu", "AVX512", False),
+        ("cpu", "DEFAULT", False),
+        ("cuda", "AVX2", False),
+    ],
+)
+def test_bytes_are_slow_where_a_processor_computes_with_avx2(monkeypatch, kind, capability, slow):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert residence.reads_bytes_slowly(torch.device(kind)) == slow
+
+
 def test_numbers_take_four_bytes_each_where_they_are_resident(monkeypatch):
     row = 6 * 4 + 4
     with_free(monkeypatch, 2 * 116 * row)
     assert choose(prepared(numbers), CPU, "auto", 1) == residence.Residence(True, 116 * row)
 
 
-def test_images_of_bytes_are_kept_as_such_and_a_step_sees_the_same_numbers(build):
+def test_images_are_kept_as_bytes_or_as_numbers_and_a_step_sees_the_same(build, bytes_are_slow):
     engine = build("always", **CASES["augmented images"])
     kept = engine._epochs._validation.rows
     finished = prepare(small_images(Storage(Path("unused"))), Validation(), 3, torch.float64).on(
         CPU, torch.channels_last
     )
-    assert kept.x.dtype is torch.uint8
+    assert kept.x.dtype is (torch.float64 if bytes_are_slow else torch.uint8)
     assert kept.x.is_contiguous(memory_format=torch.channels_last)
     x, y, per_lane = gather(engine._epochs._supply.fixed, [torch.tensor([[3, 1], [0, 3]])])
     assert per_lane
