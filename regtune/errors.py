@@ -73,6 +73,14 @@ class UnknownSchema(RegtuneError):
     """The database's schema is not the one that this version knows."""
 
 
+class StudyUnreadable(RegtuneError):
+    """Another version of regtune has written this study, and this one cannot read it."""
+
+    def __init__(self, errors: tuple[FieldError, ...]) -> None:
+        known = "; ".join(str(error) for error in errors)
+        super().__init__(f"another version of regtune has written this study: {known}")
+
+
 class DatabaseUnavailable(RegtuneError):
     """The database cannot be reached."""
 

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from regtune import events, shares, standing, tables
 from regtune.database import NEWS, WORK
 from regtune.errors import BudgetSpent, NotFound, StudyActive, StudyDiffers, StudyOver
-from regtune.spec import StudyChange, StudySpec, changed
+from regtune.spec import StudyChange, StudySpec, changed, read_spec
 from regtune.spec.training import steps_per_epoch
 
 Verb = Literal["pause", "resume", "stop", "cancel"]
@@ -420,7 +420,7 @@ def delete(session: Session, name: str, actor: str) -> None:
 @lru_cache(maxsize=1024)
 def _spec(text: str) -> StudySpec:
     """Return a spec as it was stored; a scheduler looks at the same one many times a second."""
-    return StudySpec.model_validate(json.loads(text))
+    return read_spec(json.loads(text))
 
 
 def _study(row: Row[Any]) -> Study:

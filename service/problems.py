@@ -32,6 +32,7 @@ from regtune.errors import (
     StudyActive,
     StudyDiffers,
     StudyOver,
+    StudyUnreadable,
     UnknownSchema,
 )
 
@@ -53,6 +54,7 @@ _STATUS: Mapping[type[RegtuneError], HTTPStatus] = {
     BudgetSpent: HTTPStatus.CONFLICT,
     StaleView: HTTPStatus.SERVICE_UNAVAILABLE,
     UnknownSchema: HTTPStatus.SERVICE_UNAVAILABLE,
+    StudyUnreadable: HTTPStatus.SERVICE_UNAVAILABLE,
     DatabaseUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
     RightsMissing: HTTPStatus.SERVICE_UNAVAILABLE,
     RegtuneError: HTTPStatus.INTERNAL_SERVER_ERROR,

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 
 import structlog
 import torch
-from pydantic import ValidationError
 from sqlalchemy import Engine as Database
 from sqlalchemy.orm import Session
 
@@ -23,6 +22,7 @@ from regtune.errors import (
     InvalidSpec,
     NotFound,
     RegtuneError,
+    StudyUnreadable,
     storable,
 )
 from regtune.leasing import Lease
@@ -178,9 +178,8 @@ class Worker:
         """Build the stack of what is to be trained next, if that can be; say if it is there."""
         try:
             study, shape, leases = self._read(turn)
-        except ValidationError as error:  # of another version, which others may know
+        except StudyUnreadable as unread:  # others may know that version
             seconds = self._refused.postpone(turn.study_id)
-            unread = RegtuneError(f"this version of regtune cannot read the study: {error}")
             with transaction(self._database) as session:
                 self._record_refusal(session, turn.study_id, unread, tries_again_in_seconds=seconds)
             return False

@@ -24,6 +24,7 @@ from regtune.spec.reading import (
     parse_change,
     parse_spec,
     parse_text,
+    read_spec,
 )
 from regtune.spec.search import STRENGTHS, Search, default_search
 from regtune.spec.shape import NO_SHAPE, read_shape
@@ -83,4 +84,5 @@ __all__ = [
     "parse_text",
     "plain_data",
     "read_shape",
+    "read_spec",
 ]

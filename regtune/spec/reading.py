@@ -13,7 +13,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 from yaml.constructor import ConstructorError
 
-from regtune.errors import FieldError, InvalidSpec
+from regtune.errors import FieldError, InvalidSpec, StudyUnreadable
 from regtune.space import (
     PARAMETER_KINDS,
     Range,
@@ -50,6 +50,14 @@ def parse_spec(data: Any) -> StudySpec:
         return StudySpec.model_validate(data)
     except ValidationError as error:
         raise InvalidSpec(_field_errors(error, data, _FIELDS_OF)) from None
+
+
+def read_spec(stored: Mapping[str, Any]) -> StudySpec:
+    """Return a study as it was stored; raise StudyUnreadable if another version has done that."""
+    try:
+        return StudySpec.model_validate(stored)
+    except ValidationError as error:
+        raise StudyUnreadable(_field_errors(error, stored, _FIELDS_OF)) from None
 
 
 def parse_change(data: Any) -> StudyChange:

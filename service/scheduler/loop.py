@@ -5,11 +5,10 @@ import time
 from collections.abc import Collection, Mapping, Set
 
 import structlog
-from pydantic import ValidationError
 from sqlalchemy import Engine
 
 from regtune import database, shares, studies
-from regtune.errors import NotFound, StaleView, storable
+from regtune.errors import NotFound, StaleView, StudyUnreadable, storable
 from regtune.settings import Settings
 from service.scheduler import glances
 from service.scheduler.conductor import Conductor
@@ -190,7 +189,7 @@ class Scheduler:
             if study_id not in self._stale:
                 self._unfinished.add(study_id)
             self._stale ^= {study_id}
-        except ValidationError as error:  # of another version; a replica of that one may lead it
+        except StudyUnreadable as error:  # a replica of that version may lead it
             log.error("study_unread", study_id=study_id, reason=str(error))
             self._conductors.pop(study_id, None)
             self._left_until[study_id] = time.monotonic() + _LEAVE_SECONDS

@@ -491,6 +491,14 @@ def test_a_study_of_a_newer_version_keeps_no_other_from_being_listed(
         newer = """UPDATE regtune.studies SET spec = spec || '{"newer": 1}' WHERE name = 'new'"""
         connection.execute(text(newer))
     assert [one["name"] for one in client.get("/v1/studies").json()["items"]] == ["new", "old"]
+    for answer in (
+        client.get("/v1/studies/new"),
+        client.get("/v1/studies/new/best"),
+        client.patch("/v1/studies/new", json={"budget": {"trials": 99}}),
+    ):
+        assert answer.status_code == 503, answer.text
+        assert answer.json()["type"] == "urn:regtune:problem:study-unreadable"
+        assert "another version of regtune has written this study: newer: " in answer.text
 
 
 def test_workers_are_listed_with_what_they_offer(client: httpx.Client, engine: Engine) -> None:
