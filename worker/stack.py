@@ -344,7 +344,7 @@ class Stack:
             (spec.training.optimizer, spec.training.batch_size, spec.training.precision),
             (spec.training.decay, spec.training.l1, spec.training.penalized),
             (sorted(spec.training.augment), spec.training.averaging),
-            (self._engine.data_hash, self._engine.parameters, str(self._engine.residence)),
+            (self._engine.data_hash, self._engine.parameters, asdict(self._engine.residence)),
             (self._engine.members, self._engine.training_rows, self._engine.steps_per_epoch),
             sorted(knobs_of(spec)),
         )

@@ -111,7 +111,7 @@ class Rows:
 
     @property
     def are_bytes(self) -> bool:
-        """Whether inputs are bytes that steps standardize by themselves.
+        """Whether inputs are bytes, which steps can standardize by themselves.
 
         As numbers they would take four times the memory, and be read from there in every step.
         """

@@ -1,6 +1,6 @@
 """Which rows and which noise each lane sees in each step of an epoch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -29,6 +29,10 @@ KEPT_BYTES = 2**26
 """Orders of rows are kept for lanes that come to the same place later, so many bytes of them."""
 
 
+STEPS_AT_ONCE = 128
+"""For so many steps at once their rows and noise keys are cut out."""
+
+
 @dataclass(frozen=True)
 class Order:
     """The rows that K lanes see in an epoch, one after the other, by number.
@@ -48,19 +52,21 @@ class Order:
         group_K = _on(np.array(self.group), device)
         return _on(self.numbers_GR, device).index_select(0, group_K)
 
-    def cut(self, sizes: Sequence[int], device: torch.device) -> Sequence[Tensor]:
-        """Return the numbers of each of these batches, ``(K, B)`` or ``(B,)``, side by side.
+    def cut(self, sizes: Sequence[int], device: torch.device) -> Iterator[Tensor]:
+        """Yield the numbers of each of these batches, ``(K, B)`` or ``(B,)``, side by side.
 
-        All at once: threads that compute would get into each other's way if each step cut its own.
+        Those of some steps at once: threads that compute would get into each other's way if each
+        step cut its own.
         """
-        numbers, batches, begin = self.of_lanes(device), list[Tensor](), 0
+        numbers, begin = _on(self.numbers_GR, device), 0
+        group_K = None if isinstance(self.group, int) else _on(np.array(self.group), device)
         for size, alike in groupby(sizes):
-            count = len(list(alike))
-            part = numbers[..., begin : begin + count * size]
-            part = part.view(*part.shape[:-1], count, size).movedim(-2, 0)
-            batches += part.contiguous().unbind()
-            begin += count * size
-        return batches
+            for count in _blocks(len(list(alike))):
+                part = numbers[:, begin : begin + count * size]
+                part = part[self.group] if group_K is None else part.index_select(0, group_K)
+                part = part.view(*part.shape[:-1], count, size).movedim(-2, 0)
+                yield from part.contiguous().unbind()
+                begin += count * size
 
     @property
     def seen_apart(self) -> int:
@@ -86,8 +92,8 @@ class Batches:
         self._device = device
         self._kept_order = lru_cache(max(1, KEPT_BYTES // (8 * self.rows)))(self._order)
 
-    def of_epoch(self, places: Sequence[Place]) -> tuple[Order, Sequence[Tensor]]:
-        """Return the order of K lanes' rows, and on the device their noise keys of each step.
+    def of_epoch(self, places: Sequence[Place]) -> tuple[Order, Iterator[Tensor]]:
+        """Return the order of K lanes' rows, and on the device their noise keys, step by step.
 
         Those are ``(K, N, 2)``, or ``(N, 2)`` of a single lane, which has no lane axis. Batches are
         cut from the order by ``sizes``. Lanes at the same place see the same rows and noise; they
@@ -101,8 +107,9 @@ class Batches:
         order = Order(np.stack([self._kept_order(place) for place in distinct]), group)
         keys_SGN2 = _on(np.stack([self._keys(place) for place in distinct], 1), self._device)
         if isinstance(group, int):
-            return order, keys_SGN2[:, group].unbind()
-        return order, keys_SGN2.index_select(1, _on(np.array(group), self._device)).unbind()
+            return order, of_each_step(keys_SGN2[:, group])
+        group_K = _on(np.array(group), self._device)
+        return order, of_each_step(keys_SGN2, lambda some: some.index_select(1, group_K))
 
     @property
     def bytes_of_epoch(self) -> int:
@@ -129,6 +136,19 @@ class Batches:
 
 def _on(numbers: NDArray[Any], device: torch.device) -> Tensor:
     return torch.from_numpy(numbers).to(device, non_blocking=True)
+
+
+def of_each_step(
+    parts_S: Tensor, function: Callable[[Tensor], Tensor] = lambda some: some
+) -> Iterator[Tensor]:
+    """Yield what ``function`` makes of each step's part, of some steps at once."""
+    for some in torch.split(parts_S, STEPS_AT_ONCE):
+        yield from function(some).unbind()
+
+
+def _blocks(steps: int) -> Iterator[int]:
+    for begin in range(0, steps, STEPS_AT_ONCE):
+        yield min(STEPS_AT_ONCE, steps - begin)
 
 
 def batch_sizes(rows: int, batch_size: int) -> list[int]:

@@ -351,7 +351,7 @@ class Program:
     ) -> tuple[GraphModule, Leaves]:
         """Record all ways; return that of the fastest, and note which one it is."""
         recordings = [record(function, spec, arguments) for function in functions]
-        self.way = 0
+        chosen = 0
         if len(recordings) > 1:
             copies = self._copies(arguments)
             seconds = [fastest(recording.forward, copies) for recording, _ in recordings]
@@ -361,8 +361,9 @@ class Program:
                 found = self._differences(
                     usual, self._copies(arguments), faster, self._copies(arguments)
                 )
-                self.way = fastest_way if self._are_rounding(found, usual, arguments) else 0
-        return recordings[self.way]
+                chosen = fastest_way if self._are_rounding(found, usual, arguments) else 0
+        self.way = chosen  # other threads may see it from here on
+        return recordings[chosen]
 
     def _differences(
         self, one: Form, ones: Leaves, other: Form, others: Leaves

@@ -20,7 +20,7 @@ from worker.tasks.preparation import Prepared
 from worker.tasks.rows import Rows
 from worker.training import regularizers
 from worker.training.averaging import average_, averaged_epochs, replace_statistics_
-from worker.training.batches import Batches, Order, Place
+from worker.training.batches import Batches, Order, Place, of_each_step
 from worker.training.compiling import (
     CALLS_BEFORE_RECORDING,
     HEAD_START_SECONDS,
@@ -288,6 +288,7 @@ class Epochs:
         source = self._source(self._supply, own.members)
         rate_SK, coefficients_SCK = self._scheduled(own.rate_K, own.places)
         order, keys = self.batches.of_epoch(own.places)
+        first_keys = next(keys)
         size = self.batches.sizes[0]
         with closing(self._supply.batches(order, [size])) as batches:
             batch = next(batches)
@@ -302,7 +303,7 @@ class Epochs:
                     source,
                     rate_SK[0],
                     coefficients_SCK[0],
-                    keys[0],
+                    first_keys,
                     *batch,
                 )
             )
@@ -409,7 +410,7 @@ class Epochs:
         To be closed unless it has come to its end.
         """
         source = self._source(self._supply, own.members)
-        rates, coefficients = (each.unbind() for each in self._scheduled(own.rate_K, own.places))
+        scheduled = map(of_each_step, self._scheduled(own.rate_K, own.places))
 
         @cache
         def take(shape: torch.Size) -> Callable[..., Tensor]:
@@ -418,8 +419,7 @@ class Epochs:
 
         order, keys = self.batches.of_epoch(own.places)
         with closing(self._supply.batches(order, self.batches.sizes)) as batches:
-            for number, (*brought, index) in enumerate(batches):
-                numbers = rates[number], coefficients[number], keys[number]
+            for *numbers, (*brought, index) in zip(*scheduled, keys, batches, strict=True):
                 yield take(index.shape)(*numbers, *brought, index), index.shape[-1]
 
     def _average(self, step: LaneStep, chunk: Chunk, own: "_Share", tick: Tick) -> None:

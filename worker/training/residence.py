@@ -1,4 +1,7 @@
-"""Whether a study's rows are kept on the training device, or streamed to it from the host."""
+"""Whether a study's rows are kept on the training device, or streamed to it from the host.
+
+And whether images that are kept there stay bytes.
+"""
 
 from dataclasses import dataclass
 from typing import Literal

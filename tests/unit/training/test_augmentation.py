@@ -259,7 +259,7 @@ def test_the_loss_of_mixed_rows_is_that_of_mixup(build):
     cpu = torch.device("cpu")
     rows, numbers = engine._epochs._validation.rows.on(cpu), order.of_lanes(cpu)
     x, y = rows.x[numbers], rows.y[numbers]
-    share_B = own_shares(strength(0.8), keys[0][-1], len(y))
+    share_B = own_shares(strength(0.8), next(keys)[-1], len(y))
     targets = nn.functional.one_hot(y, 3).double()
     targets = share_B[:, None] * targets + (1 - share_B[:, None]) * targets.roll(1, 0)
     weight, bias = (

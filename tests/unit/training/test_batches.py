@@ -33,19 +33,28 @@ def test_each_lane_sees_the_rows_and_the_noise_of_its_place(
     of_two_members: Batches, places: Sequence[Place]
 ):
     order, keys = of_two_members.of_epoch(places)
+    keys = list(keys)
     numbers = order.of_lanes(CPU).reshape(len(places), -1)
     for lane, place in enumerate(places):
         own_order, own_keys = of_two_members.of_epoch([place])
         assert torch.equal(numbers[lane], own_order.of_lanes(CPU))
-        for step in range(len(of_two_members.sizes)):
-            of_lanes = keys[step].reshape(len(places), -1, 2)
-            assert torch.equal(of_lanes[lane], own_keys[step])
+        for of_lanes, own in zip(keys, own_keys, strict=True):
+            assert torch.equal(of_lanes.reshape(len(places), -1, 2)[lane], own)
 
 
 @pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
-def test_what_a_step_gets_lies_side_by_side(of_two_members: Batches, places: Sequence[Place]):
+@pytest.mark.parametrize("at_once", [1, 2, 100])
+def test_what_a_step_gets_lies_side_by_side(
+    of_two_members: Batches,
+    places: Sequence[Place],
+    at_once: int,
+    monkeypatch: pytest.MonkeyPatch,
+):
     """A compiled step insists on the strides that it was compiled for, and a graph on its own."""
+    monkeypatch.setattr(batches, "STEPS_AT_ONCE", at_once)
     order, keys = of_two_members.of_epoch(places)
+    keys = list(keys)
+    assert len(keys) == len(of_two_members.sizes)
     sizes = of_two_members.sizes
     supply = Resident(Rows(torch.zeros(23, 1), torch.zeros(23), None))
     assert len(set(sizes)) == 2

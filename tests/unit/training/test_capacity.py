@@ -63,6 +63,7 @@ def test_a_rehearsal_does_not_count_its_first_step(monkeypatch: pytest.MonkeyPat
         clock.step()
         if clock.over:
             break
+    assert clock.over
     assert clock.rate == pytest.approx(1 / usual)
 
 
