@@ -58,15 +58,12 @@ class Order:
         Those of some steps at once: threads that compute would get into each other's way if each
         step cut its own.
         """
-        numbers, begin = _on(self.numbers_GR, device), 0
-        group_K = None if isinstance(self.group, int) else _on(np.array(self.group), device)
+        numbers_GR, begin = _on(self.numbers_GR, device), 0
         for size, alike in groupby(sizes):
-            for count in _blocks(len(list(alike))):
-                part = numbers[:, begin : begin + count * size]
-                part = part[self.group] if group_K is None else part.index_select(0, group_K)
-                part = part.view(*part.shape[:-1], count, size).movedim(-2, 0)
-                yield from part.contiguous().unbind()
-                begin += count * size
+            end = begin + size * len(list(alike))
+            numbers_GSB = numbers_GR[:, begin:end].view(len(numbers_GR), -1, size)
+            yield from _of_lanes(numbers_GSB.movedim(1, 0), self.group)
+            begin = end
 
     @property
     def seen_apart(self) -> int:
@@ -106,10 +103,7 @@ class Batches:
         group = [number[place] for place in places] if len(places) > 1 else 0
         order = Order(np.stack([self._kept_order(place) for place in distinct]), group)
         keys_SGN2 = _on(np.stack([self._keys(place) for place in distinct], 1), self._device)
-        if isinstance(group, int):
-            return order, of_each_step(keys_SGN2[:, group])
-        group_K = _on(np.array(group), self._device)
-        return order, of_each_step(keys_SGN2, lambda some: some.index_select(1, group_K))
+        return order, _of_lanes(keys_SGN2, group)
 
     @property
     def bytes_of_epoch(self) -> int:
@@ -146,9 +140,12 @@ def of_each_step(
         yield from function(some).unbind()
 
 
-def _blocks(steps: int) -> Iterator[int]:
-    for begin in range(0, steps, STEPS_AT_ONCE):
-        yield min(STEPS_AT_ONCE, steps - begin)
+def _of_lanes(parts_SG: Tensor, group: Sequence[int] | int) -> Iterator[Tensor]:
+    """Yield each step's parts, of groups, once for each lane, ``(K, …)``, or that of all lanes."""
+    if isinstance(group, int):
+        return of_each_step(parts_SG[:, group])
+    group_K = _on(np.array(group), parts_SG.device)
+    return of_each_step(parts_SG, lambda some: some.index_select(1, group_K))
 
 
 def batch_sizes(rows: int, batch_size: int) -> list[int]:
