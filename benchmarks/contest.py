@@ -20,6 +20,7 @@ from benchmarks.memory import (
     allocated_peaks,
     bytes_per_lane,
     check_memory,
+    lanes_to_compare,
     nothing_captured,
     resident_bytes,
 )
@@ -311,17 +312,18 @@ class Contest:
                 self._take_turns([again])
 
     def _measure_resident(self) -> None:
-        """Measure what the most lanes take, in processes of their own, against a single one."""
+        """Measure what the most lanes take beyond fewer, in processes of their own."""
         lanes = max((c.trials for c in self.contenders), default=1)
         if lanes > 1 and not self._deadline.passed():
+            fewer = lanes_to_compare(lanes, self.setting.threads)
             (most, one_by_one), (least, _) = (
-                resident_bytes(self.setting, count) for count in (lanes, 1)
+                resident_bytes(self.setting, count) for count in (lanes, fewer)
             )
             for contender in self.contenders:
                 if contender.name == f"{lanes} lanes" and self.footprint is not None:
-                    contender.measured_bytes = (most - least) / (lanes - 1)
+                    contender.measured_bytes = (most - least) / (lanes - fewer)
                     contender.predicted_bytes = bytes_per_lane(
-                        self.footprint, lanes, self.setting, one_by_one=one_by_one
+                        self.footprint, lanes, self.setting, beyond=fewer, one_by_one=one_by_one
                     )
 
 

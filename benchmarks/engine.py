@@ -36,6 +36,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.contest import EVENTS, Contender, Contest, Deadline, tried
+from benchmarks.memory import lanes_to_compare
 from benchmarks.peers import shortened
 from benchmarks.problems import PROBLEMS, STRENGTHS, Problem, Setting, sample_batch
 from regtune.task import Data, Storage
@@ -205,10 +206,12 @@ def caption(setting: Setting, contest: Contest) -> str:
         "evaluation holds",
     ]
     if setting.device.type == "cpu":
+        fewer = lanes_to_compare(max(setting.lanes), setting.threads)
         lines += [
             "  of the lanes at work; MB/lane: peak resident set of a process that trains the most "
             "lanes,",
-            "  less that of one that trains a single lane, a lane (malloc gives back at once)",
+            f"  less that of one that trains {fewer}, for each lane more (malloc gives back "
+            "at once)",
         ]
     else:
         lines.append("MB/lane: most bytes allocated in a training step, a lane")

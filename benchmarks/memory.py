@@ -60,18 +60,30 @@ def main() -> None:
 
 
 def bytes_per_lane(
-    one: Footprint, lanes: int, setting: Setting, *, one_by_one: bool = False
+    one: Footprint, lanes: int, setting: Setting, *, beyond: int = 0, one_by_one: bool = False
 ) -> float:
-    """Return what each lane should add to the first, or on CUDA to none.
+    """Return what each lane should add to those of a stack of ``beyond``.
 
     On a CPU only the lanes of the chunks at work hold gradients and activations; of a chunk that is
     computed one by one, a single lane.
     """
-    if setting.device.type == "cuda" or lanes == 1:
+    if setting.device.type == "cuda":
         return one.state + one.step
-    chunks = chunk_sizes(lanes, setting.threads)[: setting.threads]
-    at_work = len(chunks) if one_by_one else sum(chunks)
-    return one.state + one.step * (at_work - 1) / (lanes - 1)
+
+    def at_work(count: int) -> int:
+        chunks = chunk_sizes(count, setting.threads)[: setting.threads] if count else []
+        return len(chunks) if one_by_one else sum(chunks)
+
+    return one.state + one.step * (at_work(lanes) - at_work(beyond)) / (lanes - beyond)
+
+
+def lanes_to_compare(lanes: int, threads: int) -> int:
+    """Return the lanes that already hold what is there once, whatever their number.
+
+    The first chunks of several lanes cost some 20 MB of library and compiler (MLP, two cores).
+    """
+    several_on_each = 2 * threads
+    return several_on_each if lanes > several_on_each else 1
 
 
 def check_memory(needed: int, device: torch.device) -> None:

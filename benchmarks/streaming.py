@@ -12,7 +12,6 @@ in a process of its own.
 
 import argparse
 import multiprocessing
-import os
 import resource
 import tempfile
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from PIL import Image
 
 from benchmarks.peers import shortened
 from benchmarks.problems import PROBLEMS, Problem, Setting, build_engine, some_trials
+from regtune import programs
 from regtune.task import Data, Storage
 from worker.tasks import decoding
 from worker.tasks.image_folder import image_folder
@@ -105,7 +105,7 @@ def images(asked: argparse.Namespace) -> None:
         apart(write, Path(name), asked.count)
         gigabytes = asked.count * 3 * asked.size**2 / 1e9
         print(f"{asked.count} JPEG files, {gigabytes:.2f} GB decoded", flush=True)
-        cores = os.cpu_count()
+        cores = programs.cores()
         for what, limit, threads in (
             ("in memory, one thread", 2**62, 1),
             ("in memory", 2**62, cores),
@@ -130,7 +130,7 @@ def load(folder: Path, size: int, what: str, limit: int, threads: int) -> None:
     decoding.MAPPED_BYTES = limit
     before, own = peak(), resident("RssAnon:")
     started = perf_counter()
-    with patch.object(os, "cpu_count", lambda: threads):
+    with patch.object(decoding, "cores", lambda: threads):
         data = image_folder(Storage(folder), path="all", size=size, test_fraction=0.1)
     seconds = perf_counter() - started
     print(

@@ -57,6 +57,13 @@ def _check_path(part: str) -> None:
                 )
 
 
+def cores() -> int:
+    """Return how many cores this process may use; of the machine where the system does not say."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def environment(workers: int = 1, **changes: str) -> dict[str, str]:
     """Return the environment of a program, some of it changed; unless told otherwise:
 
@@ -67,7 +74,7 @@ def environment(workers: int = 1, **changes: str) -> dict[str, str]:
     """
     defaults = {"OMP_WAIT_POLICY": "PASSIVE"}
     if workers > 1:
-        defaults["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
+        defaults["OMP_NUM_THREADS"] = str(max(1, cores() // workers))
     return {**defaults, **os.environ, **changes}
 
 

@@ -55,6 +55,15 @@ def known(session: Session, study_id: int) -> Mapping[str, ModelFacts]:
     return {row.shape: ModelFacts(**row.model) for row in rows}
 
 
+def has_been_trained(session: Session, study_id: int, shape: str) -> bool:
+    """Say whether any worker has reported an epoch of a trial of this shape."""
+    query = text(
+        "SELECT EXISTS (SELECT FROM regtune.trials"
+        " WHERE study_id = :study_id AND shape = :shape AND epochs > 0)"
+    )
+    return bool(session.execute(query, {"study_id": study_id, "shape": shape}).scalar_one())
+
+
 _CHOOSE = text("""
 WITH waiting AS (
     SELECT shape, bool_and(lost_leases >= :suspect_from) AS suspect, min(number) AS number

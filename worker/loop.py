@@ -97,6 +97,7 @@ class Worker:
         self._sweep_due = time.monotonic() + random.uniform(0, settings.sweep_seconds)
         self._sweeping: threading.Thread | None = None
         self._refused = Refusals()
+        self._lacked_room = set[int]()
 
     def run(self) -> None:
         """Train until told to stop; then give back what is not finished.
@@ -160,6 +161,9 @@ class Worker:
             else:
                 self._train(self._stack)
                 turn = self._stack.turn
+                if self._stack.leaving:  # nothing of it is left here
+                    self._drop_stack()
+                    return False
                 if turn == self._stack.own_turn:
                     return False
             if turn is None or self._shutdown.requested:
@@ -169,9 +173,9 @@ class Worker:
         except (*database.FAULTS, DatabaseUnavailable, NotFound) as error:
             event = "study_gone" if isinstance(error, NotFound) else "database_lost"
             log.warning(event, worker=self.name, error=str(error).splitlines()[0])
-            if self._stack is not None:
+            if self._stack is not None and not self._stack.leaving:
                 self._stack.release()
-                self._drop_stack()
+            self._drop_stack()
             return False
 
     def _begin(self, turn: Turn) -> bool:
@@ -179,9 +183,8 @@ class Worker:
         try:
             study, shape, leases = self._read(turn)
         except StudyUnreadable as unread:  # others may know that version
-            seconds = self._refused.postpone(turn.study_id)
             with transaction(self._database) as session:
-                self._record_refusal(session, turn.study_id, unread, tries_again_in_seconds=seconds)
+                self._postpone(session, turn.study_id, NO_SHAPE, unread)
             return False
         self._stack = None if shape is None else self._build_stack(study, shape, leases)
         if self._stack is not None and self._shutdown.requested:
@@ -298,6 +301,7 @@ class Worker:
                     self._make_engine,
                     self._refused,
                     leases,
+                    self._lacked_room,
                 )
                 self._refused.forget(study.study_id, shape)
                 return stack
@@ -329,8 +333,7 @@ class Worker:
             study = studies.lock(session, study.study_id)  # it may have been built meanwhile
             if not self._is_for_others(session, study, shape, error):
                 return False
-            seconds = self._refused.postpone(study.study_id, shape)
-            self._record_refusal(session, study.study_id, error, tries_again_in_seconds=seconds)
+            self._postpone(session, study.study_id, shape, error)
             return True
 
     def _is_for_others(self, session: Session, study: Study, shape: str, error: Exception) -> bool:
@@ -362,6 +365,11 @@ class Worker:
         if leases:
             with transaction(self._database) as session:
                 leasing.release(session, leases, self.name)
+
+    def _postpone(self, session: Session, study_id: int, shape: str, error: Exception) -> None:
+        """Leave a study to others for a while, and say so in its history."""
+        seconds = self._refused.postpone(study_id, shape)
+        self._record_refusal(session, study_id, error, tries_again_in_seconds=seconds)
 
     def _record_refusal(
         self, session: Session, study_id: int, error: Exception, **detail: float
@@ -396,10 +404,17 @@ class Worker:
                 studies.fail(session, study.study_id, storable(str(error)), self.name)
 
     def _train(self, stack: Stack) -> None:
-        """Train until the study has no trial left for this worker."""
-        stack.meet()
-        if stack.idle:
-            return
+        """Train until the study has no trial left for this worker, or it has no room for one."""
+        try:
+            stack.meet()
+            if not stack.idle:
+                self._train_all(stack)
+        except NoRoomForModel as lack:
+            stack.release()
+            with transaction(self._database) as session:
+                self._postpone(session, stack.study.study_id, stack.shape, lack)
+
+    def _train_all(self, stack: Stack) -> None:
         heartbeat = Heartbeat(
             stack.renew,
             self._settings.lease_seconds,

@@ -16,7 +16,7 @@ from sqlalchemy import Engine as Database
 from sqlalchemy.orm import Session
 
 from regtune import shapes, studies
-from regtune.database import FAULTS, Listener
+from regtune.database import FAULTS, Listener, transaction
 from regtune.errors import NotFound
 from regtune.leasing import Lease
 from regtune.reporting import Completed, Epoch, Failed, Outcome, Pruned
@@ -26,7 +26,7 @@ from regtune.studies import ModelFacts, Study
 from regtune.task import Storage
 from worker.checkpoints import CheckpointStore, CheckpointWriter, Saved
 from worker.devices import describe
-from worker.errors import DataDiffer, TaskFailed
+from worker.errors import DataDiffer, NoRoomForModel, TaskFailed
 from worker.meeting import Answer, Meetings, Report, Turn
 from worker.patience import transact_patiently
 from worker.shutdown import Interrupted
@@ -88,11 +88,13 @@ class Stack:
         make_engine: Callable[..., Engine] = Engine,
         refused: Collection[int] = (),
         leases: Sequence[Lease] = (),
+        lacked_room: set[int] | None = None,
     ) -> None:
         """Load the data, build the model and see how many lanes the device takes.
 
         ``shape`` is the one of the study's shapes that it trains. ``refused`` are studies that this
         worker cannot train. ``leases`` are trials that it has already; nobody has trained them.
+        ``lacked_room`` are trials for which there was no memory once; it adds to them.
         Raises InvalidData for data that cannot be trained on, DataDiffer for other data than the
         study began with, TaskFailed for an error of a database of the task's own, and whatever else
         the task's own code raises.
@@ -125,6 +127,9 @@ class Stack:
             self._engine.fits,
             refused,
         )
+        self._database = database
+        self._lacked_room = set[int]() if lacked_room is None else lacked_room
+        self._has_trained = False
         self._leases = {lease.trial_id: lease for lease in leases}
         self._unbegun = tuple(self._leases)
         self._curves: dict[int, list[Epoch]] = {}
@@ -155,26 +160,27 @@ class Stack:
         """Train every lane for one epoch; keep what it measured until the next meeting.
 
         A trial that was left between its last epoch and its test is tested instead. What the task's
-        own code raises ends the trial that raised it. Interrupted and DeviceLost go through.
+        own code raises ends the trial that raised it. Raises NoRoomForModel where there is none any
+        more for a trial by itself, though there was before. Interrupted and DeviceLost go through.
         """
         if over := self._engine.ended:
             self._end_lanes(over, progress)
             return
+        failure: Exception | None = None
+        epochs: Sequence[LaneEpoch] = []
         try:
             # When a study ends, it is too late for an experiment to pay.
-            epochs: Sequence[LaneEpoch] | None = self._engine.train_epoch(
-                progress, trying=self._more_to_come
-            )
+            epochs = self._engine.train_epoch(progress, trying=self._more_to_come)
         except (Interrupted, DeviceLost):
             raise
         except Exception as error:  # noqa: BLE001 - a user's crash is data
-            if capacity.is_out_of_memory(error) and self._engine.slots > 1:
-                epochs = None
-            else:
-                epochs = self._train_apart(error, progress)
-        if epochs is None:  # only now: the error's frames held what the step had allocated
-            self._take_fewer_lanes()
-            return
+            failure = _without_frames(error)
+        if failure:
+            if capacity.is_out_of_memory(failure) and self._engine.slots > 1:
+                self._take_fewer_lanes()
+                return
+            epochs = self._train_apart(failure, progress)
+        self._has_trained = self._has_trained or bool(epochs)
         for epoch in epochs:
             for curves in (self._curves, self._epochs):
                 curves.setdefault(epoch.key, []).append(_as_epoch(epoch))
@@ -183,7 +189,10 @@ class Stack:
         self._checkpoint_in_time()
 
     def meet(self) -> bool:
-        """Meet the database, if it is time; return whether it has answered."""
+        """Meet the database, if it is time; return whether it has answered.
+
+        Raises NoRoomForModel as ``train_epoch`` does.
+        """
         patience = 0.0
         if self._meetings.unanswered is None:
             if not self._is_time_to_meet():
@@ -201,7 +210,8 @@ class Stack:
             raise
         if report is None or answer is None:
             return False
-        self._apply(report, answer)
+        if not self._apply(report, answer):
+            raise NoRoomForModel("no memory is left for a trial")
         return True
 
     def beat_in_time(self) -> bool:
@@ -376,12 +386,12 @@ class Stack:
         ]
         self._writer.write(self.study, saved)
 
-    def _take_fewer_lanes(self, joining: int = 0) -> None:
+    def _take_fewer_lanes(self, besides: int = 0) -> None:
         """Go on with half as many lanes; give the other trials back, at no cost to them.
 
-        ``joining`` is how many trials were to train besides those that are in the stack.
+        ``besides`` is how many trials were there, or were to be, besides those in the stack.
         """
-        trials = len(self._engine.lanes) + joining
+        trials = len(self._engine.lanes) + besides
         self._capacity = self._capacity.halved(trials * self._engine.members)
         self._engine.max_lanes = self._capacity.lanes
         if not self._settings.lanes:
@@ -408,27 +418,58 @@ class Stack:
         before = dict(zip(keys, self._engine.checkpoint(keys), strict=True))
         states = dict(before)
         epochs: list[LaneEpoch] = []
+        lack: str | None = None
         parts = _halves(keys) or [keys]
         self._engine.leave(keys)
+        capacity.free_memory(self._device)
         try:
-            while parts:
+            while parts and lack is None:
                 part = parts.pop(0)
-                self._join(part, states)
                 try:
+                    self._join(part, states)
                     epochs += self._engine.train_epoch(progress, trying=False)
                     states |= zip(part, self._engine.checkpoint(part), strict=True)
+                    self._has_trained = True
                 except (Interrupted, DeviceLost):
                     states = before  # nobody will hear of the epochs since
                     raise
                 except Exception as own:  # noqa: BLE001 - a user's crash is data
                     parts = _halves(part) + parts
-                    if len(part) == 1:
+                    if len(part) == 1 and self._may_find_room(part[0], own):
+                        lack, states = first_line(own), before
+                    elif len(part) == 1:
                         self._outcomes[part[0]] = Failed.by(own)
-                self._engine.leave(part)
+                self._engine.leave(self._engine.lanes)
         finally:
             self._engine.leave(self._engine.lanes)
-            self._join([key for key in keys if key not in self._outcomes], states)
+            try:
+                self._join([key for key in keys if key not in self._outcomes], states)
+            except Exception as none_left:
+                if not capacity.is_out_of_memory(none_left):
+                    raise
+                lack = first_line(none_left)  # they go on from their last checkpoints
+        if lack is not None:  # only now: the error's frames held what the step had allocated
+            raise NoRoomForModel(lack)
         return epochs
+
+    def _may_find_room(self, key: int, error: Exception) -> bool:
+        """Say whether a trial that ran out of memory by itself is left for later, rather than fail.
+
+        It is, once, if a trial of this study and shape has ever had room, here or elsewhere: then
+        another program may hold the memory now.
+        """
+        if not capacity.is_out_of_memory(error) or key in self._lacked_room:
+            return False
+        self._lacked_room.add(key)
+        return self._has_trained or self._has_been_trained()
+
+    def _has_been_trained(self) -> bool:
+        """Say whether any worker has trained an epoch of this; if nobody can say, it may be."""
+        try:
+            with transaction(self._database) as session:
+                return shapes.has_been_trained(session, self.study.study_id, self.shape)
+        except FAULTS:
+            return True
 
     def _join(self, keys: Sequence[int], states: Mapping[int, Checkpoint]) -> None:
         """Let trials join the engine where they stand, or at their first epoch."""
@@ -451,10 +492,19 @@ class Stack:
                 test_score=result.test_score,
                 reason=reasons[result.key],
             )
-        self._engine.leave(list(ended))
+        leaving = [key for key in ended if key in self._outcomes]
+        self._engine.leave(leaving)
+        if self._engine.ended and self._engine.slots == 1:
+            raise NoRoomForModel("no memory is left for a trial's test")
+        if self._engine.ended:
+            self._take_fewer_lanes(len(leaving))
 
     def _test(self, keys: Sequence[int], progress: Callable[[], None]) -> list[LaneResult]:
-        """Return the trials' results; whoever raises is found by halves, and fails."""
+        """Return the trials' results; whoever raises is found by halves, and fails.
+
+        Those for which there is no memory are left out: they have been trained, and are tested when
+        fewer lanes are in the stack, or later.
+        """
         if not keys:
             return []
         try:
@@ -462,7 +512,8 @@ class Stack:
         except (Interrupted, DeviceLost):
             raise
         except Exception as error:  # noqa: BLE001 - a user's crash is data
-            if len(keys) == 1:
+            fewer_may_do = capacity.is_out_of_memory(error) and self._engine.slots > 1
+            if len(keys) == 1 and not (fewer_may_do or self._may_find_room(keys[0], error)):
                 self._outcomes[keys[0]] = Failed.by(error)
         # Only now: the error's frames held what the test had allocated.
         return [result for half in _halves(keys) for result in self._test(half, progress)]
@@ -489,10 +540,11 @@ class Stack:
             return 0
         return ceil(SUGGESTION_SECONDS / seconds) if seconds else inf
 
-    def _apply(self, report: Report, answer: Answer) -> None:
+    def _apply(self, report: Report, answer: Answer) -> bool:
         """Let the lanes follow what the database has said of the trials that were reported.
 
-        Since then, an epoch or more may have been trained.
+        Since then, an epoch or more may have been trained. Returns False if there is no memory any
+        more for a trial by itself, though there was before.
         """
         gone = {lease.trial_id for lease in report.leases} - answer.staying
         lost = gone - answer.ended - report.given_back
@@ -518,18 +570,21 @@ class Stack:
         room = self._engine.free_slots
         joining, too_many = joining[:room], joining[room:]
         self._given_back |= set(too_many)
-        no_room: Failed | None = None
         try:
             self._join(joining, {id_: one.checkpoint for id_, one in answer.resumed.items()})
+            return True
         except Exception as error:
             if not capacity.is_out_of_memory(error):
                 raise
-            no_room = Failed.by(error)
-        if no_room and self._engine.slots == 1:
-            self._outcomes |= dict.fromkeys(joining, no_room)
-        elif no_room:
-            self._given_back |= set(joining)
-            self._take_fewer_lanes(len(joining))
+            alone = joining if self._engine.slots == 1 else []
+            if any(not self._may_find_room(key, error) for key in alone):
+                self._outcomes |= dict.fromkeys(alone, Failed.by(error))
+                return True
+        self._given_back |= set(joining)
+        if self._engine.slots == 1:
+            return False
+        self._take_fewer_lanes(len(joining))
+        return True
 
 
 @contextmanager
@@ -539,6 +594,12 @@ def _errors_of_the_task() -> Iterator[None]:
         yield
     except (*FAULTS, NotFound) as error:
         raise TaskFailed(first_line(error)) from error
+
+
+def _without_frames(error: Exception) -> Exception:
+    """Return an error that no longer holds what its frames had allocated."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 def _halves(keys: Sequence[int]) -> list[Sequence[int]]:

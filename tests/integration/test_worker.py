@@ -1,6 +1,7 @@
 """A real worker and a real scheduler, in threads, on a real database."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -369,6 +370,61 @@ def test_a_trial_that_does_not_fit_even_alone_fails_with_the_reason(
     assert audit(engine) == {}
 
 
+def runs_out_of_memory(method: Callable[..., Any], calls: Collection[int]) -> Callable[..., Any]:
+    """Return a method that runs out of memory in some of its calls, counted from 1."""
+    count = itertools.count(1)
+
+    def wrapped(self: object, *arguments: Any, **options: Any) -> Any:
+        if next(count) in calls:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return method(self, *arguments, **options)
+
+    return wrapped
+
+
+def test_a_trained_trial_for_whose_test_there_is_no_memory_is_tested_with_fewer_lanes(
+    engine, run, monkeypatch
+):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    ample = builders.create(engine, "ample", **SHORT)
+    run(ample, lanes=2)
+    # Both trials together, then the first by itself; the second is tested at once.
+    monkeypatch.setattr(Epochs, "test", runs_out_of_memory(Epochs.test, {1, 2}))
+    tight = builders.create(engine, "tight", **SHORT)
+    run(tight, lanes=2)
+    rows = trials(engine, tight)
+    assert [(row.state, row.lost_leases) for row in rows] == [("complete", 0)] * 6
+    for ours, theirs in zip(rows[:2], trials(engine, ample)[:2], strict=True):
+        assert (ours.value, ours.test_loss) == pytest.approx((theirs.value, theirs.test_loss), 1e-4)
+    assert the_worker(engine).lanes == 1
+    assert audit(engine) == {}
+
+
+@pytest.mark.parametrize(
+    ("part", "method", "calls"),
+    [
+        (Epochs, "train", {2, 3}),  # the second epoch, and its second try
+        (Epochs, "test", {1}),
+        (TrainingEngine, "join", {2}),
+    ],
+)
+def test_a_trial_that_had_room_until_others_took_the_memory_is_trained_later(
+    engine, database_url, tmp_path, monkeypatch, part, method, calls
+):
+    monkeypatch.setattr("worker.refusals.FIRST_SECONDS", 0.5)
+    monkeypatch.setattr(part, method, runs_out_of_memory(getattr(part, method), calls))
+    study = builders.create(engine, **SHORT)
+    builders.append(engine, study, 2)
+    settings = Settings(data_dir=tmp_path, poll_seconds=0.1, lanes=1)
+    with working(database_url, settings):
+        wait_until(lambda: builders.states(engine, study) == ["complete"] * 2, 60)
+    (refusal,) = refusals(engine, study)
+    assert refusal.detail["lacks"] == "room"
+    assert refusal.detail["tries_again_in_seconds"] == 0.5
+    assert [row.lost_leases for row in trials(engine, study)] == [0, 0]
+    assert audit(engine) == {}
+
+
 def test_a_worker_says_how_many_lanes_it_has_found_and_how_full_they_were(engine, run, tmp_path):
     """Of more trials than lanes: once nothing waits, empty ones say nothing."""
     trials = 2 * capacity.provisional(torch.device("cpu"))
@@ -380,6 +436,30 @@ def test_a_worker_says_how_many_lanes_it_has_found_and_how_full_they_were(engine
     assert worker.capacity["bytes_per_lane"] > 0
     assert 0 < worker.occupancy <= 1
     assert (tmp_path / "capacity.json").exists()
+    assert audit(engine) == {}
+
+
+@pytest.mark.slow
+def test_lanes_are_kept_full_until_the_queue_is_empty(engine, run):
+    """With trials that end after anything from a few epochs to 40."""
+    lanes, count = 8, 64
+    study = builders.create(
+        engine,
+        budget={"trials": count},
+        training={"max_epochs": 40, "batch_size": 256, "min_delta": 0.02},
+        search={"patience": {"low": 1, "high": 40}},
+        sampler="random",
+        pruner="none",
+    )
+    run(study, lanes=lanes)
+    rows = trials(engine, study)
+    began = min(row.started_at for row in rows)
+    empty = max(row.started_at for row in rows)  # when the last one had found a lane
+    held = sum((min(row.finished_at, empty) - row.started_at).total_seconds() for row in rows)
+    assert held >= 0.9 * lanes * (empty - began).total_seconds()
+    assert the_worker(engine).occupancy >= 0.9
+    lengths = [row.epochs for row in rows]
+    assert min(lengths) < 20 < 35 < max(lengths)
     assert audit(engine) == {}
 
 

@@ -31,9 +31,10 @@ from regtune.task import (
 from worker.inspection.subject import Subject
 from worker.tasks.preparation import prepare
 from worker.tasks.synthetic import best_decay
+from worker.training.dropout import install_dropout_sites
 from worker.training.engine import load_task
 from worker.training.noise import initial_weights
-from worker.training.regularizers import install_dropout_sites, penalized
+from worker.training.regularizers import penalized
 
 SYNTHETIC = "synthetic"
 """The data set whose best strength is known."""

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
 from regtune.errors import InvalidData
+from regtune.programs import cores
 from regtune.task import Storage
 from worker.errors import NoRoom
 from worker.tasks.files import opened
@@ -175,7 +176,7 @@ class ImageFiles:
         """
         block = max(1, min(BLOCK, BLOCK_BYTES // prod(self.shape[1:])))
         begins = range(0, len(self.paths), block)
-        pool = ThreadPoolExecutor(_cores(), "images")
+        pool = ThreadPoolExecutor(cores(), "images")
         try:
             futures = [
                 pool.submit(work, slice(begin, min(begin + block, len(self.paths))))
@@ -222,13 +223,6 @@ def _as_bytes(image: Image.Image, path: Path) -> Image.Image:
             "with 8 or 16"
         )
     return image
-
-
-def _cores() -> int:
-    """Return how many cores this process may use; of the machine where the system does not say."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _reach_disk(path: Path) -> None:

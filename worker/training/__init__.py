@@ -11,7 +11,7 @@ Tensor names end in the letters of their shape:
 A walk: ``lanes`` (what a lane is: its trial, its tensors) → ``step`` (one optimizer step) →
 ``epoch`` (all steps, spread over the cores, and the validation) → ``engine`` (join, leave, train,
 results, checkpoints). On the way: ``model`` (the gradient of all lanes), ``batches`` (who sees
-which rows and noise), ``optimizers``, ``regularizers``, ``objective``, ``early_stopping`` and
-``noise`` (what training is made of), ``compiling`` and ``capturing`` (the same, faster),
-``capacity`` (how many).
+which rows and noise), ``optimizers``, ``dropout``, ``regularizers``, ``objective``,
+``early_stopping`` and ``noise`` (what training is made of), ``compiling`` and ``capturing`` (the
+same, faster), ``capacity`` (how many).
 """

@@ -13,9 +13,9 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
+from worker.training.dropout import dropout_threshold
 from worker.training.early_stopping import EarlyStopping
 from worker.training.layout import like
-from worker.training.regularizers import dropout_threshold
 
 Tensors = Mapping[str, Tensor]
 Ended = Literal["finished", "early_stopped", "diverged"]

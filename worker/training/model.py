@@ -17,17 +17,11 @@ from torch.utils import _pytree as pytree
 from regtune.errors import RegtuneError
 from worker.tasks.rows import Rows
 from worker.training.augmentation import augmented, before, mixed, own_shares
+from worker.training.dropout import dropout_threshold, dropped, install_dropout_sites
 from worker.training.layout import stacked
 from worker.training.noise import random_bits
 from worker.training.objective import Objective
-from worker.training.regularizers import (
-    dropout_threshold,
-    dropped,
-    install_dropout_sites,
-    penalized,
-    perturbed,
-    units,
-)
+from worker.training.regularizers import penalized, perturbed, units
 from worker.training.tracing import TURNS
 
 log = structlog.get_logger()
@@ -324,8 +318,9 @@ class LaneModel:
         found = trial._try(loop, sample)
         if before != _states_of_generators():
             raise UnsupportedModel(
-                "the model draws random numbers other than in nn.Dropout and its kin (functional "
-                "dropout, or attention's own); use dropout modules instead"
+                "the model draws random numbers other than in nn.Dropout and its kin, and in "
+                "nn.MultiheadAttention (functional dropout, for example); use dropout modules "
+                "instead"
             )
         if not _alike(found, trial._try(loop, sample)):
             raise UnsupportedModel(

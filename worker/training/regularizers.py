@@ -1,24 +1,22 @@
-"""Regularizers with one strength per lane: dropout, decay, L1, limits, label smoothing and noise.
+"""Regularizers with one strength per lane: decay, L1, limits, label smoothing and noise.
 
 Decay and L1 act on weights alone, not on biases or normalization parameters, unless a study says
 otherwise. They act in place on one parameter of K lanes, ``weights_K``, of any shape behind the
 lane axis; strengths and rates have as many dimensions, ``(K, 1, …)``.
 
-Dropout and max-norm: N. Srivastava et al., JMLR 15 (2014). Alpha dropout: G. Klambauer et al.,
-arXiv 1706.02515. Decoupled decay: I. Loshchilov and F. Hutter, arXiv 1711.05101. Proximal step: N.
-Parikh and S. Boyd, Proximal Algorithms (2014). Label smoothing: C. Szegedy et al., arXiv
-1512.00567. Input noise: C. Bishop, Neural Computation 7 (1995). Weight noise: A. Graves, NIPS 2011.
-Clipping: R. Pascanu, T. Mikolov and Y. Bengio, arXiv 1211.5063.
+Max-norm: N. Srivastava et al., JMLR 15 (2014). Decoupled decay: I. Loshchilov and F. Hutter, arXiv
+1711.05101. Proximal step: N. Parikh and S. Boyd, Proximal Algorithms (2014). Label smoothing: C.
+Szegedy et al., arXiv 1512.00567. Input noise: C. Bishop, Neural Computation 7 (1995). Weight noise:
+A. Graves, NIPS 2011. Clipping: R. Pascanu, T. Mikolov and Y. Bengio, arXiv 1211.5063.
 """
 
 from collections.abc import Iterator, Sequence
-from math import prod
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from worker.training.noise import HIGHEST, LOWEST, random_bits, standard_normal
+from worker.training.noise import standard_normal
 
 NORMALIZATIONS = (
     nn.modules.batchnorm._NormBase,  # every batch and instance norm
@@ -26,92 +24,7 @@ NORMALIZATIONS = (
     nn.GroupNorm,
     nn.RMSNorm,
 )
-_ELEMENTWISE = (nn.Dropout, nn.AlphaDropout)
-_CHANNELWISE = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.FeatureAlphaDropout)
-_ALPHA = (nn.AlphaDropout, nn.FeatureAlphaDropout)
-_ALPHA_OFF = -1.7580993408473766  # the value to which SELU saturates
 _CLIPPING_EPSILON = 1e-6  # what torch adds to a gradient's norm before it divides by it
-
-
-class DropoutSite(nn.Module):
-    """A place in the model that drops activations at the lane's own rate, by counter-based noise.
-
-    Training: kept activations are scaled by 1 / (1 − p); with p = 0 all are kept and the scale is
-    exactly 1. Evaluation: the identity. Buffers, replaced at each call: ``threshold`` (int32; noise
-    below it drops), ``scale`` (1 / (1 − p)) and ``key`` (2 × int32).
-    """
-
-    threshold: Tensor
-    scale: Tensor
-    key: Tensor
-    p = 0.0
-    """For models that read their module's rate and drop by themselves, which then is off."""
-
-    def __init__(self, *, channelwise: bool = False, alpha: bool = False) -> None:
-        super().__init__()
-        self.channelwise = channelwise
-        self.alpha = alpha
-        self.drawn = 0
-        self.register_buffer("threshold", dropout_threshold(torch.zeros(())), persistent=False)
-        self.register_buffer("scale", torch.ones(()), persistent=False)
-        self.register_buffer("key", torch.zeros(2, dtype=torch.int32), persistent=False)
-
-    @classmethod
-    def standing_for(cls, module: nn.Module) -> "DropoutSite":
-        """Return the site that takes the place of one of torch's dropout modules."""
-        return cls(channelwise=isinstance(module, _CHANNELWISE), alpha=isinstance(module, _ALPHA))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Drop elements of ``x``, or whole channels of ``(batch, channels, …)``."""
-        if not self.training:
-            return x
-        shape = (*x.shape[:2], *(1 for _ in x.shape[2:])) if self.channelwise else x.shape
-        keep = self._noise(shape) >= self.threshold
-        return self._alpha_dropped(x, keep) if self.alpha else dropped(x, keep, self.scale)
-
-    def _noise(self, shape: Sequence[int]) -> Tensor:
-        """Return this call's noise: a site that is called again in a forward draws on."""
-        start, self.drawn = self.drawn, self.drawn + prod(shape)
-        return random_bits(self.key, shape, start)
-
-    def _alpha_dropped(self, x: Tensor, keep: Tensor) -> Tensor:
-        """Set dropped elements to SELU's saturation, then restore mean and variance."""
-        rate = 1 - 1 / self.scale
-        a = (self.scale / (1 + rate * _ALPHA_OFF**2)).sqrt()
-        return a * torch.where(keep, x, _ALPHA_OFF) - a * rate * _ALPHA_OFF
-
-
-def install_dropout_sites(model: nn.Module) -> dict[str, DropoutSite]:
-    """Replace every dropout module of ``model`` by a site; return them by name.
-
-    A module that stands in several places of the model stays one, under its first name. One that
-    drops in a way of its own stays what it is, and is refused for the numbers that it draws.
-    """
-    found = [
-        (name, module)
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, _ELEMENTWISE + _CHANNELWISE)
-        and type(module).forward in {one.forward for one in _ELEMENTWISE + _CHANNELWISE}
-    ]
-    sites: dict[nn.Module, DropoutSite] = {}
-    names: dict[str, DropoutSite] = {}
-    for name, module in found:
-        if module not in sites:
-            sites[module] = names[name] = DropoutSite.standing_for(module)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, sites[module])
-    return names
-
-
-def dropped(x: Tensor, keep: Tensor, scale: Tensor) -> Tensor:
-    """Return ``x`` with what is kept (bool) scaled by 1 / (1 − p), and the rest at zero."""
-    return x * (keep * scale)
-
-
-def dropout_threshold(rate: Tensor) -> Tensor:
-    """Return the int32 noise below which an element is dropped; rates are in [0, 1)."""
-    threshold = torch.round(rate.double() * 2**32) + LOWEST
-    return threshold.clamp(max=HIGHEST).to(torch.int32)
 
 
 def penalized(model: nn.Module, which: Literal["weights", "all"]) -> Iterator[str]:

@@ -94,6 +94,21 @@ def own(*_: object) -> nn.Module:
     )
 
 
+class Encoder(nn.Module):
+    """A layer of torch's own transformer, over patches; its attention drops weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 4, stride=4)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.patches(x).flatten(2).transpose(1, 2)
+        y: torch.Tensor = self.head(self.layer(tokens).mean(1))
+        return y
+
+
 def of(builder: Callable[..., nn.Module], **settings: object) -> Callable[..., nn.Module]:
     """A built-in model with these settings."""
     return lambda _, input_shape, outputs: builder(settings, input_shape, outputs)
@@ -104,6 +119,7 @@ MODELS = {
     "own convolutions": (convolutional, 1),
     "own gates": (own, 1),
     "torchvision's transformer": (transformer, 7),
+    "torch's transformer layer": (lambda *_: Encoder(), 4),
     "mlp": (of(built_in.mlp, hidden=[16, 16]), 2),
     "mlp, groups": (of(built_in.mlp, hidden=[16], norm="group", activation="silu"), 1),
     "mlp, selu": (of(built_in.mlp, **SELF_NORMALIZING), 2),
@@ -141,7 +157,7 @@ def test_its_lanes_are_one_batched_model_and_its_dropouts_are_sites(build, name)
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.long if name in SLOW else NO_FALLBACK)
+        pytest.param(name, marks=pytest.mark.slow if name in SLOW else NO_FALLBACK)
         for name in sorted(MODELS)
     ],
 )

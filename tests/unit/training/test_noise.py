@@ -7,7 +7,7 @@ from scipy import stats
 from torch.func import vmap
 
 from worker.training import noise
-from worker.training.regularizers import dropout_threshold
+from worker.training.dropout import dropout_threshold
 
 SIGMAS = 4.5
 N = 200_000

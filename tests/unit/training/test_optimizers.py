@@ -14,7 +14,7 @@ from worker.training.regularizers import add_coupled_decay_, decay_
 STEPS = 200
 JOINED_AFTER = [0, 37, 120]
 RATES = [0.01, 0.003, 0.02]
-DECAYS = [0.0, 0.1, 0.4]
+DECAYS = [0.1, 0.0, 0.4]
 WEIGHTS = 5
 
 
@@ -83,7 +83,7 @@ def trained_as_lanes(name: str) -> dict[int, list[Tensor]]:
     w_KP = torch.empty(0, WEIGHTS, dtype=torch.float64)
     moments = [torch.empty_like(w_KP) for _ in range(optimizer.moments)]
     paths: dict[int, list[Tensor]] = {}
-    for step in range(STEPS):
+    for step in range(STEPS + max(JOINED_AFTER)):
         if step in JOINED_AFTER:
             w_KP = torch.cat([w_KP, start(len(w_KP))[None]])
             moments = [torch.cat([m, torch.zeros(1, WEIGHTS).to(m)]) for m in moments]
@@ -106,7 +106,7 @@ def trained_as_lanes(name: str) -> dict[int, list[Tensor]]:
 @pytest.mark.parametrize("name", KINDS)
 def test_each_lane_takes_the_steps_of_its_twin_in_torch(name):
     for lane, path in trained_as_lanes(name).items():
-        assert len(path) == STEPS - JOINED_AFTER[lane]
+        assert len(path) >= STEPS
         expected = trained_by_twin(name, lane, len(path))
         torch.testing.assert_close(torch.stack(path), torch.stack(expected), rtol=1e-9, atol=1e-12)
 

@@ -239,11 +239,13 @@ def test_what_a_task_does_wrong_is_said(make, own, changes, says):
         make(own, **changes)
 
 
-def test_a_rate_that_a_model_reads_is_off(make):
+def test_a_rate_that_a_model_reads_is_the_lanes(make):
     engine = make(ByNumber)
-    engine.join([trial(0, dropout=0.5), trial(1)])
-    dropping, plain = train(engine, 2).values()
-    assert torch.equal(losses(dropping), losses(plain))
+    assert engine.model.sites == ("dropout",)
+    engine.join([trial(0, dropout=0.5), trial(1), trial(2, dropout=0.5)])
+    dropping, plain, twin = train(engine, 2).values()
+    assert not torch.equal(losses(dropping), losses(plain))
+    torch.testing.assert_close(losses(dropping), losses(twin))
 
 
 def test_a_setting_may_not_bear_the_name_of_a_field(make):

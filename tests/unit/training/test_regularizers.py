@@ -3,67 +3,12 @@ import torch
 from torch import nn
 
 from worker.training import regularizers
-from worker.training.regularizers import DropoutSite, install_dropout_sites
 
 KEY = torch.tensor([123, -456], dtype=torch.int32)
 
 
-def site_at(rate: float, module: nn.Module | None = None) -> DropoutSite:
-    site = DropoutSite.standing_for(module or nn.Dropout())
-    site.threshold = regularizers.dropout_threshold(torch.tensor(rate))
-    site.scale = torch.tensor(1 / (1 - rate))
-    site.key = KEY
-    return site
-
-
 def column(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)[:, None]
-
-
-def test_kept_activations_are_scaled_and_dropped_ones_are_zero():
-    out = site_at(0.75)(torch.full((100, 100), 2.0))
-    assert set(out.unique().tolist()) == {0.0, 8.0}
-
-
-def test_a_dropout_of_zero_is_exactly_off():
-    x = torch.randn(50, 50)
-    assert torch.equal(site_at(0.0)(x), x)
-
-
-def test_dropout_is_the_identity_in_evaluation():
-    x = torch.randn(50, 50)
-    assert torch.equal(site_at(0.5).eval()(x), x)
-
-
-def test_a_site_that_is_called_twice_draws_twice():
-    site = site_at(0.5)
-    x = torch.ones(40, 40)
-    assert not torch.equal(site(x), site(x))
-
-
-def test_channelwise_dropout_drops_whole_channels():
-    for module in (nn.Dropout1d(), nn.Dropout2d(), nn.Dropout3d()):
-        out = site_at(0.5, module)(torch.ones(20, 30, 4, 4)).flatten(2)
-        assert (out == out[..., :1]).all()
-        assert set(out.unique().tolist()) == {0.0, 2.0}
-
-
-def test_alpha_dropout_keeps_mean_and_variance():
-    x = torch.selu(torch.randn(500, 500, dtype=torch.float64))
-    out = site_at(0.3, nn.AlphaDropout())(x)
-    assert abs(out.mean()) < 0.02
-    assert abs(out.var() - 1) < 0.02
-    twin = nn.AlphaDropout(0.3).train()(x)
-    torch.testing.assert_close(out.unique()[:1], twin.unique()[:1], rtol=1e-6, atol=0)
-
-
-def test_every_dropout_of_a_model_becomes_a_site_and_a_shared_one_stays_one():
-    shared = nn.Dropout(0.3)
-    model = nn.Sequential(shared, nn.Sequential(nn.Dropout2d(), shared), nn.AlphaDropout())
-    sites = install_dropout_sites(model)
-    assert list(sites) == ["0", "1.0", "2"]
-    assert model[0] is model[1][1] is sites["0"]
-    assert not any(isinstance(m, nn.modules.dropout._DropoutNd) for m in model.modules())
 
 
 def test_only_weights_are_penalized_never_biases_or_normalization():
