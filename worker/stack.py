@@ -427,8 +427,9 @@ class Stack:
                 part = parts.pop(0)
                 try:
                     self._join(part, states)
-                    epochs += self._engine.train_epoch(progress, trying=False)
+                    trained = self._engine.train_epoch(progress, trying=False)
                     states |= zip(part, self._engine.checkpoint(part), strict=True)
+                    epochs += trained  # only now: whoever is not where it ends trains it again
                     self._has_trained = True
                 except (Interrupted, DeviceLost):
                     states = before  # nobody will hear of the epochs since
@@ -570,6 +571,8 @@ class Stack:
         room = self._engine.free_slots
         joining, too_many = joining[:room], joining[room:]
         self._given_back |= set(too_many)
+        if not joining:
+            return True
         try:
             self._join(joining, {id_: one.checkpoint for id_, one in answer.resumed.items()})
             return True

@@ -138,7 +138,8 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
     """Do as torch's function of this name, or as a site whose rate it is called with."""
     if not is_scripting():  # noqa: SIM102 - TorchScript would compile what stands behind an "and"
         if isinstance(p, SiteRate):
-            return p.site(input) if training else input
+            left: Tensor = p.site(input) if training else input
+            return input.copy_(left) if inplace else left
     return _torch_dropout(input, p, training, inplace)
 
 

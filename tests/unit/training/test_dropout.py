@@ -112,6 +112,12 @@ def test_a_rate_that_a_model_reads_drops_at_the_sites_own():
     assert functional.dropout(x, p=0.5).unique().tolist() == [0.0, 4.0]
 
 
+def test_a_site_drops_in_place_where_it_is_asked_to():
+    x = torch.full((100, 100), 2.0)
+    functional.dropout(x, site_at(0.75).p, training=True, inplace=True)
+    assert set(x.unique().tolist()) == {0.0, 8.0}
+
+
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_multihead_attention_drops_weights_at_a_site_of_its_own(need_weights):
     torch.manual_seed(0)
