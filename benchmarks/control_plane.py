@@ -38,7 +38,7 @@ from sqlalchemy import Engine, text
 
 from benchmarks.free_training import EPOCHS, loss, our_workers, stock_workers
 from benchmarks.meters import Server
-from regtune import database, leasing, reporting, studies, workers
+from regtune import database, leasing, programs, reporting, studies, workers
 from regtune.database import transaction
 from regtune.reporting import Completed, Epoch
 from regtune.settings import Settings
@@ -118,7 +118,7 @@ def _pace(words: str) -> tuple[float, str]:
 
 def machine() -> str:
     """Say what this runs on."""
-    return f"{len(os.sched_getaffinity(0))} cores, shared; Python {platform.python_version()}"
+    return f"{programs.cores()} cores, shared; Python {platform.python_version()}"
 
 
 # Throughput

@@ -58,7 +58,7 @@ def train_again(
     initial weights, order and dropout.
     """
     trials = [
-        LaneTrial(key=key, **params)  # type: ignore[arg-type]
+        LaneTrial(key=key, **params)
         for key, params in enumerate(chain.from_iterable(best.values()))
     ]
     losses = np.full((len(trials), seeds), np.inf)

@@ -305,6 +305,7 @@ class ByOptimizer(RootModel[dict[str, Value]], Generic[Value]):
 
     def numbers(self) -> tuple[float, ...]:
         """All the numbers of all of them, for checking them against what the parameter may be."""
+        # Value is bound by no class, but by unions of parameters, all of which have numbers.
         return tuple(number for part in self.root.values() for number in part.numbers())  # type: ignore[attr-defined]
 
 

@@ -18,7 +18,7 @@ from tests.waiting import free_port, wait_until
 
 def app(url: str, **settings: object) -> FastAPI:
     """The service without its scheduler."""
-    return create_app(Settings(database_url=url, **settings), schedule=False)  # type: ignore[arg-type]
+    return create_app(Settings(database_url=url, **settings), schedule=False)
 
 
 @contextmanager

@@ -85,10 +85,10 @@ class Stack:
         device: torch.device,
         listener: Listener,
         store: CheckpointStore,
-        make_engine: Callable[..., Engine] = Engine,
-        refused: Collection[int] = (),
-        leases: Sequence[Lease] = (),
-        lacked_room: set[int] | None = None,
+        make_engine: Callable[..., Engine],
+        refused: Collection[int],
+        leases: Sequence[Lease],
+        lacked_room: set[int],
     ) -> None:
         """Load the data, build the model and see how many lanes the device takes.
 
@@ -128,7 +128,7 @@ class Stack:
             refused,
         )
         self._database = database
-        self._lacked_room = set[int]() if lacked_room is None else lacked_room
+        self._lacked_room = lacked_room
         self._has_trained = False
         self._leases = {lease.trial_id: lease for lease in leases}
         self._unbegun = tuple(self._leases)

@@ -106,7 +106,7 @@ def trained_as_lanes(name: str) -> dict[int, list[Tensor]]:
 @pytest.mark.parametrize("name", KINDS)
 def test_each_lane_takes_the_steps_of_its_twin_in_torch(name):
     for lane, path in trained_as_lanes(name).items():
-        assert len(path) >= STEPS
+        assert len(path) == STEPS + max(JOINED_AFTER) - JOINED_AFTER[lane]
         expected = trained_by_twin(name, lane, len(path))
         torch.testing.assert_close(torch.stack(path), torch.stack(expected), rtol=1e-9, atol=1e-12)
 
