@@ -405,14 +405,22 @@ class Worker:
 
     def _train(self, stack: Stack) -> None:
         """Train until the study has no trial left for this worker, or it has no room for one."""
+        keeping = True
         try:
             stack.meet()
             if not stack.idle:
                 self._train_all(stack)
-        except NoRoomForModel as lack:
-            stack.release()
-            with transaction(self._database) as session:
-                self._postpone(session, stack.study.study_id, stack.shape, lack)
+            return
+        except NoRoomForModel as error:
+            lack = str(error)
+        except Exception as error:
+            if not capacity.is_out_of_memory(error):
+                raise
+            # Between epochs: as lanes were taken out, put in or copied, and may stand anywhere.
+            lack, keeping = first_line(error), False
+        stack.release(keeping=keeping)
+        with transaction(self._database) as session:
+            self._postpone(session, stack.study.study_id, stack.shape, NoRoomForModel(lack))
 
     def _train_all(self, stack: Stack) -> None:
         heartbeat = Heartbeat(

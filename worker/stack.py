@@ -237,10 +237,16 @@ class Stack:
         """Lease nothing more; return all that is held. From any thread, before the process ends."""
         return [*self._leases.values(), *self._meetings.abandon()]
 
-    def release(self) -> None:
-        """Checkpoint what is in training, report what has ended, and give everything else back."""
+    def release(self, *, keeping: bool = True) -> None:
+        """Checkpoint what is in training, report what has ended, and give everything else back.
+
+        The latter two whatever memory is left. Without ``keeping``, for when lanes may not stand
+        where their curves end, trials go on from the checkpoints that they have.
+        """
         self.leaving = True
-        self._checkpoint(self._engine.lanes)
+        if keeping:
+            with self._as_far_as_memory_goes():
+                self._checkpoint(self._engine.lanes)
         self._writer.wait(CHECKPOINT_SECONDS)
         report, answer = self._meetings.unanswered, None
         try:
@@ -248,7 +254,8 @@ class Stack:
         except FAULTS as error:  # which the last report may not meet
             log.warning("database_lost", error=str(error).splitlines()[0])
         if report and answer:
-            self._apply(report, answer)
+            with self._as_far_as_memory_goes():
+                self._apply(report, answer)
         else:
             self._take_back(report)
         released = self._meetings.part(self._report(), PARTING_SECONDS)
@@ -257,6 +264,16 @@ class Stack:
         else:
             log.info("released", study=self.study.name, trials=released)
         self._leases.clear()
+
+    @contextmanager
+    def _as_far_as_memory_goes(self) -> Iterator[None]:
+        """Do without what there is no memory for."""
+        try:
+            yield
+        except Exception as error:
+            if not capacity.is_out_of_memory(error):
+                raise
+            log.warning("out_of_memory", study=self.study.name, error=first_line(error))
 
     def _take_back(self, report: Report | None) -> None:
         """Keep the epochs of a report whose answer has not come: they may be recorded again."""
@@ -551,7 +568,6 @@ class Stack:
         lost = gone - answer.ended - report.given_back
         if lost:
             log.warning("leases_lost", study=self.study.name, trials=len(lost))
-        self._engine.leave([key for key in self._engine.lanes if key in gone])
         for of_trials in (self._leases, self._curves, self._epochs, self._outcomes):
             for id_ in gone & of_trials.keys():
                 del of_trials[id_]
@@ -567,6 +583,8 @@ class Stack:
         self._leases |= {lease.trial_id: lease for lease in answer.joining}
         for id_, saved in answer.resumed.items():
             self._curves[id_] = list(saved.epochs)
+        # Only now: if memory is short even for this, all that is held is known, and given back.
+        self._engine.leave([key for key in self._engine.lanes if key in gone])
         # There may be fewer slots than when it was asked for them.
         room = self._engine.free_slots
         joining, too_many = joining[:room], joining[room:]

@@ -26,6 +26,7 @@ from worker.tasks import decoding
 from worker.training import capacity, residence
 from worker.training.engine import Engine as TrainingEngine
 from worker.training.epoch import Epochs
+from worker.training.lanes import LaneTensors
 
 SHORT = {"training": {"max_epochs": 4, "batch_size": 256}, "budget": {"trials": 6}}
 
@@ -406,6 +407,7 @@ def test_a_trained_trial_for_whose_test_there_is_no_memory_is_tested_with_fewer_
         (Epochs, "train", {2, 3}),  # the second epoch, and its second try
         (Epochs, "test", {1}),
         (TrainingEngine, "join", {2}),
+        (LaneTensors, "select", {1}),  # as the first trial, which has ended, is taken out
     ],
 )
 def test_a_trial_that_had_room_until_others_took_the_memory_is_trained_later(
@@ -422,6 +424,30 @@ def test_a_trial_that_had_room_until_others_took_the_memory_is_trained_later(
     assert refusal.detail["lacks"] == "room"
     assert refusal.detail["tries_again_in_seconds"] == 0.5
     assert [row.lost_leases for row in trials(engine, study)] == [0, 0]
+    assert audit(engine) == {}
+
+
+@pytest.mark.parametrize(
+    ("lanes", "train", "checkpoint"),
+    [
+        (2, {2}, {1}),  # of those that are given back, as lanes are halved
+        (1, {2, 3}, {2}),  # as the worker lets go of the study
+    ],
+)
+def test_trials_for_whose_checkpoints_there_is_no_memory_are_given_back_all_the_same(
+    engine, database_url, tmp_path, monkeypatch, lanes, train, checkpoint
+):
+    monkeypatch.setattr("worker.refusals.FIRST_SECONDS", 0.5)
+    monkeypatch.setattr(Epochs, "train", runs_out_of_memory(Epochs.train, train))
+    failing = runs_out_of_memory(TrainingEngine.checkpoint, checkpoint)
+    monkeypatch.setattr(TrainingEngine, "checkpoint", failing)
+    study = builders.create(engine, **SHORT)
+    builders.append(engine, study, 4)
+    settings = Settings(data_dir=tmp_path, poll_seconds=0.1, lanes=lanes)
+    with working(database_url, settings):
+        wait_until(lambda: builders.states(engine, study) == ["complete"] * 4, 60)
+    assert len(refusals(engine, study)) == 1
+    assert [row.lost_leases for row in trials(engine, study)] == [0] * 4
     assert audit(engine) == {}
 
 
