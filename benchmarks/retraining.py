@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from benchmarks.curves import train_all
 from regtune.spec import StudySpec
 from regtune.task import Storage
+from worker.stack import knobs_of
 from worker.training.engine import Engine
 from worker.training.lanes import LaneTrial
 
@@ -71,6 +72,7 @@ def train_again(
             storage=Storage(data_dir),
             device=torch.device(device),
             max_lanes=len(trials),
+            knobs=knobs_of(spec),
             threads=threads,
         )
         with closing(engine):
