@@ -59,7 +59,7 @@ class LaneModel:
     """One model as a function of its parameters, mapped over lanes.
 
     Each parameter of K lanes is one tensor with a leading lane axis. Where ``vmap`` refuses the
-    model, the same function runs in a loop.
+    model, or ``torch.func`` its gradient, the same function runs in a loop.
     """
 
     def __init__(
@@ -101,6 +101,7 @@ class LaneModel:
             if name in learned and name not in self.penalized
         )
         self.refusal: str | None = None
+        self._gradient: Callable[..., Callable[..., Any]] = grad_and_value
         self._over_lanes = self._choose_map(sample)
 
     def replica(self) -> "LaneModel":
@@ -178,7 +179,7 @@ class LaneModel:
         """
         shared = 0 if batch.per_lane else None
         mapped = self._map(
-            grad_and_value(self._loss), (0, 0, 0, shared, shared, shared), lanes_of(parameters)
+            self._gradient(self._loss), (0, 0, 0, shared, shared, shared), lanes_of(parameters)
         )
         with TURNS.calling():
             self._model.train()
@@ -310,12 +311,17 @@ class LaneModel:
     def _choose_map(self, sample: Rows) -> LaneMap:
         """Try a step in a loop, which any model must pass, then under vmap.
 
-        On a copy: what a forward pass leaves lying in a module, such as a mask for later, cannot be
+        On copies: what a forward pass leaves lying in a module, such as a mask for later, cannot be
         copied afterwards if it was made under ``vmap``.
         """
-        trial = self.replica()
         before = _states_of_generators()
-        found = trial._try(loop, sample)
+        trial = self.replica()
+        try:
+            found = trial._try(loop, sample)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError) as refusal:
+            trial, found = self._without_transforms(sample, refusal)
         if before != _states_of_generators():
             raise UnsupportedModel(
                 "the model draws random numbers other than in nn.Dropout and its kin, and in "
@@ -328,7 +334,29 @@ class LaneModel:
                 "numbers other than in dropout modules, or remembers what is no buffer of its own; "
                 "register what it remembers with register_buffer"
             )
-        return self._vmap_or_loop(trial, sample)
+        return self._vmap_or_loop(trial, sample) if self._gradient is grad_and_value else loop
+
+    def _without_transforms(
+        self, sample: Rows, refusal: Exception
+    ) -> tuple["LaneModel", Sequence[Tensor]]:
+        """Try whether autograd itself differentiates what ``torch.func`` has refused.
+
+        Such as functions of autograd that keep what they need in ``forward``, and gradients within
+        the model. Raises the refusal if it does not, either.
+        """
+        self._gradient = differentiated
+        trial = self.replica()
+        try:
+            found = trial._try(loop, sample)
+        except Exception:  # noqa: BLE001 - the first error says more
+            raise refusal from None
+        self._note(refusal)
+        return trial, found
+
+    def _note(self, refusal: Exception) -> None:
+        """Say once why lanes are computed one by one."""
+        self.refusal = str(refusal).partition("\n")[0]
+        log.warning("lanes_run_one_by_one", reason=self.refusal)
 
     def _vmap_or_loop(self, trial: "LaneModel", sample: Rows) -> LaneMap:
         try:
@@ -336,8 +364,7 @@ class LaneModel:
         except torch.OutOfMemoryError:  # of a device that is full just now
             raise
         except (RuntimeError, ValueError, NotImplementedError) as refusal:
-            self.refusal = str(refusal).partition("\n")[0]
-            log.warning("lanes_run_one_by_one", reason=self.refusal)
+            self._note(refusal)
             return loop
         return vmap
 
@@ -482,6 +509,19 @@ def loop(function: Callable[..., Any], in_dims: tuple[int | None, ...]) -> Calla
             for k in range(lanes)
         ]
         return pytree.tree_map(lambda *lanes: stacked(lanes), *results)
+
+    return mapped
+
+
+def differentiated(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensors, Tensor]]:
+    """Return what ``torch.func.grad_and_value`` does, by autograd itself; knows no ``vmap``."""
+
+    def mapped(parameters: Tensors, *arguments: Any) -> tuple[Tensors, Tensor]:
+        leaves = {name: part.detach().requires_grad_() for name, part in parameters.items()}
+        with torch.enable_grad():
+            value = function(leaves, *arguments)
+            gradients = torch.autograd.grad(value, [*leaves.values()], materialize_grads=True)
+        return dict(zip(leaves, gradients, strict=True)), value.detach()
 
     return mapped
 

@@ -1,6 +1,7 @@
 """What modules of a user's own do in a forward pass, beside plain torch."""
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,6 +125,40 @@ class Embedded(Headed):
         return self.body((4 + 2 * x).long().clamp(0, 8)).flatten(1)
 
 
+class Rounded(torch.autograd.Function):
+    """Straight-through rounding, as it was written before there was ``setup_context``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return (4 * x).round() / 4
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradient * (x.abs() < 2)
+
+
+class RoundsItsFeatures(Headed):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+    def features(self, x: Tensor) -> Tensor:
+        return Rounded.apply(self.norm(super().features(x)))
+
+
+class FollowsAGradient(Headed):
+    """One step along that of an energy of its own."""
+
+    def features(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            place = x.detach().requires_grad_()
+            energy = torch.tanh(self.body(place)).sum()
+            (slope,) = torch.autograd.grad(energy, place, create_graph=self.training)
+        return super().features(x - 0.1 * slope)
+
+
 class DrawsFromPython(Headed):
     def features(self, x: Tensor) -> Tensor:
         return super().features(x) * (random.random() < 2)
@@ -167,6 +202,8 @@ LIKE_TORCH = [
     WeightNormed,
     SpectralNormed,
     Embedded,
+    RoundsItsFeatures,
+    FollowsAGradient,
 ]
 
 
@@ -192,6 +229,25 @@ def test_a_module_trains_as_torch_alone_would_train_it_in_company_and_lane_by_la
         engine.join([trial(1, learning_rate=0.03), trial(2, weight_decay=0.5), trial(0)])
         curves = train(engine, EPOCHS)
         torch.testing.assert_close(losses(curves[0]), expected, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("own", "reason"),
+    [(RoundsItsFeatures, "setup_context"), (FollowsAGradient, "requires_grad_")],
+)
+def test_what_torch_func_refuses_is_differentiated_lane_by_lane(make_engine, own, reason):
+    model = make_engine(model=lambda *_: own()).model
+    assert not model.vectorized
+    assert reason in model.refusal
+
+
+def test_an_error_of_the_models_own_stays_what_it_is(make_engine):
+    class Fails(Headed):
+        def features(self, x: Tensor) -> Tensor:
+            raise RuntimeError("no features today")
+
+    with pytest.raises(RuntimeError, match="no features today"):
+        make_engine(model=lambda *_: Fails())
 
 
 @pytest.mark.parametrize(
