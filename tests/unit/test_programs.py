@@ -49,3 +49,26 @@ def test_what_would_hide_a_part_of_regtune_is_named(monkeypatch, tmp_path, name)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", ours]))
     with pytest.raises(programs.Hidden):
         programs.command("worker")
+
+
+@pytest.mark.parametrize(
+    ("limit", "cores", "threads"),
+    [
+        ("200000 100000", 2, "2"),
+        ("150000 100000", 2, "2"),
+        ("10000 100000", 1, "1"),
+        ("1600000 100000", 8, None),
+        ("max 100000", 8, None),
+        (None, 8, None),
+    ],
+)
+def test_a_container_that_may_use_less_than_all_cores_gets_fewer_threads(
+    tmp_path, monkeypatch, limit, cores, threads
+):
+    file = tmp_path / "cpu.max"
+    if limit is not None:
+        file.write_text(limit + "\n")
+    monkeypatch.setattr(programs, "_CPU_LIMIT", file)
+    assert programs.cores() == cores
+    assert programs.environment().get("OMP_NUM_THREADS") == threads
+    assert programs.environment(workers=4)["OMP_NUM_THREADS"] == str(max(1, cores // 4))
