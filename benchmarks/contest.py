@@ -40,6 +40,8 @@ EPOCHS_TO_CAPTURE = 3
 
 TRYING_SECONDS = 1.0
 """For how long at least something is tried of which the fastest is wanted."""
+LEAST_TRIES = 3
+"""How often at least, however long it takes."""
 
 PRECISIONS: Mapping[str, Sequence[Precision]] = {"cpu": ("bf16",), "cuda": ("tf32", "bf16")}
 """What a study may ask for besides float32."""
@@ -221,7 +223,8 @@ class Contest:
             STRENGTHS,
             setting.device,
         )
-        return Contender(name, with_threads(setting.threads, peer.train_epoch))
+        train_epoch = with_threads(setting.threads, peer.train_epoch)
+        return Contender(name, train_epoch, alone=self._timed_alone(train_epoch))
 
     def _hand_tuned(self, name: str) -> Contender:
         """Try all tunings for a while, and take the fastest."""
@@ -238,10 +241,15 @@ class Contest:
                 shortest, fastest = seconds, train_epoch
                 self._memory_format = memory_format
         assert fastest is not None
-        # Measured before there are other contenders, too: where a process has more OpenMP threads
-        # than cores, they sleep while they wait, and that costs the peer a factor.
-        alone = [timed(fastest, self.setting.device) for _ in range(self.setting.rounds)]
-        return Contender(name, fastest, alone=alone)
+        return Contender(name, fastest, alone=self._timed_alone(fastest))
+
+    def _timed_alone(self, train_epoch: Callable[[], object]) -> list[float]:
+        """Return a peer's seconds of an epoch before there are lanes, beside which it counts too.
+
+        Where a process has more OpenMP threads than cores, they sleep while they wait, and that
+        costs a peer a factor.
+        """
+        return [timed(train_epoch, self.setting.device) for _ in range(self.setting.rounds)]
 
     def _thread_counts(self) -> Sequence[int]:
         on_cpu = self.setting.device.type == "cpu"
@@ -341,7 +349,7 @@ def tried(work: Callable[[], object], device: torch.device) -> float:
     """Return the seconds of the fastest of some calls, after one to warm up."""
     work()
     seconds = list[float]()
-    while sum(seconds) < TRYING_SECONDS:
+    while sum(seconds) < TRYING_SECONDS or len(seconds) < LEAST_TRIES:
         seconds.append(timed(work, device))
     return min(seconds)
 

@@ -264,6 +264,7 @@ def as_figures(setting: Setting, contest: Contest) -> dict[str, Any]:
                 "form": c.form or None,
                 "reason": c.reason,
                 "seconds": c.seconds,
+                "seconds_alone": c.alone,
                 "trial_epochs_per_second": c.rate,
                 "ms_per_lane_step": 1000 / c.rate / setting.steps,
                 "ratio_to_hand_tuned": c.rate / contest.peer.rate,

@@ -23,7 +23,7 @@ class Capacity(Document):
     )
     bytes_per_lane: int | None = Field(
         None,
-        description="Memory that one more lane takes; null if not measured.",
+        description="The most memory that one more lane may take; null if not measured.",
         examples=[1_200_000],
     )
     trial_epochs_per_second: Measure = Field(
