@@ -13,6 +13,7 @@ from regtune.task import Data, Storage
 from tests.unit.training.conftest import losses, train, trial
 from worker.tasks import models as built_in
 from worker.tasks.models.torchvision import torchvision
+from worker.training import compiling
 from worker.training.engine import Engine
 from worker.training.model import loop
 
@@ -142,7 +143,9 @@ NO_FALLBACK = pytest.mark.filterwarnings("error:There is a performance drop")
 @pytest.fixture
 def build(make_engine, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
     monkeypatch.setattr("tests.unit.training.conftest.blobs", small_images)
-    return lambda name: make_engine(model=MODELS[name][0], batch_size=8, max_epochs=EPOCHS)
+    return lambda name, max_epochs=EPOCHS: make_engine(
+        model=MODELS[name][0], batch_size=8, max_epochs=max_epochs
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -171,6 +174,29 @@ def test_a_trial_is_the_same_alone_in_company_and_lane_by_lane(build, name):
         step._model._over_lanes = loop
     looped.join([trial(1), trial(0, **STRONG)])
     torch.testing.assert_close(losses(train(looped, EPOCHS)[0]), expected, rtol=1e-8, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["own convolutions", "torchvision's transformer"])
+def test_a_trial_is_the_same_refilled_and_resumed_elsewhere_over_a_whole_training(
+    build, monkeypatch, name
+):
+    """With steps that are recorded on the way."""
+    monkeypatch.setattr(compiling, "CALLS_BEFORE_RECORDING", 4)
+    epochs, moved_after = 12, 5
+    alone, refilled, resumed = (build(name, max_epochs=epochs) for _ in range(3))
+    alone.join([trial(0, **STRONG)])
+    expected = losses(train(alone, epochs)[0])
+    refilled.join([trial(1), trial(2, dropout=0.7)])
+    train(refilled, 3)
+    refilled.leave([1])
+    refilled.join([trial(0, **STRONG)])
+    curve = train(refilled, moved_after)[0]
+    resumed.join([trial(3, weight_decay=0.1)])
+    train(resumed, 1)
+    resumed.join([trial(0, **STRONG)], {0: refilled.checkpoint([0])[0]})
+    curve += train(resumed, epochs - moved_after)[0]
+    torch.testing.assert_close(losses(curve), expected, rtol=1e-8, atol=0)
 
 
 @pytest.mark.parametrize("name", MODELS)
