@@ -244,7 +244,7 @@ class Contest:
         return Contender(name, fastest, alone=self._timed_alone(fastest))
 
     def _timed_alone(self, train_epoch: Callable[[], object]) -> list[float]:
-        """Return a peer's seconds of an epoch before there are lanes, beside which it counts too.
+        """Return a peer's seconds of an epoch while there are no lanes; a faster one counts.
 
         Where a process has more OpenMP threads than cores, they sleep while they wait, and that
         costs a peer a factor.

@@ -254,8 +254,7 @@ class Stack:
         except FAULTS as error:  # which the last report may not meet
             log.warning("database_lost", error=str(error).splitlines()[0])
         if report and answer:
-            with self._as_far_as_memory_goes():
-                self._apply(report, answer)
+            self._apply(report, answer)
         else:
             self._take_back(report)
         released = self._meetings.part(self._report(), PARTING_SECONDS)
@@ -583,7 +582,9 @@ class Stack:
         self._leases |= {lease.trial_id: lease for lease in answer.joining}
         for id_, saved in answer.resumed.items():
             self._curves[id_] = list(saved.epochs)
-        # Only now: if memory is short even for this, all that is held is known, and given back.
+        if self.leaving:  # what is held is known now, and given back as it is
+            return True
+        # Only now: memory may be short even for this.
         self._engine.leave([key for key in self._engine.lanes if key in gone])
         # There may be fewer slots than when it was asked for them.
         room = self._engine.free_slots

@@ -68,6 +68,7 @@ class _Normalized(PartlyUsed):
         return self
 
     def _normalized_widths(self) -> Iterator[int]:
+        """Yield how many channels each norm sees; every kind of network says its own."""
         raise NotImplementedError
 
     def _unused(self) -> tuple[str, ...]:

@@ -34,6 +34,7 @@ class PartlyUsed(SpecModel):
     """
 
     def _unused(self) -> tuple[str, ...]:
+        """Return the names of the fields without a meaning; every part says its own."""
         raise NotImplementedError
 
     @classmethod

@@ -4,9 +4,9 @@ Hypothesis draws sequences of what schedulers, workers, zombies and clients do; 
 database must hold what the model says, and every invariant that the audit asks for.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -421,9 +421,8 @@ SELECT kind FROM regtune.events WHERE study_id = :id AND number IS NULL ORDER BY
 
 
 def run(engine: Engine, examples: int) -> None:
-    machine: Callable[[], LifeOfTrials] = lambda: LifeOfTrials(engine)  # noqa: E731
     run_state_machine_as_test(
-        machine,
+        partial(LifeOfTrials, engine),
         settings=settings(
             max_examples=examples,
             stateful_step_count=30,

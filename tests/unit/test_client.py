@@ -67,7 +67,11 @@ def test_a_name_that_is_no_text_is_nobodys(monkeypatch: pytest.MonkeyPatch) -> N
 def answered_by(handler: type[BaseHTTPRequestHandler], requests: int = 1) -> Iterator[Client]:
     """A client of something else, which answers so many requests."""
     with HTTPServer(("127.0.0.1", 0), handler) as server:
-        serve = lambda: [server.handle_request() for _ in range(requests)]  # noqa: E731
+
+        def serve() -> None:
+            for _ in range(requests):
+                server.handle_request()
+
         Thread(target=serve, daemon=True).start()
         host, port = server.server_address[:2]
         with Client(f"http://{host!s}:{port}") as api:

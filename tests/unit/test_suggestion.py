@@ -149,7 +149,7 @@ def test_sobol_points_lie_in_the_space(seed: int, number: int) -> None:
 
 def test_sobol_points_cover_the_space_evenly() -> None:
     study = spec(sampler="qmc", budget={"trials": 66})
-    dropouts = [predetermined(study, number)["dropout"] for number in range(2, 66)]  # type: ignore[index]
+    dropouts = [predetermined(study, number)["dropout"] for number in range(2, 66)]
     for lower in range(8):
         inside = [p for p in dropouts if lower * 0.0875 <= p < (lower + 1) * 0.0875]
         assert len(inside) == 8

@@ -23,8 +23,8 @@ class Checked:
 @pytest.mark.parametrize("factory", [Modelled, Checked])
 def test_a_task_may_be_a_pydantic_model_whose_defaults_are_made(factory: Any) -> None:
     made, again = make_task(factory, {}), make_task(factory, {"depth": 3})
-    assert (made.widths, made.depth, again.depth) == ([8, 4], 2, 3)  # type: ignore[attr-defined]
-    assert made.widths is not again.widths  # type: ignore[attr-defined]
+    assert (made.widths, made.depth, again.depth) == ([8, 4], 2, 3)
+    assert made.widths is not again.widths
 
 
 def test_what_the_configuration_names_is_offered_without_being_imported(

@@ -320,7 +320,7 @@ class LaneModel:
             found = trial._try(loop, sample)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, NotImplementedError) as refusal:
+        except RuntimeError as refusal:
             trial, found = self._without_transforms(sample, refusal)
         if before != _states_of_generators():
             raise UnsupportedModel(
@@ -363,7 +363,7 @@ class LaneModel:
             trial._try(vmap, sample)
         except torch.OutOfMemoryError:  # of a device that is full just now
             raise
-        except (RuntimeError, ValueError, NotImplementedError) as refusal:
+        except (RuntimeError, ValueError) as refusal:
             self._note(refusal)
             return loop
         return vmap
