@@ -387,7 +387,8 @@ class Stack:
         """Checkpoint all lanes, if that is due and the last ones have been written."""
         due = self._checkpointed_at + self._settings.checkpoint_seconds
         if time.monotonic() >= due and not self._writer.busy:
-            self._checkpoint(self._engine.lanes)
+            with self._as_far_as_memory_goes():  # the next one is as good
+                self._checkpoint(self._engine.lanes)
 
     def _checkpoint(self, keys: Sequence[int]) -> None:
         """Write checkpoints of those that have trained; the writing itself takes place elsewhere.

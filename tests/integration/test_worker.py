@@ -451,6 +451,26 @@ def test_trials_for_whose_checkpoints_there_is_no_memory_are_given_back_all_the_
     assert audit(engine) == {}
 
 
+def test_a_checkpoint_in_time_for_which_there_is_no_memory_is_done_without(
+    engine, database_url, tmp_path, monkeypatch
+):
+    """The trials stand where they stood: to give them back would be to train them again."""
+
+    def too_much(self: TrainingEngine, keys: Sequence[int]) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(TrainingEngine, "checkpoint", too_much)
+    study = builders.create(engine, **SHORT)
+    builders.append(engine, study, 4)
+    settings = Settings(data_dir=tmp_path, poll_seconds=0.1, lanes=2, checkpoint_seconds=0.001)
+    with capture_logs() as logs, working(database_url, settings):
+        wait_until(lambda: builders.states(engine, study) == ["complete"] * 4, 60)
+    assert "out_of_memory" in {log["event"] for log in logs}
+    assert refusals(engine, study) == []
+    assert [(row.attempt, row.lost_leases) for row in trials(engine, study)] == [(1, 0)] * 4
+    assert audit(engine) == {}
+
+
 def test_a_worker_says_how_many_lanes_it_has_found_and_how_full_they_were(engine, run, tmp_path):
     """Of more trials than lanes: once nothing waits, empty ones say nothing."""
     trials = 2 * capacity.provisional(torch.device("cpu"))
