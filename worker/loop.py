@@ -289,7 +289,7 @@ class Worker:
             with Building(
                 self._database, self._settings, self.name, self._lanes, leases, self._shutdown
             ):
-                stack = Stack(
+                return Stack(
                     self._database,
                     self._settings,
                     study,
@@ -303,8 +303,6 @@ class Worker:
                     leases,
                     self._lacked_room,
                 )
-                self._refused.forget(study.study_id, shape)
-                return stack
         except DataDiffer as difference:
             self._refused.add(study.study_id)
             with transaction(self._database) as session:
@@ -440,6 +438,8 @@ class Worker:
                 progress()
                 if stack.training:
                     stack.train_epoch(progress)
+                    if stack.has_trained:
+                        self._refused.forget(stack.study.study_id, stack.shape)
                 if not stack.meet() and not stack.training:
                     time.sleep(_SLICE_SECONDS)
         except Interrupted:

@@ -29,6 +29,7 @@ from regtune.studies import Study
 from worker.checkpoints import CheckpointStore, CheckpointWriter, Saved
 from worker.heartbeat import BEATS_A_LEASE
 from worker.patience import transact_patiently
+from worker.training import capacity
 from worker.training.checkpoint import Checkpoint
 
 log = structlog.get_logger()
@@ -151,7 +152,8 @@ class Meetings:
     def answer(self, seconds: float) -> Answer | None:
         """Wait for the answer; return None if it has not come in time, and may be asked again.
 
-        Raises what the database has refused for good.
+        Raises what the database has refused for good, and what says that there was no memory for a
+        checkpoint.
         """
         if self._answer is None or not wait([self._answer], seconds).done:
             return None
@@ -419,7 +421,9 @@ class Meetings:
     def _newest(self, lease: Lease) -> Saved | None:
         try:
             return self._store.newest(self._study, lease)
-        except Exception as error:  # noqa: BLE001 - a file system may raise anything
+        except Exception as error:  # a file system may raise anything
+            if capacity.is_out_of_memory(error):  # the trial is trained on where there is some
+                raise
             log.warning("checkpoints_unreadable", study=self._study.name, error=str(error))
             return None
 

@@ -46,10 +46,10 @@ class Refusals(Collection[int]):
         return seconds
 
     def postponed(self, study_id: int, shape: str = NO_SHAPE) -> bool:
-        """Say whether a study was refused for a while because of a shape, and not built since."""
+        """Say whether a study was refused for a while because of a shape, and not trained since."""
         return (study_id, shape) in self._shapes
 
     def forget(self, study_id: int, shape: str = NO_SHAPE) -> None:
-        """Take note that a study has been built in this shape."""
+        """Take note that a study has been trained in this shape: what it lacked is there."""
         self._shapes.discard((study_id, shape))
         self._seconds.pop(study_id, None)

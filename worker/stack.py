@@ -129,7 +129,7 @@ class Stack:
         )
         self._database = database
         self._lacked_room = lacked_room
-        self._has_trained = False
+        self.has_trained = False
         self._leases = {lease.trial_id: lease for lease in leases}
         self._unbegun = tuple(self._leases)
         self._curves: dict[int, list[Epoch]] = {}
@@ -180,7 +180,7 @@ class Stack:
                 self._take_fewer_lanes()
                 return
             epochs = self._train_apart(failure, progress)
-        self._has_trained = self._has_trained or bool(epochs)
+        self.has_trained = self.has_trained or bool(epochs)
         for epoch in epochs:
             for curves in (self._curves, self._epochs):
                 curves.setdefault(epoch.key, []).append(_as_epoch(epoch))
@@ -240,17 +240,21 @@ class Stack:
     def release(self, *, keeping: bool = True) -> None:
         """Checkpoint what is in training, report what has ended, and give everything else back.
 
-        The latter two whatever memory is left. Without ``keeping``, for when lanes may not stand
-        where their curves end, trials go on from the checkpoints that they have.
+        The latter two whatever memory is left. Without ``keeping``, for when memory was short and
+        lanes may not stand where their curves end, trials go on from the checkpoints that they
+        have, and next time in fewer lanes.
         """
         self.leaving = True
-        if keeping:
+        if not keeping:
+            self._halve_lanes(max(1, len(self._engine.lanes)))
+        else:
             with self._as_far_as_memory_goes():
                 self._checkpoint(self._engine.lanes)
         self._writer.wait(CHECKPOINT_SECONDS)
         report, answer = self._meetings.unanswered, None
         try:
-            answer = self._meetings.answer(ANSWER_SECONDS)
+            with self._as_far_as_memory_goes():
+                answer = self._meetings.answer(ANSWER_SECONDS)
         except FAULTS as error:  # which the last report may not meet
             log.warning("database_lost", error=str(error).splitlines()[0])
         if report and answer:
@@ -323,7 +327,7 @@ class Stack:
             remembered = self._memory.recall(*self._situation)
             chosen = remembered or capacity.measure(
                 self._engine.rehearse,
-                self._engine.footprint,
+                self._engine.bytes_per_lane,
                 self._device,
                 self._engine.members,
             )
@@ -408,15 +412,18 @@ class Stack:
 
         ``besides`` is how many trials were there, or were to be, besides those in the stack.
         """
-        trials = len(self._engine.lanes) + besides
-        self._capacity = self._capacity.halved(trials * self._engine.members)
-        self._engine.max_lanes = self._capacity.lanes
-        if not self._settings.lanes:
-            self._memory.keep(self._capacity, *self._situation)
+        self._halve_lanes(len(self._engine.lanes) + besides)
         capacity.free_memory(self._device)
         self._give_back(self._engine.lanes[self._engine.slots :])
         capacity.free_memory(self._device)
         log.warning("out_of_memory", study=self.study.name, lanes=self._capacity.lanes)
+
+    def _halve_lanes(self, trials: int) -> None:
+        """Take note that there is no memory for so many trials; it holds for the next stack too."""
+        self._capacity = self._capacity.halved(trials * self._engine.members)
+        self._engine.max_lanes = self._capacity.lanes
+        if not self._settings.lanes:
+            self._memory.keep(self._capacity, *self._situation)
 
     def _give_back(self, keys: Sequence[int]) -> None:
         """Let others go on with these trials; or this worker itself, a moment later."""
@@ -447,7 +454,7 @@ class Stack:
                     trained = self._engine.train_epoch(progress, trying=False)
                     states |= zip(part, self._engine.checkpoint(part), strict=True)
                     epochs += trained  # only now: whoever is not where it ends trains it again
-                    self._has_trained = True
+                    self.has_trained = True
                 except (Interrupted, DeviceLost):
                     states = before  # nobody will hear of the epochs since
                     raise
@@ -479,7 +486,7 @@ class Stack:
         if not capacity.is_out_of_memory(error) or key in self._lacked_room:
             return False
         self._lacked_room.add(key)
-        return self._has_trained or self._has_been_trained()
+        return self.has_trained or self._has_been_trained()
 
     def _has_been_trained(self) -> bool:
         """Say whether any worker has trained an epoch of this; if nobody can say, it may be."""

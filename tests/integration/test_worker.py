@@ -21,6 +21,7 @@ from tests import builders
 from tests.audit import audit
 from tests.threads import run_until_over, working
 from tests.waiting import wait_until
+from worker.checkpoints import CheckpointStore
 from worker.refusals import FIRST_SECONDS
 from worker.tasks import decoding
 from worker.training import capacity, residence
@@ -448,6 +449,47 @@ def test_trials_for_whose_checkpoints_there_is_no_memory_are_given_back_all_the_
         wait_until(lambda: builders.states(engine, study) == ["complete"] * 4, 60)
     assert len(refusals(engine, study)) == 1
     assert [row.lost_leases for row in trials(engine, study)] == [0] * 4
+    assert audit(engine) == {}
+
+
+def test_a_trial_whose_checkpoint_there_is_no_memory_to_read_goes_on_from_it_later(
+    engine, database_url, tmp_path, monkeypatch
+):
+    """Rather than from its first epoch; and the worker lives."""
+    monkeypatch.setattr("worker.refusals.FIRST_SECONDS", 0.5)
+    study = builders.create(engine, **SHORT | {"training": {"max_epochs": 40, "batch_size": 8}})
+    builders.append(engine, study, 1)
+    settings = Settings(data_dir=tmp_path, poll_seconds=0.1, lanes=1)
+    with working(database_url, settings):
+        wait_until(lambda: builders.column(engine, "SELECT 1 FROM regtune.epochs"), 60)
+    failing = runs_out_of_memory(CheckpointStore.newest, {1})
+    monkeypatch.setattr(CheckpointStore, "newest", failing)
+    (left,) = trials(engine, study)
+    assert left.state == "waiting"
+    with capture_logs() as logs, working(database_url, settings):
+        wait_until(lambda: builders.states(engine, study) == ["complete"], 60)
+    (refusal,) = refusals(engine, study)
+    assert refusal.detail["lacks"] == "room"
+    resumed = [log for log in logs if log["event"] == "resumed"]
+    assert [(log["trials"], log["anew"]) for log in resumed] == [(1, 0)]
+    assert audit(engine) == {}
+
+
+def test_a_study_for_which_memory_is_short_again_and_again_is_tried_ever_more_seldom(
+    engine, database_url, tmp_path, monkeypatch
+):
+    """As long as no epoch of it has been trained; then what it lacked was there."""
+    monkeypatch.setattr("worker.refusals.FIRST_SECONDS", 0.2)
+    # The first epoch of three tries, each time with no memory for a copy before the second try.
+    monkeypatch.setattr(Epochs, "train", runs_out_of_memory(Epochs.train, {1, 2, 3}))
+    failing = runs_out_of_memory(TrainingEngine.checkpoint, {1, 2, 3})
+    monkeypatch.setattr(TrainingEngine, "checkpoint", failing)
+    study = builders.create(engine, **SHORT)
+    builders.append(engine, study, 1)
+    with working(database_url, Settings(data_dir=tmp_path, poll_seconds=0.1, lanes=1)):
+        wait_until(lambda: builders.states(engine, study) == ["complete"], 60)
+    waits = [refusal.detail["tries_again_in_seconds"] for refusal in refusals(engine, study)]
+    assert sorted(waits) == [0.2, 0.4, 0.8]
     assert audit(engine) == {}
 
 

@@ -14,7 +14,7 @@ def test_a_study_is_refused_for_good_or_until_its_time_has_come() -> None:
     assert (refused.postponed(1), refused.postponed(2)) == (False, True)
 
 
-def test_what_was_refused_for_one_shape_is_forgotten_when_that_is_built() -> None:
+def test_what_was_refused_for_one_shape_is_forgotten_when_that_is_trained() -> None:
     refused = Refusals()
     refused.postpone(2, "wide")
     assert (refused.postponed(2, "wide"), refused.postponed(2, "deep")) == (True, False)

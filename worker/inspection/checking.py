@@ -179,7 +179,7 @@ def _look(engine: Engine, verdict: Verdict) -> None:
     verdict.score = engine.score
     verdict.vectorized = engine.model.vectorized
     verdict.not_vectorized_because = engine.model.refusal
-    verdict.bytes_per_lane = engine.footprint.total
+    verdict.bytes_per_lane = engine.bytes_per_lane
     if not engine.model.sites:
         verdict.remarks.append(
             "there is no dropout site, so that search.dropout does nothing: nn.Dropout and its kin "

@@ -59,18 +59,28 @@ PATIENCE_SECONDS = 20.0
 class Footprint:
     """The bytes of one lane.
 
-    ``state`` is what it holds throughout: weights, best copy, moments, buffers, a copy of what an
-    epoch changes, and the epoch's order of rows and keys of noise. ``step`` is what it needs more
-    within a step: gradient, activations.
+    ``held`` is what it is: weights, best copy, moments, buffers. ``epoch`` is what an epoch takes
+    besides: a copy of what it changes, its order of rows and keys of noise. ``step`` is what a step
+    needs more: gradient, activations.
     """
 
-    state: int
+    held: int
+    epoch: int
     step: int
 
     @property
-    def total(self) -> int:
-        """The most that it needs at a time: in a step, or while lanes are copied to join others."""
-        return self.state + max(self.state, self.step)
+    def state(self) -> int:
+        """What it takes throughout an epoch."""
+        return self.held + self.epoch
+
+    def most(self, device: torch.device) -> int:
+        """Return the most that it needs at a time.
+
+        That is in a step, or while lanes are copied to join others. Where checkpoints lie in the
+        same memory until they have been written, one of them lies there meanwhile.
+        """
+        checkpoint = self.held if device.type == "cpu" else 0
+        return self.held + max(self.epoch + self.step, self.held) + checkpoint
 
 
 @dataclass(frozen=True)
@@ -114,15 +124,15 @@ def most(device: torch.device) -> int:
 
 
 def measure(
-    rehearse: Callable[[int], float], footprint: Footprint, device: torch.device, members: int = 1
+    rehearse: Callable[[int], float], bytes_per_lane: int, device: torch.device, members: int = 1
 ) -> Capacity:
     """Return the smallest number of lanes that is about as fast as any.
 
-    ``rehearse`` trains so many lanes for a moment and returns trial-epochs a second. ``members`` is
-    how many lanes one trial takes.
+    ``rehearse`` trains so many lanes for a moment and returns trial-epochs a second;
+    ``bytes_per_lane`` is the most that one may take. ``members`` is how many lanes one trial takes.
     """
     started = perf_counter()
-    fitting = MEMORY_MARGIN * free_bytes(device) / footprint.total
+    fitting = MEMORY_MARGIN * free_bytes(device) / bytes_per_lane
     room = max(members, int(min(fitting, most(device))))
     trials = min(-(-provisional(device) // members), room // members)
     lanes = max(1, trials) * members
@@ -149,7 +159,7 @@ def measure(
             reason = f"steps of {lanes} lanes are long enough"
         lanes *= 2
     chosen = min(lanes for lanes in rates if rates[lanes] * WORTHWHILE >= max(rates.values()))
-    return Capacity(chosen, reason, footprint.total, round(rates[chosen], 4))
+    return Capacity(chosen, reason, bytes_per_lane, round(rates[chosen], 4))
 
 
 def free_memory(device: torch.device) -> None:

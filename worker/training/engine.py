@@ -7,6 +7,7 @@ place or when it joined.
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from time import perf_counter
 
@@ -174,11 +175,11 @@ class Engine:
         self.max_lanes = max_lanes
         with _no_room_for(f"a step of batch size {training.batch_size}", device, NoRoomForModel):
             self._footprint = self._weigh()
-        _check_room(self._footprint.total * self._members, device)
+        _check_room(self.bytes_per_lane * self._members, device)
         self._lanes: list[Lane] = []
         self._tensors = self._starting_tensors(0)
         self._epochs_start: dict[str, Tensor] | None = None
-        self._strengths = self._stack_strengths()
+        self._strengths = strengths_of([], device, dtype)
 
     @property
     def lanes(self) -> list[int]:
@@ -238,7 +239,8 @@ class Engine:
         """Let trials start with the next epoch, at their own first one or where they were left.
 
         ``checkpoints`` are by key. Raises ValueError when there are more of them than free slots, a
-        key is in use, or a checkpoint is of another model or training.
+        key is in use, or a checkpoint is of another model or training. Whatever it raises, nobody
+        has joined.
         """
         if len(trials) > self.free_slots:
             raise ValueError(
@@ -247,32 +249,27 @@ class Engine:
         keys = self.lanes + [trial.key for trial in trials]
         if len(set(keys)) < len(keys):
             raise ValueError(f"each key may stand in the stack only once: {keys}")
+        self._drop_copies()
         joining = self._starting_tensors(len(trials))
         lanes = [Lane.starting(trial, self._training.min_delta) for trial in trials]
         for place, lane in enumerate(lanes):
             if checkpoints and lane.key in checkpoints:
                 checkpoints[lane.key].restore(lane, joining.slice(self._span(place)))
                 lane.end_if_over(self._training.max_epochs)
-        self._epochs_start = None
-        self._epochs.programs.forget_captures()
-        self._tensors = self._tensors.join(joining)
-        self._lanes += lanes
-        self._strengths = self._stack_strengths()
+        self._take_over(self._tensors.join(joining), [*self._lanes, *lanes])
 
     def leave(self, keys: Sequence[int]) -> None:
         """Take trials out and close the gaps; raises KeyError for a key that is not in the stack.
 
-        What is neither ended nor checkpointed is lost.
+        What is neither ended nor checkpointed is lost. Whatever it raises, nobody has left.
         """
         if not keys:
             return
         leaving = set(self._places(keys))
         staying = [place for place in range(len(self._lanes)) if place not in leaving]
-        self._epochs_start = None
-        self._epochs.programs.forget_captures()
-        self._tensors = self._tensors.select(self._lanes_at(staying))
-        self._lanes = [self._lanes[place] for place in staying]
-        self._strengths = self._stack_strengths()
+        lanes = [self._lanes[place] for place in staying]
+        self._drop_copies()
+        self._take_over(self._tensors.select(self._lanes_at(staying)), lanes)
 
     def checkpoint(self, keys: Sequence[int]) -> list[Checkpoint]:
         """Return all that these trials need to go on elsewhere as if nothing had happened.
@@ -309,14 +306,14 @@ class Engine:
             measured_K5 = self._epochs.train(
                 self._tensors,
                 self._strengths,
-                np.array([trial.learning_rate for trial in self._trial_of_each_lane()]),
+                np.array([trial.learning_rate for trial in self._trial_of_each_lane(self._lanes)]),
                 [Place(m, lane.epoch + 1) for lane in self._lanes for m in range(self._members)],
                 tick,
                 trying=trying,
             )
             measured_TM5 = measured_K5.cpu().double().view(len(self._lanes), self._members, 5)
-        seconds = perf_counter() - started
-        epochs = self._close_epoch(measured_TM5, seconds)
+            seconds = perf_counter() - started
+            epochs = self._close_epoch(measured_TM5, seconds)
         self._epochs.ended(seconds, max(self.epochs_left().values()))
         return epochs
 
@@ -364,8 +361,13 @@ class Engine:
 
     @property
     def footprint(self) -> Footprint:
-        """How many bytes a lane takes."""
+        """How many bytes a lane takes, and for what."""
         return self._footprint
+
+    @property
+    def bytes_per_lane(self) -> int:
+        """The most bytes that one more lane may take on the device."""
+        return self._footprint.most(self._device)
 
     def _weigh(self) -> Footprint:
         parameters, buffers = (
@@ -379,7 +381,8 @@ class Engine:
             changing += weights + kept
         step = self._epochs.settle_memory(*self._throwaway(WEIGHED_LANES)) // WEIGHED_LANES
         return Footprint(
-            state=2 * changing + weights + kept + self._epochs.batches.bytes_of_epoch,
+            held=changing + weights + kept,
+            epoch=changing + self._epochs.batches.bytes_of_epoch,
             step=step,
         )
 
@@ -446,7 +449,8 @@ class Engine:
     def _close_epoch(self, measured_TM5: Tensor, seconds: float) -> list[LaneEpoch]:
         """Decide for each trial whether it goes on; keep copies of the best weights."""
         epochs = []
-        for lane, members in zip(self._lanes, measured_TM5, strict=True):
+        lanes = [copy(lane) for lane in self._lanes]
+        for lane, members in zip(lanes, measured_TM5, strict=True):
             train_loss, _, score, penalty, sparsity = members.mean(0).tolist()
             lane.observe(train_loss, members[:, 1].tolist(), score, self._training.max_epochs)
             epochs.append(
@@ -462,15 +466,26 @@ class Engine:
                     ended=lane.ended,
                 )
             )
-        improved = [lane.stopping.improved for lane in self._lanes for _ in range(self._members)]
+        improved = [lane.stopping.improved for lane in lanes for _ in range(self._members)]
         self._tensors.keep_best_(torch.tensor(improved, device=self._device))
+        self._lanes = lanes
         return epochs
 
-    def _stack_strengths(self) -> dict[str, Tensor]:
-        return strengths_of(self._trial_of_each_lane(), self._device, self._dtype)
+    def _drop_copies(self) -> None:
+        """Free what is held beside the lanes of their present number: they are about to change."""
+        self._epochs_start = None
+        self._epochs.programs.forget_captures()
 
-    def _trial_of_each_lane(self) -> list[LaneTrial]:
-        return [lane.trial for lane in self._lanes for _ in range(self._members)]
+    def _take_over(self, tensors: LaneTensors, lanes: list[Lane]) -> None:
+        """Go on with these lanes and what the device holds for them, or raise and change nothing.
+
+        Memory may be short for anything that is allocated here.
+        """
+        strengths = strengths_of(self._trial_of_each_lane(lanes), self._device, self._dtype)
+        self._tensors, self._lanes, self._strengths = tensors, lanes, strengths
+
+    def _trial_of_each_lane(self, lanes: Sequence[Lane]) -> list[LaneTrial]:
+        return [lane.trial for lane in lanes for _ in range(self._members)]
 
     def _starting_tensors(self, trials: int, device: torch.device | None = None) -> LaneTensors:
         parameters_M, buffers_M = (

@@ -10,6 +10,7 @@ from statistics import median
 from time import perf_counter
 
 import numpy as np
+import structlog
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -26,6 +27,7 @@ from worker.training.compiling import (
     HEAD_START_SECONDS,
     HEAD_START_SHARE,
     Programs,
+    first_line,
 )
 from worker.training.cores import Chunk, Cores, prepare_thread, synchronize
 from worker.training.lanes import LaneTensors
@@ -40,6 +42,8 @@ from worker.training.supply import (
     Supply,
     threads_that_bring,
 )
+
+log = structlog.get_logger()
 
 MOST_EVALUATION_ROWS = 1024
 CHEAP_BYTES = 2**19
@@ -334,10 +338,13 @@ class Epochs:
         self._cores.note(seconds)
         if self.programs.epoch_ended(seconds, epochs_to_come):
             self._cores.forget()
-        if self._later is not None:
+        later, self._later = self._later, None
+        if later is not None:
             # What is needed first has been compiled by now, or is about to be.
-            self._later()
-            self._later = None
+            try:
+                later()
+            except Exception as error:  # noqa: BLE001 - the epoch has been trained all the same
+                log.warning("not_recorded", program="step", reason=first_line(error))
 
     def expect(self, lanes: int, seconds: float, throwaway: Throwaway) -> None:
         """Record and compile from now on what pays if up to so many lanes train for so long.

@@ -13,7 +13,8 @@ from worker.training import capacity, epoch
 from worker.training.capacity import Capacity, Footprint, Memory, measure, most
 
 CPU = torch.device("cpu")
-SMALL = Footprint(state=1000, step=500)
+SMALL = 1600
+"""Bytes of a lane."""
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +44,7 @@ def test_lanes_are_doubled_until_that_is_no_longer_faster():
     assert found.lanes == 16
     assert found.reason == "32 lanes are hardly faster"
     assert found.trial_epochs_per_second == 16
-    assert found.bytes_per_lane == 2000
+    assert found.bytes_per_lane == SMALL
 
 
 def test_of_two_numbers_that_are_about_as_fast_the_smaller_is_taken():
@@ -68,7 +69,7 @@ def test_a_rehearsal_does_not_count_its_first_step(monkeypatch: pytest.MonkeyPat
 
 
 def test_memory_ends_the_doubling_before_it_is_tried(monkeypatch):
-    monkeypatch.setattr(capacity, "free_bytes", lambda device: 10 * 2000 / capacity.MEMORY_MARGIN)
+    monkeypatch.setattr(capacity, "free_bytes", lambda device: 10 * SMALL / capacity.MEMORY_MARGIN)
     tried = []
 
     def rehearse(lanes: int) -> float:
@@ -126,7 +127,7 @@ def test_no_more_lanes_are_tried_than_there_is_room_for_whole_trials(
     monkeypatch, members, room, lanes
 ):
     monkeypatch.setattr(capacity, "provisional", lambda device: 8)
-    free = room * SMALL.total / capacity.MEMORY_MARGIN
+    free = room * SMALL / capacity.MEMORY_MARGIN
     monkeypatch.setattr(capacity, "free_bytes", lambda device: free + 1)
     tried = []
     measure(lambda lanes: tried.append(lanes) or 1.0, SMALL, CPU, members=members)
@@ -149,7 +150,7 @@ def test_a_lack_of_memory_is_remembered_for_a_day(tmp_path, monkeypatch, lack):
         return float(lanes)
 
     if lack == "room":
-        monkeypatch.setattr(capacity, "free_bytes", lambda device: 10 * SMALL.total)
+        monkeypatch.setattr(capacity, "free_bytes", lambda device: 10 * SMALL)
     short = measure(rehearse, SMALL, CPU)
     if lack == "an accident in training":
         short = short.halved(8)
@@ -165,7 +166,7 @@ def test_a_lack_of_memory_is_remembered_for_a_day(tmp_path, monkeypatch, lack):
 def test_of_less_room_than_the_cores_could_use_that_is_the_reason(monkeypatch):
     monkeypatch.setattr(capacity, "provisional", lambda device: 64)
     monkeypatch.setattr(capacity, "most", lambda device: 64)
-    free = 50 * SMALL.total / capacity.MEMORY_MARGIN
+    free = 50 * SMALL / capacity.MEMORY_MARGIN
     monkeypatch.setattr(capacity, "free_bytes", lambda device: free + 1)
     found = measure(float, SMALL, CPU)
     assert (found.lanes, found.reason) == (50, "there is room for 50")
@@ -216,5 +217,22 @@ def test_the_footprint_counts_weights_moments_copies_and_activations(make_engine
     """6 inputs, 16 hidden and 3 classes, AdamW, batches of 16 rows, float64."""
     engine = make_engine(settings={"hidden": [16], "norm": "none"}, knobs=frozenset({"dropout"}))
     weights = 6 * 16 + 16 + 16 * 3 + 3
-    kept = 8 * weights * 7  # current and two moments twice, best once
-    assert engine.footprint.state == kept + engine._epochs.batches.bytes_of_epoch
+    footprint = engine.footprint
+    assert footprint.held == 8 * weights * 4  # current, two moments and the best
+    copies = footprint.epoch - engine._epochs.batches.bytes_of_epoch
+    assert copies == 8 * weights * 3  # of all but the best
+
+
+@pytest.mark.parametrize(
+    ("held", "step", "device", "most"),
+    [
+        (400, 500, "cuda", 400 + 300 + 500),
+        (400, 500, "cpu", 400 + 300 + 500 + 400),  # a checkpoint waits to be written
+        (900, 500, "cuda", 900 + 900),  # lanes are copied as others join
+        (900, 500, "cpu", 900 + 900 + 900),
+    ],
+)
+def test_a_lane_takes_most_in_a_step_or_while_it_is_copied(
+    held: int, step: int, device: str, most: int
+):
+    assert Footprint(held, 300, step).most(torch.device(device)) == most

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 from torch import nn
 
 from regtune.spec import Validation
@@ -16,6 +17,7 @@ from worker.training import engine as engine_module
 from worker.training.batches import batch_sizes
 from worker.training.early_stopping import replay
 from worker.training.engine import Engine
+from worker.training.lanes import LaneTensors
 from worker.training.model import loop
 
 STRONG = {"weight_decay": 0.3, "dropout": 0.4, "l1_lambda": 0.02}
@@ -437,3 +439,48 @@ def test_an_epoch_that_raises_has_never_been(make_engine):
     expected = [undisturbed.train_epoch()[0] for _ in range(3)]
     assert torch.equal(losses(curve), losses(expected))
     assert [epoch.epoch for epoch in curve] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("lacking", ["strengths_of", "keep_best_"])
+def test_what_lacks_memory_between_epochs_has_changed_nothing(make_engine, monkeypatch, lacking):
+    """Of who joins and who leaves, and of the close of an epoch."""
+    engine, undisturbed = make_engine(optimizer="adam"), make_engine(optimizer="adam")
+    for each in (engine, undisturbed):
+        each.join([trial(0, **STRONG), trial(1)])
+        each.train_epoch()
+
+    def too_much(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        owner = engine_module if lacking == "strengths_of" else LaneTensors
+        patch.setattr(owner, lacking, too_much)
+        if lacking == "strengths_of":
+            with pytest.raises(torch.OutOfMemoryError):
+                engine.join([trial(2)])
+            with pytest.raises(torch.OutOfMemoryError):
+                engine.leave([0])
+        else:
+            with pytest.raises(torch.OutOfMemoryError):
+                engine.train_epoch()
+    assert engine.lanes == [0, 1]
+    for _ in range(2):
+        curve, expected = engine.train_epoch(), undisturbed.train_epoch()
+        assert torch.equal(losses(curve), losses(expected))
+        assert [epoch.epoch for epoch in curve] == [epoch.epoch for epoch in expected]
+
+
+def test_an_epoch_counts_whatever_becomes_of_what_is_recorded_after_it(make_engine, monkeypatch):
+    engine = make_engine(threads=2, max_lanes=5)
+    monkeypatch.setattr(engine._epochs.programs, "_compiles", True)
+    monkeypatch.setattr(engine._epochs.programs, "_submit", lambda program: None)
+    engine.expect(1000, 1.0)
+    engine.join([trial(0)])
+
+    def too_much(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(engine._epochs._cores, "run_one", too_much)
+    with capture_logs() as logs:
+        assert [engine.train_epoch()[0].epoch for _ in range(2)] == [1, 2]
+    assert [log["event"] for log in logs if log["log_level"] == "warning"] == ["not_recorded"]
