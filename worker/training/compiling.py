@@ -163,10 +163,12 @@ class Program:
         constants: Collection[int] = (),
         kind: Hashable = None,
         epsilon: float = 0.0,
+        recording_seconds: float = 0.0,
     ) -> None:
         """``constants`` are the addresses of arguments that no call changes.
 
         ``epsilon`` is the relative precision of its sums, if coarser than that of its arguments.
+        ``recording_seconds`` is about what it takes to record it.
 
         Programs of the same ``kind`` do the same on different numbers of threads; which number is
         the best can be told only when all are compiled or none is.
@@ -179,6 +181,7 @@ class Program:
         self.kind = kind
         self._constants = constants
         self._epsilon = epsilon
+        self._recording_seconds = recording_seconds
         self.lanes = lanes
         self.threads = threads
         self.calls = 0
@@ -290,7 +293,11 @@ class Program:
 
     def _has_earned_recording(self) -> bool:
         since = perf_counter() - self._first_called
-        return self.calls > CALLS_BEFORE_RECORDING or since > SECONDS_BEFORE_RECORDING or self.pays
+        return (
+            self.calls > CALLS_BEFORE_RECORDING
+            or since > max(SECONDS_BEFORE_RECORDING, self._recording_seconds)
+            or (self.pays and self.certain >= self._recording_seconds)
+        )
 
     @property
     def pays(self) -> bool:
@@ -437,8 +444,9 @@ class Programs:
     def __init__(self, *, compiles: bool, constants: Leaves = (), epsilon: float = 0.0) -> None:
         """``constants`` are arguments that no call changes, such as the data set.
 
-        ``epsilon`` is that of all programs.
+        ``epsilon`` is that of all programs, and so is ``recording_seconds``.
         """
+        self.recording_seconds = 0.0
         self._compiles = compiles
         self._epsilon = epsilon
         self._constants = frozenset(tensor.data_ptr() for tensor in constants)
@@ -456,7 +464,15 @@ class Programs:
             key = (name, lanes, threads, *shapes)
             if key not in self._programs:
                 kind = (name, lanes, *shapes)
-                program = Program(name, lanes, threads, self._constants, kind, self._epsilon)
+                program = Program(
+                    name,
+                    lanes,
+                    threads,
+                    self._constants,
+                    kind,
+                    self._epsilon,
+                    self.recording_seconds,
+                )
                 program.certain = self._expected_of(program)
                 program.way = self._way_of_others(program)
                 self._programs[key] = program
@@ -496,14 +512,14 @@ class Programs:
     def expect(self, name: str, sizes: Collection[int], seconds: float) -> bool:
         """Say that a program will run for so long on each of these numbers of lanes.
 
-        Return whether to compile pays. Then it is recorded when it is first called. What was called
-        until now was a rehearsal, and counts for nothing else.
+        Return whether to record and compile it pays. Then it is recorded when it is first called.
+        What was called until now was a rehearsal, and counts for nothing else.
         """
         self._expected = {(name, lanes): seconds for lanes in sizes}
         for program in self:
             program.take_work()
             program.certain = self._expected_of(program)
-        return self._compiles and seconds >= SECONDS_BEFORE_COMPILING
+        return self._compiles and seconds >= max(SECONDS_BEFORE_COMPILING, self.recording_seconds)
 
     def compile_what_pays(self) -> None:
         """Compile what has been recorded and runs for long, or is expected to."""

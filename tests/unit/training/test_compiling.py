@@ -138,6 +138,27 @@ def test_what_is_slow_is_recorded_after_fewer_calls(monkeypatch):
     assert recorded(busy).recording is not None
 
 
+def test_what_takes_long_to_record_is_recorded_once_it_has_run_or_will_run_for_as_long(monkeypatch):
+    monkeypatch.setattr(compiling, "CALLS_BEFORE_RECORDING", 1000)
+    now = 0.0
+    monkeypatch.setattr(compiling, "perf_counter", lambda: now)
+    long, certain = (Program("busy", 1, 1, recording_seconds=60.0) for _ in range(2))
+    bound, bound_certain = long.bind([busy]), certain.bind([busy])
+    bound(torch.ones(4))
+    now = compiling.SECONDS_BEFORE_RECORDING + 1
+    bound(torch.ones(4))
+    assert long.recording is None
+    now = 61.0
+    bound(torch.ones(4))
+    assert long.recording is not None
+    certain._first_called, certain.certain = now, 59.0
+    bound_certain(torch.ones(4))
+    assert certain.recording is None
+    certain.certain = 60.0
+    bound_certain(torch.ones(4))
+    assert certain.recording is not None
+
+
 def test_what_cannot_be_recorded_runs_as_before_and_says_so_once(lines):
     def branching(x: torch.Tensor) -> torch.Tensor:
         return x + 1 if x.sum().item() > 0 else x - 1
@@ -259,6 +280,25 @@ def test_an_engine_that_expects_a_long_study_compiles_first_what_is_needed_first
     engine.join([trial(0)])
     engine.train_epoch()
     assert {program.lanes for program in submitted if program.name == "step"} == later
+
+
+def test_a_study_that_is_shorter_than_recording_its_step_does_not_wait_for_that(
+    make_engine, monkeypatch
+):
+    monkeypatch.setattr(compiling, "CALLS_BEFORE_RECORDING", 1000)
+    engine = make_engine()
+    programs = engine._epochs.programs
+    monkeypatch.setattr(programs, "_compiles", True)
+    monkeypatch.setattr(programs, "_submit", lambda program: None)
+    assert 0 < programs.recording_seconds < 60  # as counted when the engine was built
+    programs.recording_seconds = 100.0
+    engine.expect(99, 1.0)
+    assert [program for program in programs if program.recording] == []
+    engine.join([trial(0)])
+    engine.train_epoch()
+    assert [program for program in programs if program.recording] == []
+    engine.expect(100, 1.0)
+    assert [program.name for program in programs if program.recording] == ["step"]
 
 
 KEPT_ON_DISK = """
