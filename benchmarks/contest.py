@@ -129,6 +129,7 @@ class Contest:
         self.left_out: dict[str, str] = {}
         self.tunings: dict[str, float] = {}
         self.footprint: Footprint | None = None
+        self._chunk = 0
         self._deadline = deadline
         self._engines: list[Engine] = []
         self._memory_format = torch.contiguous_format
@@ -277,7 +278,8 @@ class Contest:
         contender = Contender(name, engine.train_epoch, lanes)
         footprint = engine.footprint
         self.footprint = self.footprint or footprint  # that of the plain lanes, which come first
-        contender.predicted_bytes = bytes_per_lane(footprint, lanes, self.setting)
+        self._chunk = engine.chunk
+        contender.predicted_bytes = bytes_per_lane(footprint, lanes, self.setting, self._chunk)
         try:
             check_memory(lanes * footprint.state, self.setting.device)
             before = allocated(self.setting.device)
@@ -331,7 +333,12 @@ class Contest:
                 if contender.name == f"{lanes} lanes" and self.footprint is not None:
                     contender.measured_bytes = (most - least) / (lanes - fewer)
                     contender.predicted_bytes = bytes_per_lane(
-                        self.footprint, lanes, self.setting, beyond=fewer, one_by_one=one_by_one
+                        self.footprint,
+                        lanes,
+                        self.setting,
+                        self._chunk,
+                        beyond=fewer,
+                        one_by_one=one_by_one,
                     )
 
 

@@ -60,18 +60,24 @@ def main() -> None:
 
 
 def bytes_per_lane(
-    one: Footprint, lanes: int, setting: Setting, *, beyond: int = 0, one_by_one: bool = False
+    one: Footprint,
+    lanes: int,
+    setting: Setting,
+    chunk: int,
+    *,
+    beyond: int = 0,
+    one_by_one: bool = False,
 ) -> float:
     """Return what each lane should add to those of a stack of ``beyond``.
 
     On a CPU only the lanes of the chunks at work hold gradients and activations; of a chunk that is
-    computed one by one, a single lane.
+    computed one by one, a single lane. ``chunk`` is how many lanes are in one at most.
     """
     if setting.device.type == "cuda":
         return one.state + one.step
 
     def at_work(count: int) -> int:
-        chunks = chunk_sizes(count, setting.threads)[: setting.threads] if count else []
+        chunks = chunk_sizes(count, setting.threads, chunk)[: setting.threads] if count else []
         return len(chunks) if one_by_one else sum(chunks)
 
     return one.state + one.step * (at_work(lanes) - at_work(beyond)) / (lanes - beyond)

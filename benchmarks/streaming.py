@@ -25,14 +25,14 @@ import torch
 from PIL import Image
 
 from benchmarks.peers import shortened
-from benchmarks.problems import PROBLEMS, Problem, Setting, build_engine, some_trials
+from benchmarks.problems import PROBLEMS, Problem, Setting, build_engine
+from benchmarks.turns import in_turns
 from regtune import programs
 from regtune.task import Data, Storage
 from worker.tasks import decoding
 from worker.tasks.image_folder import image_folder
 from worker.tasks.images import mnist
 from worker.training import compiling
-from worker.training.cores import synchronize
 from worker.training.engine import Engine
 from worker.training.residence import OnDevice
 
@@ -50,7 +50,12 @@ def epochs(asked: argparse.Namespace) -> None:
     data = shortened(mnist(Storage(asked.data_dir)), asked.rows, TEST_ROWS)
     print(f"{LANES} lanes, {asked.rows} rows, {asked.device}")
     for problem in (PROBLEMS[name] for name in asked.problems):
-        seconds = take_turns(as_setting(problem, data, asked))
+        setting = as_setting(problem, data, asked)
+        engines: dict[OnDevice, Engine] = {
+            wish: build_engine(setting, LANES, compiles=True, data_on_device=wish)
+            for wish in WISHES
+        }
+        seconds = in_turns(engines, LANES, asked.rounds, setting.device)
         resident, streamed = (median(seconds[wish]) for wish in WISHES)
         print(
             f"{problem.name}: an epoch takes {resident:.2f} s resident, {streamed:.2f} s streamed, "
@@ -72,31 +77,6 @@ def as_setting(problem: Problem, data: Data, asked: argparse.Namespace) -> Setti
         quick=False,
         peak=0.0,
     )
-
-
-def take_turns(setting: Setting) -> dict[OnDevice, list[float]]:
-    """Return the seconds of each epoch, by where the rows are."""
-    engines = {wish: warm(setting, wish) for wish in WISHES}
-    seconds: dict[OnDevice, list[float]] = {wish: [] for wish in WISHES}
-    for _ in range(setting.rounds):
-        for wish, engine in engines.items():
-            started = perf_counter()
-            engine.train_epoch()
-            synchronize(setting.device)
-            seconds[wish].append(perf_counter() - started)
-    for engine in engines.values():
-        engine.close()
-    return seconds
-
-
-def warm(setting: Setting, wish: OnDevice) -> Engine:
-    """Return an engine that has compiled what it uses."""
-    engine = build_engine(setting, LANES, compiles=True, data_on_device=wish)
-    engine.join(some_trials(LANES))
-    for _ in range(2):
-        engine.train_epoch()
-        engine.settle()
-    return engine
 
 
 def images(asked: argparse.Namespace) -> None:

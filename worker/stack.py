@@ -330,6 +330,7 @@ class Stack:
                 self._engine.bytes_per_lane,
                 self._device,
                 self._engine.members,
+                self._engine.chunk,
             )
             if not remembered:
                 self._memory.keep(chosen, *self._situation)
@@ -375,7 +376,8 @@ class Stack:
             (spec.training.decay, spec.training.l1, spec.training.penalized),
             (sorted(spec.training.augment), spec.training.averaging),
             (self._engine.data_hash, self._engine.parameters, asdict(self._engine.residence)),
-            (self._engine.members, self._engine.training_rows, self._engine.steps_per_epoch),
+            (self._engine.members, self._engine.chunk),
+            (self._engine.training_rows, self._engine.steps_per_epoch),
             sorted(knobs_of(spec)),
         )
 

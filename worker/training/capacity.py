@@ -113,28 +113,34 @@ class Capacity:
         )
 
 
-def provisional(device: torch.device) -> int:
+def provisional(device: torch.device, chunk: int = CPU_CHUNK) -> int:
     """Return how many lanes to begin with: on a CPU, a full chunk for each core."""
-    return torch.get_num_threads() * CPU_CHUNK if device.type == "cpu" else 1
+    return torch.get_num_threads() * chunk if device.type == "cpu" else 1
 
 
-def most(device: torch.device) -> int:
+def most(device: torch.device, chunk: int = CPU_CHUNK) -> int:
     """Return how many lanes may be worth while at all."""
-    return provisional(device) if device.type == "cpu" else MOST_LANES
+    return provisional(device, chunk) if device.type == "cpu" else MOST_LANES
 
 
 def measure(
-    rehearse: Callable[[int], float], bytes_per_lane: int, device: torch.device, members: int = 1
+    rehearse: Callable[[int], float],
+    bytes_per_lane: int,
+    device: torch.device,
+    members: int = 1,
+    chunk: int = CPU_CHUNK,
 ) -> Capacity:
     """Return the smallest number of lanes that is about as fast as any.
 
     ``rehearse`` trains so many lanes for a moment and returns trial-epochs a second;
-    ``bytes_per_lane`` is the most that one may take. ``members`` is how many lanes one trial takes.
+    ``bytes_per_lane`` is the most that one may take. ``members`` is how many lanes one trial takes,
+    ``chunk`` how many a core of a CPU computes at a time.
     """
     started = perf_counter()
     fitting = MEMORY_MARGIN * free_bytes(device) / bytes_per_lane
-    room = max(members, int(min(fitting, most(device))))
-    trials = min(-(-provisional(device) // members), room // members)
+    most_lanes = most(device, chunk)
+    room = max(members, int(min(fitting, most_lanes)))
+    trials = min(-(-provisional(device, chunk) // members), room // members)
     lanes = max(1, trials) * members
     rates: dict[int, float] = {}
     reason = ""
@@ -151,10 +157,10 @@ def measure(
         log.debug("rehearsed", lanes=lanes, trial_epochs_per_second=round(rates[lanes], 3))
         if _in_vain(list(rates.values())):
             reason = f"{lanes} lanes are hardly faster"
-        elif lanes * 2 > room and fitting < most(device):
+        elif lanes * 2 > room and fitting < most_lanes:
             reason = f"{_ROOM_FOR} {room}"
-        elif lanes * 2 > most(device):
-            reason = f"{most(device)} lanes are the most that are computed at a time"
+        elif lanes * 2 > most_lanes:
+            reason = f"{most_lanes} lanes are the most that are computed at a time"
         elif perf_counter() - started > PATIENCE_SECONDS:
             reason = f"steps of {lanes} lanes are long enough"
         lanes *= 2

@@ -12,13 +12,17 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 from math import inf
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 CPU_CHUNK = 4
-"""Most lanes in a chunk on a CPU: beyond, a step falls out of a core's cache (measured)."""
+"""Most lanes in a chunk on a CPU: more have not been faster (measured)."""
+
+_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
+"""A core's second-level cache, on Linux: ``1024K``."""
 
 EPOCHS_TRIED = 3
 """Epochs after which the faster number of threads is chosen."""
@@ -71,9 +75,10 @@ class Spread:
 class Cores:
     """Threads that compute chunks of lanes."""
 
-    def __init__(self, threads: int, device: torch.device) -> None:
-        """``threads`` are the CPU cores to use."""
+    def __init__(self, threads: int, device: torch.device, chunk: int) -> None:
+        """``threads`` are the CPU cores to use, ``chunk`` the most lanes that one of them takes."""
         self.threads = threads
+        self._chunk = chunk
         self._on_cpu = device.type == "cpu"
         at_once = threads if self._on_cpu else 1
         self._pool = ThreadPoolExecutor(at_once, "lanes", prepare_thread, (device,))
@@ -125,7 +130,7 @@ class Cores:
 
     def sizes(self, lanes: int) -> list[int]:
         """Return how many lanes each chunk takes."""
-        return chunk_sizes(lanes, self.threads) if self._on_cpu else [lanes]
+        return chunk_sizes(lanes, self.threads, self._chunk) if self._on_cpu else [lanes]
 
     def rarer_sizes(self, lanes: int) -> set[int]:
         """Return the sizes of chunks besides while there are fewer than so many lanes."""
@@ -195,12 +200,31 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def chunk_sizes(lanes: int, threads: int) -> list[int]:
-    """Return how many lanes each chunk takes: a thread's share, at most ``CPU_CHUNK``, or the rest.
+def chunk_for(weight_bytes: int) -> int:
+    """Return the most lanes of so many bytes of weights to compute together on a core of a CPU.
+
+    As many as keep their weights in its second-level cache, from where they are read to where they
+    are written. Where not even two do, it is ``CPU_CHUNK``: there is nothing to be gained by fewer.
+    """
+    fitting = cache_bytes() // max(1, weight_bytes)
+    return min(CPU_CHUNK, fitting) if fitting >= 2 else CPU_CHUNK
+
+
+def cache_bytes() -> int:
+    """Return the size of a core's second-level cache; 0 where the system does not say."""
+    try:
+        kilobytes = _CACHE.read_text().strip().removesuffix("K")
+        return 1024 * int(kilobytes)
+    except (OSError, ValueError):
+        return 0
+
+
+def chunk_sizes(lanes: int, threads: int, chunk: int) -> list[int]:
+    """Return how many lanes each chunk takes: a thread's share, at most ``chunk``, or the rest.
 
     So only a few sizes have to be recorded and compiled, however many lanes there are.
     """
-    size = min(CPU_CHUNK, -(-lanes // threads))
+    size = min(chunk, -(-lanes // threads))
     rest = [lanes % size] if lanes % size else []
     return [size] * (lanes // size) + rest
 

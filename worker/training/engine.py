@@ -34,7 +34,7 @@ from worker.training.batches import Place
 from worker.training.capacity import Footprint, free_bytes, is_out_of_memory, readable
 from worker.training.checkpoint import Checkpoint
 from worker.training.compiling import Program, first_line, nothing_compiles
-from worker.training.cores import synchronize
+from worker.training.cores import chunk_for, synchronize
 from worker.training.epoch import Epochs, Tick
 from worker.training.lanes import (
     Ended,
@@ -155,6 +155,7 @@ class Engine:
                 self.model.try_again(sample.on(device))
         self._initial = _stacked([self.model.parameters_of(m) for m in models], device)
         self._initial_buffers = _stacked([self.model.buffers_of(m) for m in models], device)
+        self.chunk = chunk_for(sum(part_M[0].nbytes for part_M in self._initial.values()))
         memory_format = memory_format_of_rows(models[0], prepared.rows.input_shape, device)
         with _no_room_for("all rows at once", device):
             resident, keep_bytes = self.residence.resident, self.residence.keeps_bytes
@@ -169,6 +170,7 @@ class Engine:
             resident=resident,
             knobs=knobs,
             threads=threads or torch.get_num_threads(),
+            chunk=self.chunk,
             compiles=compiles,
             memory_format=memory_format,
         )

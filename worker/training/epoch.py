@@ -139,10 +139,13 @@ class Epochs:
         resident: bool,
         knobs: Collection[str],
         threads: int,
+        chunk: int,
         compiles: bool,
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
         """``knobs`` are the strengths that any lane may use; ``threads`` are CPU cores to use.
+
+        ``chunk`` is the most lanes that one of those takes at a time.
 
         Rows that are not ``resident`` on the device are streamed, images in this memory format.
         """
@@ -190,7 +193,7 @@ class Epochs:
                     l1=training.l1,
                 )
             )
-        self._cores = Cores(threads, self._device)
+        self._cores = Cores(threads, self._device, chunk)
         self._later: Callable[[], None] | None = None
         self._of_lanes = lru_cache(SCALES_KEPT)(self._scale_and_shift)
 

@@ -19,8 +19,8 @@ SMALL = 1600
 
 @pytest.fixture(autouse=True)
 def one_lane_to_begin_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capacity, "provisional", lambda device: 1)
-    monkeypatch.setattr(capacity, "most", lambda device: capacity.MOST_LANES)
+    monkeypatch.setattr(capacity, "provisional", lambda device, chunk=4: 1)
+    monkeypatch.setattr(capacity, "most", lambda device, chunk=4: capacity.MOST_LANES)
 
 
 def saturating_at(lanes: int) -> Callable[[int], float]:
@@ -82,7 +82,7 @@ def test_memory_ends_the_doubling_before_it_is_tried(monkeypatch):
 
 
 def test_on_a_cpu_no_more_lanes_are_tried_than_its_cores_compute_at_a_time(monkeypatch):
-    monkeypatch.setattr(capacity, "provisional", lambda device: 8)
+    monkeypatch.setattr(capacity, "provisional", lambda device, chunk=4: 8)
     monkeypatch.setattr(capacity, "most", most)
     found = measure(float, SMALL, CPU)
     assert (found.lanes, found.trial_epochs_per_second) == (8, 8.0)
@@ -118,7 +118,7 @@ def test_an_error_of_the_model_is_no_lack_of_memory():
 
 
 def test_lanes_are_those_of_whole_trials(monkeypatch):
-    monkeypatch.setattr(capacity, "provisional", lambda device: 8)
+    monkeypatch.setattr(capacity, "provisional", lambda device, chunk=4: 8)
     assert measure(saturating_at(1), SMALL, CPU, members=5).lanes == 10
 
 
@@ -126,7 +126,7 @@ def test_lanes_are_those_of_whole_trials(monkeypatch):
 def test_no_more_lanes_are_tried_than_there_is_room_for_whole_trials(
     monkeypatch, members, room, lanes
 ):
-    monkeypatch.setattr(capacity, "provisional", lambda device: 8)
+    monkeypatch.setattr(capacity, "provisional", lambda device, chunk=4: 8)
     free = room * SMALL / capacity.MEMORY_MARGIN
     monkeypatch.setattr(capacity, "free_bytes", lambda device: free + 1)
     tried = []
@@ -164,8 +164,8 @@ def test_a_lack_of_memory_is_remembered_for_a_day(tmp_path, monkeypatch, lack):
 
 
 def test_of_less_room_than_the_cores_could_use_that_is_the_reason(monkeypatch):
-    monkeypatch.setattr(capacity, "provisional", lambda device: 64)
-    monkeypatch.setattr(capacity, "most", lambda device: 64)
+    monkeypatch.setattr(capacity, "provisional", lambda device, chunk=4: 64)
+    monkeypatch.setattr(capacity, "most", lambda device, chunk=4: 64)
     free = 50 * SMALL / capacity.MEMORY_MARGIN
     monkeypatch.setattr(capacity, "free_bytes", lambda device: free + 1)
     found = measure(float, SMALL, CPU)

@@ -7,7 +7,8 @@ from contextlib import suppress
 import pytest
 import torch
 
-from worker.training.cores import EPOCHS_TRIED, Chunk, Cores, Spread, chunk_sizes
+from worker.training import cores
+from worker.training.cores import EPOCHS_TRIED, Chunk, Cores, Spread, chunk_for, chunk_sizes
 
 
 def chosen(spread: Spread, chunks: int, most: int, seconds: dict[int, float]) -> list[int]:
@@ -54,8 +55,8 @@ def test_when_it_is_too_late_to_try_it_is_one_thread_until_more_were_faster():
 
 @pytest.mark.parametrize(("lanes", "rarer"), [(8, {1, 2, 3}), (4, {1}), (2, set()), (1, set())])
 def test_the_sizes_that_come_up_when_lanes_get_fewer(lanes, rarer):
-    assert Cores(2, torch.device("cpu")).rarer_sizes(lanes) == rarer
-    assert Cores(2, torch.device("cuda")).rarer_sizes(lanes) == set()
+    assert Cores(2, torch.device("cpu"), 4).rarer_sizes(lanes) == rarer
+    assert Cores(2, torch.device("cuda"), 4).rarer_sizes(lanes) == set()
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_the_sizes_that_come_up_when_lanes_get_fewer(lanes, rarer):
     ],
 )
 def test_lanes_are_cut_into_chunks_of_few_sizes(lanes, threads, sizes):
-    assert chunk_sizes(lanes, threads) == sizes
+    assert chunk_sizes(lanes, threads, 4) == sizes
 
 
 class Large:
@@ -84,7 +85,7 @@ class Large:
 
 def test_what_has_raised_keeps_nothing_of_what_it_held():
     """Not even until somebody collects garbage: the memory is wanted for fewer lanes."""
-    cores = Cores(2, torch.device("cpu"))
+    cores = Cores(2, torch.device("cpu"), 4)
     held: list[weakref.ref[Large]] = []
 
     def work(chunk: Chunk) -> torch.Tensor:
@@ -101,3 +102,25 @@ def test_what_has_raised_keeps_nothing_of_what_it_held():
     finally:
         gc.enable()
         cores.close()
+
+
+@pytest.mark.parametrize(
+    ("size", "weights", "chunk"),
+    [
+        ("1024K", 100_000, 4),  # ten would fit, but more than four are not faster
+        ("1024K", 407_080, 2),
+        ("2048K", 407_080, 4),
+        ("1024K", 330_000, 3),
+        ("1024K", 600_000, 4),  # where not even two fit, fewer gain nothing
+        ("1024K", 0, 4),
+        ("", 100_000, 4),  # a system that does not say
+        (None, 100_000, 4),
+    ],
+)
+def test_a_chunk_is_as_many_lanes_as_keep_their_weights_in_a_cores_cache(
+    monkeypatch, tmp_path, size, weights, chunk
+):
+    monkeypatch.setattr(cores, "_CACHE", tmp_path / "size")
+    if size is not None:
+        (tmp_path / "size").write_text(f"{size}\n")
+    assert chunk_for(weights) == chunk
