@@ -66,7 +66,7 @@ def race(hidden: Sequence[int], data: Data, data_dir: Path, rounds: int) -> dict
         data=data,
         data_dir=data_dir,
         device=torch.device("cpu"),
-        threads=torch.get_num_threads(),
+        threads=LANES // max(CHUNKS),  # so that chunks of all sizes are full
         rounds=rounds,
         lanes=(LANES,),
         quick=False,

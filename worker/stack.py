@@ -242,14 +242,15 @@ class Stack:
 
         The latter two whatever memory is left. Without ``keeping``, for when memory was short and
         lanes may not stand where their curves end, trials go on from the checkpoints that they
-        have, and next time in fewer lanes.
+        have, and next time in fewer lanes, unless a setting says in how many.
         """
         self.leaving = True
-        if not keeping:
-            self._halve_lanes(max(1, len(self._engine.lanes)))
-        else:
-            with self._as_far_as_memory_goes():
+        with self._as_far_as_memory_goes():
+            trials = len(self._engine.lanes) or self._engine.slots
+            if keeping:
                 self._checkpoint(self._engine.lanes)
+            elif trials <= self._engine.slots:  # else it ran out as the others were given back
+                self._halve_lanes(trials)
         self._writer.wait(CHECKPOINT_SECONDS)
         report, answer = self._meetings.unanswered, None
         try:
@@ -421,7 +422,10 @@ class Stack:
         log.warning("out_of_memory", study=self.study.name, lanes=self._capacity.lanes)
 
     def _halve_lanes(self, trials: int) -> None:
-        """Take note that there is no memory for so many trials; it holds for the next stack too."""
+        """Take note that there is no memory for so many trials.
+
+        It holds for the next stack too, unless a setting says how many lanes to train.
+        """
         self._capacity = self._capacity.halved(trials * self._engine.members)
         self._engine.max_lanes = self._capacity.lanes
         if not self._settings.lanes:

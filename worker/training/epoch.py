@@ -349,16 +349,16 @@ class Epochs:
 
         ``epochs_to_come`` are those that will be trained for certain.
         """
-        self._cores.note(seconds)
-        if self.programs.epoch_ended(seconds, epochs_to_come):
-            self._cores.forget()
-        later, self._later = self._later, None
-        if later is not None:
-            # What is needed first has been compiled by now, or is about to be.
-            try:
+        try:
+            self._cores.note(seconds)
+            if self.programs.epoch_ended(seconds, epochs_to_come):
+                self._cores.forget()
+            later, self._later = self._later, None
+            if later is not None:
+                # What is needed first has been compiled by now, or is about to be.
                 later()
-            except Exception as error:  # noqa: BLE001 - the epoch has been trained all the same
-                log.warning("not_recorded", program="step", reason=first_line(error))
+        except Exception as error:  # noqa: BLE001 - the epoch has been trained all the same
+            log.warning("not_recorded", program="step", reason=first_line(error))
 
     def expect(self, lanes: int, seconds: float, throwaway: Throwaway) -> None:
         """Record and compile from now on what pays if up to so many lanes train for so long.
