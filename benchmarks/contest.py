@@ -92,6 +92,11 @@ class Deadline:
         """Whether this share of the time is over."""
         return perf_counter() - self._started > share * self._seconds
 
+    def check(self) -> None:
+        """Raise TimeoutError if it has passed."""
+        if self.passed():
+            raise TimeoutError("no time left")
+
 
 class Events(list[Mapping[str, Any]]):
     """What the engine would have logged."""
@@ -276,6 +281,7 @@ class Contest:
         EVENTS.clear()
         engine = build_engine(self.setting, lanes, compiles=compiles, precision=precision)
         contender = Contender(name, engine.train_epoch, lanes)
+        prepare_epoch = partial(engine.train_epoch, self._deadline.check)
         footprint = engine.footprint
         self.footprint = self.footprint or footprint  # that of the plain lanes, which come first
         self._chunk = engine.chunk
@@ -289,7 +295,7 @@ class Contest:
             with nothing_captured() if on_cuda else nullcontext():
                 for form in ("recorded", "compiled"):
                     for _ in range(1 + tries):
-                        engine.train_epoch()
+                        prepare_epoch()
                     if form == "recorded":
                         engine.settle()
                 if on_cuda:
@@ -297,7 +303,7 @@ class Contest:
                     contender.measured_bytes = (training - before) / lanes
                     contender.validation_bytes = (validation - before) / lanes
             for _ in range(EPOCHS_TO_CAPTURE if on_cuda else 0):
-                engine.train_epoch()
+                prepare_epoch()
         except BaseException:
             engine.close()
             raise

@@ -42,6 +42,7 @@ from worker.stack import Stack
 from worker.training import capacity
 from worker.training.compiling import first_line, is_between_steps
 from worker.training.engine import Engine, check_device
+from worker.training.memory import is_out_of_memory
 from worker.training.model import UnsupportedModel
 
 log = structlog.get_logger()
@@ -311,7 +312,7 @@ class Worker:
         except (*database.FAULTS, NotFound):  # the database
             raise
         except Exception as error:  # noqa: BLE001 - a user's crash is data
-            if capacity.is_out_of_memory(error):
+            if is_out_of_memory(error):
                 error = NoRoomForModel(first_line(error))
             else:
                 check_device(self._device, error)
@@ -412,7 +413,7 @@ class Worker:
         except NoRoomForModel as error:
             lack = str(error)
         except Exception as error:
-            if not capacity.is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             # Between epochs: as lanes were taken out, put in or copied, and may stand anywhere.
             lack, keeping = first_line(error), False

@@ -29,8 +29,8 @@ from regtune.studies import Study
 from worker.checkpoints import CheckpointStore, CheckpointWriter, Saved
 from worker.heartbeat import BEATS_A_LEASE
 from worker.patience import transact_patiently
-from worker.training import capacity
 from worker.training.checkpoint import Checkpoint
+from worker.training.memory import is_out_of_memory
 
 log = structlog.get_logger()
 
@@ -422,7 +422,7 @@ class Meetings:
         try:
             return self._store.newest(self._study, lease)
         except Exception as error:  # a file system may raise anything
-            if capacity.is_out_of_memory(error):  # the trial is trained on where there is some
+            if is_out_of_memory(error):  # the trial is trained on where there is some
                 raise
             log.warning("checkpoints_unreadable", study=self._study.name, error=str(error))
             return None

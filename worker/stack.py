@@ -36,6 +36,7 @@ from worker.training.checkpoint import Checkpoint
 from worker.training.compiling import first_line
 from worker.training.engine import KNOBS, DeviceLost, Engine
 from worker.training.lanes import Ended, LaneEpoch, LaneResult, LaneTrial
+from worker.training.memory import is_out_of_memory
 
 log = structlog.get_logger()
 
@@ -176,7 +177,7 @@ class Stack:
         except Exception as error:  # noqa: BLE001 - a user's crash is data
             failure = _without_frames(error)
         if failure:
-            if capacity.is_out_of_memory(failure) and self._engine.slots > 1:
+            if is_out_of_memory(failure) and self._engine.slots > 1:
                 self._take_fewer_lanes()
                 return
             epochs = self._train_apart(failure, progress)
@@ -275,7 +276,7 @@ class Stack:
         try:
             yield
         except Exception as error:
-            if not capacity.is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             log.warning("out_of_memory", study=self.study.name, error=first_line(error))
 
@@ -418,6 +419,7 @@ class Stack:
         self._halve_lanes(len(self._engine.lanes) + besides)
         capacity.free_memory(self._device)
         self._give_back(self._engine.lanes[self._engine.slots :])
+        self._engine.close_gaps()
         capacity.free_memory(self._device)
         log.warning("out_of_memory", study=self.study.name, lanes=self._capacity.lanes)
 
@@ -450,7 +452,7 @@ class Stack:
         epochs: list[LaneEpoch] = []
         lack: str | None = None
         parts = _halves(keys) or [keys]
-        self._engine.leave(keys)
+        self._take_all_out()
         capacity.free_memory(self._device)
         try:
             while parts and lack is None:
@@ -470,18 +472,23 @@ class Stack:
                         lack, states = first_line(own), before
                     elif len(part) == 1:
                         self._outcomes[part[0]] = Failed.by(own)
-                self._engine.leave(self._engine.lanes)
+                self._take_all_out()
         finally:
-            self._engine.leave(self._engine.lanes)
+            self._take_all_out()
             try:
                 self._join([key for key in keys if key not in self._outcomes], states)
             except Exception as none_left:
-                if not capacity.is_out_of_memory(none_left):
+                if not is_out_of_memory(none_left):
                     raise
                 lack = first_line(none_left)  # they go on from their last checkpoints
         if lack is not None:  # only now: the error's frames held what the step had allocated
             raise NoRoomForModel(lack)
         return epochs
+
+    def _take_all_out(self) -> None:
+        """Let go of all lanes, and of what the device holds for them."""
+        self._engine.leave(self._engine.lanes)
+        self._engine.close_gaps()
 
     def _may_find_room(self, key: int, error: Exception) -> bool:
         """Say whether a trial that ran out of memory by itself is left for later, rather than fail.
@@ -489,7 +496,7 @@ class Stack:
         It is, once, if a trial of this study and shape has ever had room, here or elsewhere: then
         another program may hold the memory now.
         """
-        if not capacity.is_out_of_memory(error) or key in self._lacked_room:
+        if not is_out_of_memory(error) or key in self._lacked_room:
             return False
         self._lacked_room.add(key)
         return self.has_trained or self._has_been_trained()
@@ -543,7 +550,7 @@ class Stack:
         except (Interrupted, DeviceLost):
             raise
         except Exception as error:  # noqa: BLE001 - a user's crash is data
-            fewer_may_do = capacity.is_out_of_memory(error) and self._engine.slots > 1
+            fewer_may_do = is_out_of_memory(error) and self._engine.slots > 1
             if len(keys) == 1 and not (fewer_may_do or self._may_find_room(keys[0], error)):
                 self._outcomes[keys[0]] = Failed.by(error)
         # Only now: the error's frames held what the test had allocated.
@@ -610,7 +617,7 @@ class Stack:
             self._join(joining, {id_: one.checkpoint for id_, one in answer.resumed.items()})
             return True
         except Exception as error:
-            if not capacity.is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             alone = joining if self._engine.slots == 1 else []
             if any(not self._may_find_room(key, error) for key in alone):

@@ -27,7 +27,6 @@ from worker.tasks import decoding
 from worker.training import capacity, residence
 from worker.training.engine import Engine as TrainingEngine
 from worker.training.epoch import Epochs
-from worker.training.lanes import LaneTensors
 
 SHORT = {"training": {"max_epochs": 4, "batch_size": 256}, "budget": {"trials": 6}}
 
@@ -408,7 +407,6 @@ def test_a_trained_trial_for_whose_test_there_is_no_memory_is_tested_with_fewer_
         (Epochs, "train", {2, 3}),  # the second epoch, and its second try
         (Epochs, "test", {1}),
         (TrainingEngine, "join", {2}),
-        (LaneTensors, "select", {1}),  # as the first trial, which has ended, is taken out
     ],
 )
 def test_a_trial_that_had_room_until_others_took_the_memory_is_trained_later(

@@ -3,7 +3,7 @@
 P. Izmailov et al., arXiv 1803.05407. Until it begins, the weights themselves are evaluated.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import floor
 
 import torch
@@ -31,15 +31,16 @@ def average_(averages: Tensors, parameters: Tensors, count_K: Tensor) -> None:
         average_K.lerp_(parameters[name], share_K)
 
 
-def replace_statistics_(
-    average_buffers: Tensors, buffers: Tensors, found: Tensors, count_K: Tensor
+def complete_buffers_(
+    average_buffers: Tensors, buffers: Tensors, found: Collection[str], count_K: Tensor
 ) -> None:
-    """Copy K lanes' buffers, with the statistics that averaged weights were found to have.
+    """Copy K lanes' buffers to those of their averages, but for statistics that were found there.
 
     Where the average is of a single epoch, the weights' own running statistics are right.
     """
     for name, target_K in average_buffers.items():
-        target_K.copy_(buffers[name])
         if name in found:
             averaged_K = (count_K > 1).view(-1, *(1 for _ in target_K.shape[1:]))
-            torch.where(averaged_K, found[name], target_K, out=target_K)
+            torch.where(averaged_K, target_K, buffers[name], out=target_K)
+        else:
+            target_K.copy_(buffers[name])

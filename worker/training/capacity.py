@@ -21,6 +21,7 @@ import structlog
 import torch
 
 from worker.training.cores import CPU_CHUNK
+from worker.training.memory import is_out_of_memory
 
 log = structlog.get_logger()
 
@@ -31,16 +32,6 @@ WORTHWHILE = 1.2
 
 MEMORY_MARGIN = 0.8
 """The share of the free memory that lanes may take; the rest is for what is not foreseen."""
-
-_NO_MEMORY = (
-    "can't allocate memory",
-    "CUDA error: out of memory",
-    "[CUDA]: out of memory",
-    "STATUS_ALLOC_FAILED",
-    "CUBLAS_STATUS_NOT_INITIALIZED",
-)
-"""What torch's CPU allocator says; what CUDA does, of pinned memory of the host for example; what
-Triton, cuBLAS and cuDNN do, and cuBLAS where it has no room to begin."""
 
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 _LIMIT_AND_USE = ("memory.max", "memory.current")
@@ -220,13 +211,6 @@ class Memory:
         except (OSError, ValueError):
             return {}
         return known if isinstance(known, dict) else {}
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether an exception means that a device or the machine has no memory left."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
-    )
 
 
 def total_bytes(device: torch.device) -> int | None:

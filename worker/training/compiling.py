@@ -22,6 +22,7 @@ import weakref
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
+from functools import partial
 from math import inf
 from pathlib import Path
 from time import perf_counter, sleep
@@ -49,6 +50,7 @@ from worker.training.capturing import (
     first_replay,
 )
 from worker.training.cores import synchronize
+from worker.training.memory import is_out_of_memory
 
 log = structlog.get_logger()
 
@@ -72,7 +74,7 @@ CALLS_BEFORE_CAPTURING = 20
 
 MOST_IN_VAIN = 2
 """Programs in a row that do not compile, after which an engine compiles nothing more; and captures
-of one program that compute something else, after which it is captured no more.
+of one program that fail or compute something else, after which it is captured no more.
 
 One may be what TorchInductor trips over; two mean that there is no compiler, or a model that is
 none for it, and each try takes seconds of a core.
@@ -120,6 +122,7 @@ other one of a perceptron takes 1.08 times as long.
 _CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 Function = Callable[..., Tensor]
+Call = Callable[[], object]
 
 
 _BETWEEN_STEPS: dict[int, float] = {}
@@ -219,6 +222,7 @@ class Program:
         leaves, spec = pytree.tree_flatten(fixed)
         place = tuple(leaf.data_ptr() for leaf in leaves)
         self._groups = groups_of(fixed)
+        self._capturable &= any(leaf.device.type == "cuda" for leaf in leaves)
 
         def call(*varying: Tensor) -> Tensor:
             self.calls += 1
@@ -242,7 +246,7 @@ class Program:
 
         ``where`` says where the fixed arguments lie.
         """
-        if not self._capturable or varying[0].device.type != "cuda":
+        if not self._capturable:
             return form(*fixed, *varying)[0]
         place = form, where
         if place != self._place:
@@ -269,10 +273,14 @@ class Program:
             log.info("captured", program=self.name, lanes=self.lanes)
         else:
             # In Adam's first steps rounding alone may differ so much, and on other lanes not.
-            self._vain_captures += 1
-            self._capturable, self._calls_here = self._vain_captures < MOST_IN_VAIN, 0
-            log.warning("not_captured", program=self.name, reason="it computes something else")
+            self._capture_in_vain("it computes something else")
         return result
+
+    def _capture_in_vain(self, reason: str) -> None:
+        """Say so; it is tried again later, but not for ever."""
+        self._vain_captures += 1
+        self._capturable, self._calls_here = self._vain_captures < MOST_IN_VAIN, 0
+        log.warning("not_captured", program=self.name, reason=reason)
 
     def _try_to_capture(
         self, form: Form, fixed: Leaves, varying: Leaves
@@ -286,8 +294,7 @@ class Program:
             copies = self._copies(fixed)
             (expected,) = form(*copies, *varying)
         except Exception as error:  # noqa: BLE001 - whatever it is, the form itself still works
-            self._capturable = False
-            log.warning("not_captured", program=self.name, reason=first_line(error))
+            self._capture_in_vain(first_line(error))  # memory may have been short just then
             return None
         return captured, expected, copies
 
@@ -305,6 +312,13 @@ class Program:
         return self.certain >= (
             SECONDS_BEFORE_FETCHING if self._known else SECONDS_BEFORE_COMPILING
         )
+
+    @property
+    def settled(self) -> bool:
+        """Whether calls are of the form in which they go on, until anything has been compiled."""
+        if self._form is None:
+            return not self._recordable
+        return self._captured is not None or not self._capturable
 
     def forget_capture(self) -> None:
         """Drop the CUDA graph, which keeps a copy of whatever changes from call to call."""
@@ -361,7 +375,10 @@ class Program:
         chosen = 0
         if len(recordings) > 1:
             copies = self._copies(arguments)
-            seconds = [fastest(recording.forward, copies) for recording, _ in recordings]
+            seconds = [
+                fastest(partial(recording.forward, *copies), copies[0].device)
+                for recording, _ in recordings
+            ]
             fastest_way = seconds.index(min(seconds))
             if seconds[fastest_way] < CLEARLY_FASTER * seconds[0]:
                 usual, faster = (recordings[way][0].forward for way in (0, fastest_way))
@@ -403,6 +420,21 @@ class Program:
         ]
         return self._differences(form, self._copies(arguments), form, others)
 
+    def _as_called(self, *forms: tuple[Form, Leaves]) -> Sequence[Call]:
+        """Return how forms are called in the end, each on its arguments: on CUDA as graphs.
+
+        Where to launch kernels takes longer than they do, the time of a form by itself says nothing
+        of its graph. What cannot be captured will not be, and neither is what it is compared with.
+        """
+        count = len(self._groups)
+        if self._capturable:
+            with suppress(Exception):
+                return [
+                    partial(capture(form, own[:count], own[:count], own[count:]), *own[count:])
+                    for form, own in forms
+                ]
+        return [partial(form, *own) for form, own in forms]
+
     def _copies(self, arguments: Leaves) -> list[Tensor]:
         return [
             argument if argument.data_ptr() in self._constants else copy_of(argument)
@@ -419,8 +451,11 @@ class Program:
             copies, others = self._copies(arguments), self._copies(arguments)
             found = self._differences(champion, copies, challenger, others)
             agrees = self._are_rounding(found, champion, arguments)
-            seconds, before = compared(challenger, copies, champion, others)
+            one, other = self._as_called((challenger, copies), (champion, others))
+            seconds, before = compared(one, other, arguments[0].device)
         except Exception as error:  # noqa: BLE001 - whatever it is, the champion still works
+            if is_out_of_memory(error):
+                self._beaten = challenger  # there may be memory another time
             self.obstacle = first_line(error)
             log.warning("compiled_in_vain", program=self.name, reason=self.obstacle)
             return
@@ -477,6 +512,11 @@ class Programs:
                 program.way = self._way_of_others(program)
                 self._programs[key] = program
             return self._programs[key]
+
+    def settled(self, name: str, lanes: int, threads: int) -> bool:
+        """Say whether all programs of this kind are in the form in which they go on."""
+        own = (name, lanes, threads)
+        return all(p.settled for p in self if (p.name, p.lanes, p.threads) == own)
 
     def __iter__(self) -> Iterator[Program]:
         with self._finding:
@@ -734,17 +774,24 @@ def nothing_compiles() -> Iterator[None]:
 
 def _compile_for_device(recording: GraphModule, examples: Leaves, threads: int) -> Form:
     _load_compiler()
-    options: dict[str, Any] = {"compile_threads": 1}
     if examples[0].device.type == "cuda":
         with torch.cuda.device(examples[0].device):  # a thread's current one is the first
-            return _compile(recording, examples, options)
-    options |= {"cpp_wrapper": True, "cpp.threads": threads}
+            return _compile(recording, examples, _FOR_CUDA | {"compile_threads": threads})
+    options: dict[str, Any] = {"compile_threads": 1, "cpp_wrapper": True, "cpp.threads": threads}
     for more in (_VECTORS_KNOWN, _VECTORS_KNOWN | _LOOPS_APART):
         # Whatever keeps it from compiling so, there is another way to try.
         with suppress(Exception):
             return _compile(recording, examples, options | more)
     return _compile(recording, examples, options)
 
+
+_FOR_CUDA = {"shape_padding": False}
+"""What padding would gain is measured on the device, which computes something else meanwhile: the
+figures would say nothing, and to wait for the device may spoil a capture.
+
+Several threads compile there: they are processes of TorchInductor's own, each kernel takes one a
+second or two, and in this process that would keep the interpreter from the steps.
+"""
 
 _VECTORS_KNOWN = {"cpp.vec_isa_ok": True}
 """To try out first whether the compiler knows this CPU's vector instructions takes 6 s."""
@@ -762,22 +809,22 @@ def _compile(recording: GraphModule, examples: Leaves, options: dict[str, Any]) 
     return form
 
 
-def fastest(form: Form, arguments: Leaves) -> float:
-    """Return the seconds of the fastest of a few calls, which may change the arguments."""
-    return min(_seconds(form, arguments) for _ in range(TRIES))
+def fastest(call: Call, device: torch.device) -> float:
+    """Return the seconds of the fastest of a few calls."""
+    return min(_seconds(call, device) for _ in range(TRIES))
 
 
-def compared(one: Form, ones: Leaves, other: Form, others: Leaves) -> tuple[float, float]:
-    """Return the same for two forms that take turns, so that what intrudes meets both."""
-    turns = [(_seconds(one, ones), _seconds(other, others)) for _ in range(TRIES)]
+def compared(one: Call, other: Call, device: torch.device) -> tuple[float, float]:
+    """Return the same for two that take turns, so that what intrudes meets both."""
+    turns = [(_seconds(one, device), _seconds(other, device)) for _ in range(TRIES)]
     return min(a for a, _ in turns), min(b for _, b in turns)
 
 
-def _seconds(form: Form, arguments: Leaves) -> float:
-    synchronize(arguments[0].device)
+def _seconds(call: Call, device: torch.device) -> float:
+    synchronize(device)
     started = perf_counter()
-    form(*arguments)
-    synchronize(arguments[0].device)
+    call()
+    synchronize(device)
     return perf_counter() - started
 
 

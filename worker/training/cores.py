@@ -229,6 +229,20 @@ def chunk_sizes(lanes: int, threads: int, chunk: int) -> list[int]:
     return [size] * (lanes // size) + rest
 
 
+def trials_computed(trials: int, device: torch.device) -> int:
+    """Return how many are computed where so many are left: as many, or the next larger size.
+
+    On a GPU each number of lanes is a program to record, to compile and to capture, and every lane
+    that is computed for nothing costs little beside that. Sizes are powers of two and what lies
+    midway between them, so at most a third is computed for nothing.
+    """
+    if device.type == "cpu" or not trials:
+        return trials
+    power = 1 << (trials - 1).bit_length()
+    midway = 3 * power // 4
+    return midway if trials <= midway else power
+
+
 def prepare_thread(device: torch.device) -> None:
     """Let a new thread compute for a device.
 

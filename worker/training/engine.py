@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from time import perf_counter
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -31,10 +32,10 @@ from regtune.task import (
 from worker.errors import NoRoom, NoRoomForModel
 from worker.tasks.preparation import Prepared, prepare
 from worker.training.batches import Place
-from worker.training.capacity import Footprint, free_bytes, is_out_of_memory, readable
+from worker.training.capacity import Footprint, free_bytes, readable
 from worker.training.checkpoint import Checkpoint
 from worker.training.compiling import Program, first_line, nothing_compiles
-from worker.training.cores import chunk_for, synchronize
+from worker.training.cores import chunk_for, synchronize, trials_computed
 from worker.training.epoch import Epochs, Tick
 from worker.training.lanes import (
     Ended,
@@ -50,6 +51,7 @@ from worker.training.layout import (
     memory_format_of_rows,
     stacked,
 )
+from worker.training.memory import is_out_of_memory
 from worker.training.model import LaneModel, UnsupportedModel
 from worker.training.noise import initial_weights, member_seed
 from worker.training.objective import (
@@ -71,6 +73,9 @@ WEIGHED_LANES = 2
 
 KNOBS = frozenset(STRENGTHS) - {"learning_rate", "patience"}
 """The strengths that a study may leave out, so that no lane spends time on them."""
+
+
+AnyLane = TypeVar("AnyLane", Lane, Lane | None)
 
 
 class DeviceLost(Exception):
@@ -178,7 +183,7 @@ class Engine:
         with _no_room_for(f"a step of batch size {training.batch_size}", device, NoRoomForModel):
             self._footprint = self._weigh()
         _check_room(self.bytes_per_lane * self._members, device)
-        self._lanes: list[Lane] = []
+        self._stack: list[Lane | None] = []
         self._tensors = self._starting_tensors(0)
         self._epochs_start: dict[str, Tensor] | None = None
         self._strengths = strengths_of([], device, dtype)
@@ -186,7 +191,7 @@ class Engine:
     @property
     def lanes(self) -> list[int]:
         """The keys of the trials in the stack."""
-        return [lane.key for lane in self._lanes]
+        return [lane.key for lane in self._present]
 
     @property
     def members(self) -> int:
@@ -201,7 +206,7 @@ class Engine:
     @property
     def free_slots(self) -> int:
         """How many more trials may join."""
-        return self.slots - len(self._lanes)
+        return self.slots - len(self._present)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -226,13 +231,13 @@ class Engine:
     @property
     def ended(self) -> dict[int, Ended]:
         """Why trials train no more that are still in the stack, by key."""
-        return {lane.key: lane.ended for lane in self._lanes if lane.ended}
+        return {lane.key: lane.ended for lane in self._present if lane.ended}
 
     def epochs_left(self) -> dict[int, int]:
         """Return the fewest epochs after which each trial may end of itself, by key."""
         return {
             lane.key: min(self._training.max_epochs - lane.epoch, lane.stopping.epochs_left)
-            for lane in self._lanes
+            for lane in self._present
         }
 
     def join(
@@ -251,27 +256,51 @@ class Engine:
         keys = self.lanes + [trial.key for trial in trials]
         if len(set(keys)) < len(keys):
             raise ValueError(f"each key may stand in the stack only once: {keys}")
-        self._drop_copies()
-        joining = self._starting_tensors(len(trials))
-        lanes = [Lane.starting(trial, self._training.min_delta) for trial in trials]
-        for place, lane in enumerate(lanes):
+        if not trials:
+            return
+        gaps = [place for place, lane in enumerate(self._stack) if lane is None]
+        more = max(0, len(trials) - len(gaps))
+        places = [*gaps, *range(len(self._stack), len(self._stack) + more)]
+        stack, tensors = [*self._stack, *([None] * more)], self._tensors
+        if more:
+            self._drop_copies()
+            tensors = tensors.join(self._starting_tensors(more))
+        start = self._starting_tensors(1)
+        for place, trial in zip(places, trials, strict=False):
+            stack[place] = lane = Lane.starting(trial, self._training.min_delta)
+            own = tensors.slice(self._span(place))
             if checkpoints and lane.key in checkpoints:
-                checkpoints[lane.key].restore(lane, joining.slice(self._span(place)))
+                checkpoints[lane.key].restore(lane, own)
                 lane.end_if_over(self._training.max_epochs)
-        self._take_over(self._tensors.join(joining), [*self._lanes, *lanes])
+            elif place < len(self._stack):
+                own.write_(start)  # over what the one before has left
+        self._take_over(tensors, stack)
 
     def leave(self, keys: Sequence[int]) -> None:
-        """Take trials out and close the gaps; raises KeyError for a key that is not in the stack.
+        """Take trials out; raises KeyError for a key that is not in the stack.
 
-        What is neither ended nor checkpointed is lost. Whatever it raises, nobody has left.
+        What is neither ended nor checkpointed is lost. It takes no memory, and frees none before
+        the next epoch: the gaps are for those who join, so that what lanes hold stays where it is,
+        and what was recorded and captured of it with it. Those that are left are closed then.
         """
-        if not keys:
-            return
         leaving = set(self._places(keys))
-        staying = [place for place in range(len(self._lanes)) if place not in leaving]
-        lanes = [self._lanes[place] for place in staying]
+        self._stack = [None if place in leaving else lane for place, lane in enumerate(self._stack)]
+
+    def close_gaps(self) -> None:
+        """Let go of lanes that nobody is in, but for so few that their number is of use anyway.
+
+        Every epoch begins with it. Memory may be short for the copies of those that stay; whatever
+        it raises, all is as it was.
+        """
+        present = [place for place, lane in enumerate(self._stack) if lane]
+        gaps = [place for place, lane in enumerate(self._stack) if lane is None]
+        idle = trials_computed(len(present), self._device) - len(present)
+        if idle >= len(gaps):
+            return
         self._drop_copies()
-        self._take_over(self._tensors.select(self._lanes_at(staying)), lanes)
+        kept = sorted([*present, *gaps[:idle]])
+        tensors = self._tensors.select(self._lanes_at(kept))
+        self._take_over(tensors, [self._stack[place] for place in kept])
 
     def checkpoint(self, keys: Sequence[int]) -> list[Checkpoint]:
         """Return all that these trials need to go on elsewhere as if nothing had happened.
@@ -280,10 +309,11 @@ class Engine:
         """
         places = self._places(keys)
         # A GPU is waited for once a tensor, not once a tensor of each lane.
-        all_at_once = 2 * len(places) >= len(self._lanes)
+        all_at_once = 2 * len(places) >= len(self._stack)
         tensors = self._tensors.on_host() if all_at_once else self._tensors
         return [
-            Checkpoint.of(self._lanes[place], tensors.slice(self._span(place))) for place in places
+            Checkpoint.of(self._lane_at(place), tensors.slice(self._span(place)))
+            for place in places
         ]
 
     def fits(self, checkpoint: Checkpoint) -> bool:
@@ -299,21 +329,23 @@ class Engine:
         Raises ValueError while a trial that has ended is still in the stack, DeviceLost when not
         even the lanes' former state can be had back from the device.
         """
-        if any(lane.ended for lane in self._lanes):
+        if self.ended:
             raise ValueError("lanes that have ended must leave before the next epoch")
-        if not self._lanes:
+        if not self._present:
             return []
         started = perf_counter()
+        self.close_gaps()
+        computed = self._computed(self._stack)
         with self._whole_or_not_at_all():
             measured_K5 = self._epochs.train(
                 self._tensors,
                 self._strengths,
-                np.array([trial.learning_rate for trial in self._trial_of_each_lane(self._lanes)]),
-                [Place(m, lane.epoch + 1) for lane in self._lanes for m in range(self._members)],
+                np.array([trial.learning_rate for trial in self._trial_of_each_lane(computed)]),
+                [Place(m, lane.epoch + 1) for lane in computed for m in range(self._members)],
                 tick,
                 trying=trying,
             )
-            measured_TM5 = measured_K5.cpu().double().view(len(self._lanes), self._members, 5)
+            measured_TM5 = measured_K5.cpu().double().view(len(computed), self._members, 5)
             seconds = perf_counter() - started
             epochs = self._close_epoch(measured_TM5, seconds)
         self._epochs.ended(seconds, max(self.epochs_left().values()))
@@ -336,7 +368,7 @@ class Engine:
             raise
         tested = tested_K2.view(len(places), self._members, 2).mean(1).tolist()
         return [
-            _result(self._lanes[place], loss, score)
+            _result(self._lane_at(place), loss, score)
             for place, (loss, score) in zip(places, tested, strict=True)
         ]
 
@@ -451,8 +483,10 @@ class Engine:
     def _close_epoch(self, measured_TM5: Tensor, seconds: float) -> list[LaneEpoch]:
         """Decide for each trial whether it goes on; keep copies of the best weights."""
         epochs = []
-        lanes = [copy(lane) for lane in self._lanes]
-        for lane, members in zip(lanes, measured_TM5, strict=True):
+        stack = [copy(lane) for lane in self._stack]
+        for lane, members in zip(stack, measured_TM5, strict=True):
+            if lane is None:
+                continue
             train_loss, _, score, penalty, sparsity = members.mean(0).tolist()
             lane.observe(train_loss, members[:, 1].tolist(), score, self._training.max_epochs)
             epochs.append(
@@ -468,9 +502,9 @@ class Engine:
                     ended=lane.ended,
                 )
             )
-        improved = [lane.stopping.improved for lane in lanes for _ in range(self._members)]
+        improved = [bool(lane and lane.stopping.improved) for lane in self._each_lane(stack)]
         self._tensors.keep_best_(torch.tensor(improved, device=self._device))
-        self._lanes = lanes
+        self._stack = stack
         return epochs
 
     def _drop_copies(self) -> None:
@@ -478,16 +512,40 @@ class Engine:
         self._epochs_start = None
         self._epochs.programs.forget_captures()
 
-    def _take_over(self, tensors: LaneTensors, lanes: list[Lane]) -> None:
+    def _take_over(self, tensors: LaneTensors, stack: list[Lane | None]) -> None:
         """Go on with these lanes and what the device holds for them, or raise and change nothing.
 
-        Memory may be short for anything that is allocated here.
+        Memory may be short for anything that is allocated here. Where the lanes lie where they lay,
+        their strengths do so too.
         """
-        strengths = strengths_of(self._trial_of_each_lane(lanes), self._device, self._dtype)
-        self._tensors, self._lanes, self._strengths = tensors, lanes, strengths
+        trials = self._trial_of_each_lane(self._computed(stack))
+        strengths = strengths_of(trials, self._device, self._dtype)
+        if tensors is self._tensors:
+            _copy_(self._strengths, strengths)
+        else:
+            self._tensors, self._strengths = tensors, strengths
+        self._stack = stack
+
+    @property
+    def _present(self) -> list[Lane]:
+        return [lane for lane in self._stack if lane]
+
+    def _lane_at(self, place: int) -> Lane:
+        lane = self._stack[place]
+        assert lane is not None
+        return lane
+
+    def _computed(self, stack: Sequence[Lane | None]) -> list[Lane]:
+        """Return as which lane each place is computed: a gap like any other, to no purpose."""
+        present = [lane for lane in stack if lane]
+        return [lane or present[0] for lane in stack]
+
+    def _each_lane(self, trials: Sequence[AnyLane]) -> list[AnyLane]:
+        """Return for each lane whose it is."""
+        return [trial for trial in trials for _ in range(self._members)]
 
     def _trial_of_each_lane(self, lanes: Sequence[Lane]) -> list[LaneTrial]:
-        return [lane.trial for lane in lanes for _ in range(self._members)]
+        return [lane.trial for lane in self._each_lane(lanes)]
 
     def _starting_tensors(self, trials: int, device: torch.device | None = None) -> LaneTensors:
         parameters_M, buffers_M = (
@@ -503,7 +561,7 @@ class Engine:
         )
 
     def _places(self, keys: Sequence[int]) -> list[int]:
-        place_of = {lane.key: place for place, lane in enumerate(self._lanes)}
+        place_of = {lane.key: place for place, lane in enumerate(self._stack) if lane}
         return [place_of[key] for key in keys]
 
     def _lanes_at(self, places: Sequence[int]) -> list[int]:

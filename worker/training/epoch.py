@@ -20,10 +20,9 @@ from regtune.spec import Training
 from worker.tasks.preparation import Prepared
 from worker.tasks.rows import Rows
 from worker.training import regularizers
-from worker.training.averaging import average_, averaged_epochs, replace_statistics_
+from worker.training.averaging import average_, averaged_epochs, complete_buffers_
 from worker.training.batches import Batches, Order, Place, of_each_step
 from worker.training.compiling import (
-    CALLS_BEFORE_RECORDING,
     HEAD_START_SECONDS,
     HEAD_START_SHARE,
     Programs,
@@ -66,7 +65,12 @@ Both ways and their comparison. Two lanes are counted, four recorded, on two cor
 perceptron of two layers, 65 of a vision transformer of four, 41 of ResNet-18.
 """
 
-WARM_UP_SECONDS = 1.0
+WARM_UP_SECONDS, CUDA_WARM_UP_SECONDS = 1.0, 10.0
+"""After so long the steps of a rehearsal count though they are not yet what they will be.
+
+On CUDA later: to be captured makes more of a difference there than anything else.
+"""
+
 REHEARSAL_SECONDS = 0.2
 
 Tick = Callable[[], None]
@@ -266,20 +270,22 @@ class Epochs:
     ) -> float:
         """Train K lanes for a moment; return how many trial-epochs a second they would make.
 
-        Without validation. The moment is counted from when the step has been recorded, unless that
-        is long in coming.
+        Without validation. The moment is counted from when the step is in the form in which it
+        goes on, recorded and on a GPU captured, unless that is long in coming.
         """
 
         def work(step: LaneStep, chunk: Chunk) -> Tensor:
             own = self._share(chunk, tensors, strengths, rate_K, places)
-            clock = _Rehearsal()
+            clock = _Rehearsal(self._device)
+            settled = False
             while not clock.over:
                 with closing(self._take_steps(step, chunk, own)) as steps:
                     for _ in steps:
                         synchronize(self._device)
-                        clock.step()
+                        clock.step(counts=settled)
                         if clock.over:
                             break
+                        settled = self.programs.settled("step", len(own.places), chunk.threads)
             return torch.tensor([chunk.lanes.stop - chunk.lanes.start]) * clock.rate
 
         rate_C = self._cores.run(self._with_replica(work), len(tensors))
@@ -310,19 +316,17 @@ class Epochs:
         several = len(self._splits) > 1  # members, each of which gathers rows of its own
         weight = self._like.new_ones((lanes, size) if several else size)
         step = self._replicas.get()
+
+        def take() -> None:
+            numbers = rate_SK[0], coefficients_SCK[0], first_keys
+            step.take(own.live, own.strengths, source, *numbers, *batch)
+
         with torch.no_grad():
+            if self._device.type == "cuda":
+                take()  # the first one loads kernels, and has cuDNN choose among its own
+                synchronize(self._device)
             started = perf_counter()
-            training = peak_bytes(
-                lambda: step.take(
-                    own.live,
-                    own.strengths,
-                    source,
-                    rate_SK[0],
-                    coefficients_SCK[0],
-                    first_keys,
-                    *batch,
-                )
-            )
+            training = peak_bytes(take)
             # To count bytes is to go through every operation in Python, as it is to record it.
             self.programs.recording_seconds = (perf_counter() - started) * COUNTED_STEPS_A_RECORDING
             *brought, index = batch
@@ -449,10 +453,9 @@ class Epochs:
         counts = averaged_epochs(self._training, [place.epoch for place in own.places])
         count_K = torch.tensor(counts).to(self._like)
         average_(tensors.averages, tensors.parameters, count_K)
-        found: dict[str, Tensor] = {}
-        if max(counts) > 1:
-            names = step.statistics
-            found = {name: torch.zeros_like(tensors.buffers[name]) for name in names}
+        # Summed up where they are wanted: a CUDA graph goes by addresses.
+        sought = step.statistics if max(counts) > 1 else ()
+        found = {name: tensors.average_buffers[name].zero_() for name in sought}
         source = self._source(self._supply, own.members)
 
         @cache
@@ -469,7 +472,7 @@ class Epochs:
                     tick()
             for total_K in found.values():
                 total_K.div_(len(self.batches.sizes))
-        replace_statistics_(tensors.average_buffers, tensors.buffers, found, count_K)
+        complete_buffers_(tensors.average_buffers, tensors.buffers, found, count_K)
 
     def _measure(
         self,
@@ -564,10 +567,11 @@ class _Share:
 class _Rehearsal:
     """Times steps, once they are warm, for a moment; never the first, which loads much of torch."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        on_cuda = device.type == "cuda"
+        self._warm_up_seconds = CUDA_WARM_UP_SECONDS if on_cuda else WARM_UP_SECONDS
         self._started = self._latest = perf_counter()
         self._seconds: list[float] = []
-        self._steps = 0
         self.over = False
 
     @property
@@ -575,12 +579,9 @@ class _Rehearsal:
         """Steps a second, by the median: a step may be recorded, or another program intrude."""
         return 1 / median(self._seconds)
 
-    def step(self) -> None:
-        """Note a step."""
+    def step(self, *, counts: bool) -> None:
+        """Note a step; it counts, or does so all the same after a while."""
         began, self._latest = self._latest, perf_counter()
-        seconds = self._latest - began
-        self._steps += 1
-        slow = began - self._started > WARM_UP_SECONDS
-        if self._steps > CALLS_BEFORE_RECORDING + 1 or slow:
-            self._seconds.append(seconds)
+        if counts or began - self._started > self._warm_up_seconds:
+            self._seconds.append(self._latest - began)
             self.over = sum(self._seconds) > REHEARSAL_SECONDS

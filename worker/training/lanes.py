@@ -215,6 +215,12 @@ class LaneTensors:
         """Return these lanes and, behind them, the others."""
         return _combine(lambda mine, theirs: like(mine, _joined, theirs), self, others)
 
+    def write_(self, others: "LaneTensors") -> None:
+        """Write what as many others hold in the place of what these held."""
+        theirs = others.named()
+        for name, mine in self.named().items():
+            mine.copy_(theirs[name])
+
     def changing(self) -> Tensors:
         """Return what training steps change, by name; the best weights wait for the epoch's end."""
         return {name: part for name, part in self.named().items() if not name.startswith("best_")}

@@ -1,4 +1,4 @@
-"""How much memory a computation takes: the most bytes of its tensors that are alive at a time."""
+"""How much memory a computation takes, and when there was too little."""
 
 import weakref
 from collections.abc import Callable
@@ -8,6 +8,23 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+_NO_MEMORY = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "[CUDA]: out of memory",
+    "STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+)
+"""What torch's CPU allocator says; what CUDA does, of pinned memory of the host for example; what
+Triton, cuBLAS and cuDNN do, and cuBLAS where it has no room to begin."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an exception means that a device or the machine has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+    )
 
 
 def peak_bytes(function: Callable[[], object]) -> int:

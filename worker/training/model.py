@@ -19,6 +19,7 @@ from worker.tasks.rows import Rows
 from worker.training.augmentation import augmented, before, mixed, own_shares
 from worker.training.dropout import dropout_threshold, dropped, install_dropout_sites
 from worker.training.layout import stacked
+from worker.training.memory import is_out_of_memory
 from worker.training.noise import random_bits
 from worker.training.objective import Objective
 from worker.training.regularizers import penalized, perturbed, units
@@ -318,9 +319,9 @@ class LaneModel:
         trial = self.replica()
         try:
             found = trial._try(loop, sample)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as refusal:
+            if is_out_of_memory(refusal):
+                raise
             trial, found = self._without_transforms(sample, refusal)
         if before != _states_of_generators():
             raise UnsupportedModel(
@@ -361,9 +362,9 @@ class LaneModel:
     def _vmap_or_loop(self, trial: "LaneModel", sample: Rows) -> LaneMap:
         try:
             trial._try(vmap, sample)
-        except torch.OutOfMemoryError:  # of a device that is full just now
-            raise
         except (RuntimeError, ValueError) as refusal:
+            if is_out_of_memory(refusal):  # of a device that is full just now
+                raise
             self._note(refusal)
             return loop
         return vmap

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -609,6 +609,73 @@ def test_a_compiled_form_that_stays_slower_is_not_tried_for_ever(lines):
     times = 1 + compiling.REMATCHES
     assert [line["event"] for line in told(lines)] == ["compiled_in_vain"] * times
     programs.close()
+
+
+class Graph:
+    """Stands in for a CUDA graph: calls a form on the same arguments, and takes its own time."""
+
+    def __init__(self, seconds: float, form: Callable, fixed: Sequence[torch.Tensor]) -> None:
+        self.call = lambda *varying: form(*fixed, *varying)[0]
+        self.seconds = seconds
+
+    def __call__(self, *varying: torch.Tensor) -> torch.Tensor:
+        time.sleep(self.seconds)
+        return self.call(*varying)
+
+
+@pytest.mark.parametrize("faster", ["recorded", "compiled"])
+def test_on_a_gpu_forms_are_compared_as_graphs(monkeypatch, lines, faster):
+    """Launched one by one, kernels take longer than they do themselves."""
+    program = recorded(busy)
+    launching = 0.05 if faster == "compiled" else 0.0
+
+    def challenger(x: torch.Tensor) -> tuple[torch.Tensor]:
+        time.sleep(launching)
+        return (busy(x),)
+
+    def capture(form: Callable, fixed: object, copies: object, varying: object) -> Graph:
+        is_faster = (form is challenger) == (faster == "compiled")
+        return Graph(0.0 if is_faster else 0.01, lambda *leaves: (busy(*leaves),), fixed)
+
+    monkeypatch.setattr(compiling, "capture", capture)
+    program._capturable = True
+    program.challenger = challenger
+    program._duel([torch.ones(10)])
+    (line,) = told(lines)
+    assert line["event"] == ("compiled" if faster == "compiled" else "compiled_in_vain")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), ValueError("no")])
+def test_what_cannot_be_captured_is_tried_once_more_and_compared_as_it_is(
+    monkeypatch, lines, error
+):
+    tries = []
+
+    def capture(*arguments: object) -> Graph:
+        tries.append(1)
+        raise error
+
+    monkeypatch.setattr(compiling, "capture", capture)
+    monkeypatch.setattr(compiling, "CALLS_BEFORE_CAPTURING", 3)
+    program = recorded(busy)
+    x = torch.ones(10)
+    bound = program.bind([busy])
+    program._capturable = True  # as if its arguments were on a GPU
+    assert not program.settled
+    for _ in range(20):
+        torch.testing.assert_close(bound(x), busy(x))
+    assert len(tries) == compiling.MOST_IN_VAIN
+    assert {line["event"] for line in told(lines)} == {"not_captured"}
+    assert program.settled
+
+
+def test_a_compiled_form_that_there_is_no_memory_to_try_is_tried_again(lines):
+    def too_large(x: torch.Tensor) -> tuple[torch.Tensor]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    program = recorded(busy)
+    challenged(program, too_large)
+    assert program.demand_rematch()
 
 
 def test_a_compiled_form_that_raises_is_not_used(lines):

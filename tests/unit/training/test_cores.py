@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from worker.training import cores
-from worker.training.cores import EPOCHS_TRIED, Chunk, Cores, Spread, chunk_for, chunk_sizes
+from worker.training.cores import (
+    EPOCHS_TRIED,
+    Chunk,
+    Cores,
+    Spread,
+    chunk_for,
+    chunk_sizes,
+    trials_computed,
+)
 
 
 def chosen(spread: Spread, chunks: int, most: int, seconds: dict[int, float]) -> list[int]:
@@ -57,6 +65,14 @@ def test_when_it_is_too_late_to_try_it_is_one_thread_until_more_were_faster():
 def test_the_sizes_that_come_up_when_lanes_get_fewer(lanes, rarer):
     assert Cores(2, torch.device("cpu"), 4).rarer_sizes(lanes) == rarer
     assert Cores(2, torch.device("cuda"), 4).rarer_sizes(lanes) == set()
+
+
+def test_where_each_number_of_lanes_is_a_program_few_numbers_are_computed():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    sizes = [trials_computed(left, cuda) for left in range(65)]
+    assert sorted({*sizes}) == [0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
+    assert all(left <= size < max(2, 1.5 * left) for left, size in enumerate(sizes) if left)
+    assert [trials_computed(left, cpu) for left in range(65)] == [*range(65)]
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ from tests.unit.training.plain import plain_training
 from worker.training import compiling, cores
 from worker.training import engine as engine_module
 from worker.training.batches import batch_sizes
+from worker.training.cores import trials_computed
 from worker.training.early_stopping import replay
 from worker.training.engine import Engine
-from worker.training.lanes import LaneTensors
+from worker.training.lanes import LaneEpoch, LaneTensors
 from worker.training.model import loop
 
 STRONG = {"weight_decay": 0.3, "dropout": 0.4, "l1_lambda": 0.02}
@@ -295,6 +296,70 @@ def test_lanes_come_and_go_between_epochs(make_engine):
     assert len(engine._tensors) == 1
 
 
+def test_who_joins_takes_the_place_of_who_has_left(make_engine):
+    """What was recorded, compiled and captured of lanes goes by where they lie."""
+    engine = make_engine(optimizer="adam")
+    engine.join([*OTHERS, trial(4)])
+    train(engine, 2)
+
+    def places() -> list[int]:
+        return [part.data_ptr() for part in (*engine._tensors.named().values(), *strengths())]
+
+    def strengths() -> list[torch.Tensor]:
+        return list(engine._strengths.values())
+
+    before, rates = places(), engine._strengths["decay"].tolist()
+    engine.leave([OTHERS[0].key])
+    engine.join([trial(0, **STRONG)])
+    engine.train_epoch()
+    assert places() == before
+    assert engine._strengths["decay"].tolist() == [STRONG["weight_decay"], *rates[1:]]
+
+
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(
+        engine_module, "trials_computed", lambda trials, device: trials_computed(trials, cuda)
+    )
+
+
+def test_where_few_sizes_are_computed_lanes_that_are_idle_disturb_nobody(make_engine, monkeypatch):
+    usual = make_engine(optimizer="adam", max_lanes=8)
+    everybody = [trial(key, dropout=0.1 * key, weight_decay=0.01 * key) for key in range(8)]
+    usual.join(everybody)
+    expected = train(usual, 6)
+    as_on_a_gpu(monkeypatch)
+    engine = make_engine(optimizer="adam", max_lanes=8)
+    engine.join(everybody)
+    curves, sizes = {key: list[LaneEpoch]() for key in range(9)}, []
+    for leaving in ([], [0, 3, 7], [], [1, 2], [], [4]):
+        engine.leave(leaving)
+        if leaving == [1, 2]:
+            engine.join([trial(8, dropout=0.2, weight_decay=0.02)])
+        for done in engine.train_epoch():
+            curves[done.key].append(done)
+        sizes.append((len(engine.lanes), len(engine._tensors)))
+    assert sizes == [(8, 8), (5, 6), (5, 6), (4, 4), (4, 4), (3, 3)]
+    assert engine.lanes == [8, 5, 6]
+    for key, curve in curves.items():
+        same = losses(expected[2 if key == 8 else key])[: len(curve)]
+        torch.testing.assert_close(losses(curve), same, rtol=1e-8, atol=0)
+
+
+def test_gaps_are_closed_at_once_where_their_memory_is_wanted(make_engine):
+    engine = make_engine(max_lanes=4)
+    engine.join([trial(1), trial(2), trial(3)])
+    engine.leave([1, 2])
+    assert len(engine._tensors) == 3
+    engine.close_gaps()
+    assert len(engine._tensors) == 1
+    engine.leave([3])
+    engine.close_gaps()
+    assert (len(engine._tensors), engine.train_epoch(), engine.free_slots) == (0, [], 4)
+    engine.join([trial(4)])
+    assert [done.epoch for done in engine.train_epoch()] == [1]
+
+
 def test_what_cannot_join_leave_or_go_on_is_refused(make_engine):
     engine = make_engine(max_lanes=2, max_epochs=1)
     engine.join([trial(1)])
@@ -458,12 +523,17 @@ def test_what_lacks_memory_between_epochs_has_changed_nothing(make_engine, monke
         if lacking == "strengths_of":
             with pytest.raises(torch.OutOfMemoryError):
                 engine.join([trial(2)])
+            assert engine.lanes == [0, 1]
+            for each in (engine, undisturbed):
+                each.leave([1])
             with pytest.raises(torch.OutOfMemoryError):
-                engine.leave([0])
+                engine.close_gaps()
+            with pytest.raises(torch.OutOfMemoryError):
+                engine.join([trial(2)])
         else:
             with pytest.raises(torch.OutOfMemoryError):
                 engine.train_epoch()
-    assert engine.lanes == [0, 1]
+    assert engine.lanes == undisturbed.lanes
     for _ in range(2):
         curve, expected = engine.train_epoch(), undisturbed.train_epoch()
         assert torch.equal(losses(curve), losses(expected))

@@ -1,9 +1,10 @@
 """How much memory a computation takes, of the tensors that it makes."""
 
+import pytest
 import torch
 
 from worker.training.epoch import CHEAP_BYTES, MOST_EVALUATION_ROWS
-from worker.training.memory import peak_bytes
+from worker.training.memory import is_out_of_memory, peak_bytes
 
 KILOBYTE = torch.zeros(250)
 
@@ -46,3 +47,15 @@ def test_an_evaluation_takes_no_more_memory_than_a_training_step(make_engine):
     assert narrow._epochs._evaluation_rows == MOST_EVALUATION_ROWS
     assert wide._epochs._evaluation_rows < MOST_EVALUATION_ROWS
     assert narrow.footprint.step < 2 * CHEAP_BYTES < wide.footprint.step
+
+
+@pytest.mark.parametrize(
+    ("says", "is_lack"),
+    [
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(…)`", False),
+    ],
+)
+def test_a_librarys_lack_of_memory_is_one(says: str, is_lack: bool):
+    assert is_out_of_memory(RuntimeError(says)) == is_lack

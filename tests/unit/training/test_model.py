@@ -284,6 +284,20 @@ def test_lanes_that_share_a_batch_share_their_noise_at_rates_of_their_own():
     assert len(loss_K.unique()) == 3
 
 
+def test_a_lack_of_memory_is_not_taken_for_a_model_that_vmap_refuses(monkeypatch, lines):
+    usual = LaneModel._try
+
+    def on_a_full_device(self: LaneModel, over_lanes: object, sample: object) -> object:
+        if over_lanes is not loop:
+            raise RuntimeError("CUDA error: out of memory")
+        return usual(self, over_lanes, sample)
+
+    monkeypatch.setattr(LaneModel, "_try", on_a_full_device)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        lane_model(CalledTwice())
+    assert not lines
+
+
 def test_a_model_that_vmap_refuses_runs_in_a_loop_and_says_so_once(lines):
     model = lane_model(Branching())
     assert not model.vectorized

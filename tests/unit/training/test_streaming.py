@@ -415,14 +415,27 @@ def test_graphs_of_lanes_that_are_no_more_are_dropped(build):
     """With what they keep, which is a batch each."""
     engine = build("never")
     engine.join([trial(0)])
-    for change in (lambda: engine.join([trial(1)]), lambda: engine.leave([0])):
+
+    def joins() -> None:
+        engine.join([trial(1)])
+
+    def is_replaced() -> None:
+        engine.leave([1])
+        engine.join([trial(2)])
+
+    def leaves() -> None:
+        engine.leave([0])
+        engine.close_gaps()
+
+    for change, keeps in ((joins, False), (is_replaced, True), (leaves, False)):
         engine.train_epoch()
         programs = list(engine._epochs.programs)
         for program in programs:
             program._captured = program._place = object()
         change()
         assert programs
-        assert not any(program._captured or program._place for program in programs)
+        assert {bool(p._captured and p._place) for p in programs} == {keeps}
+        engine._epochs.programs.forget_captures()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
