@@ -109,6 +109,9 @@ class FreeEngine:
         for key in list(keys):
             del self._trials[key], self._epochs[key]
 
+    def close_gaps(self) -> None:
+        """Do nothing: no trial holds anything here."""
+
     def train_epoch(self, tick: Any, *, trying: bool) -> list[LaneEpoch]:
         """Let an epoch's time pass, and say what each trial has reached."""
         due = time.monotonic() + self._epoch_seconds

@@ -415,7 +415,7 @@ class Worker:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            # Between epochs: as lanes were taken out, put in or copied, and may stand anywhere.
+            # Between epochs: as lanes were put in or copied, and may stand anywhere.
             lack, keeping = first_line(error), False
         stack.release(keeping=keeping)
         with transaction(self._database) as session:

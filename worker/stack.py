@@ -419,7 +419,8 @@ class Stack:
         self._halve_lanes(len(self._engine.lanes) + besides)
         capacity.free_memory(self._device)
         self._give_back(self._engine.lanes[self._engine.slots :])
-        self._engine.close_gaps()
+        with self._as_far_as_memory_goes():  # else they are closed with the next epoch
+            self._engine.close_gaps()
         capacity.free_memory(self._device)
         log.warning("out_of_memory", study=self.study.name, lanes=self._capacity.lanes)
 
@@ -605,7 +606,6 @@ class Stack:
             self._curves[id_] = list(saved.epochs)
         if self.leaving:  # what is held is known now, and given back as it is
             return True
-        # Only now: memory may be short even for this.
         self._engine.leave([key for key in self._engine.lanes if key in gone])
         # There may be fewer slots than when it was asked for them.
         room = self._engine.free_slots

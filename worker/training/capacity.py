@@ -42,8 +42,11 @@ ACCIDENT_SECONDS = 86_400.0
 
 _ROOM_FOR, _RAN_OUT = "there is room for", "ran out of memory"
 
-PATIENCE_SECONDS = 20.0
-"""A measurement that has taken as long is over: the steps are so long that few lanes will do."""
+PATIENCE_SECONDS, CUDA_PATIENCE_SECONDS = 20.0, 120.0
+"""A measurement that has taken as long is over: the steps are so long that few lanes will do.
+
+On CUDA it takes up to ten seconds for each number of lanes until its step is captured.
+"""
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,7 @@ def measure(
     ``chunk`` how many a core of a CPU computes at a time.
     """
     started = perf_counter()
+    patience = CUDA_PATIENCE_SECONDS if device.type == "cuda" else PATIENCE_SECONDS
     fitting = MEMORY_MARGIN * free_bytes(device) / bytes_per_lane
     most_lanes = most(device, chunk)
     room = max(members, int(min(fitting, most_lanes)))
@@ -152,7 +156,7 @@ def measure(
             reason = f"{_ROOM_FOR} {room}"
         elif lanes * 2 > most_lanes:
             reason = f"{most_lanes} lanes are the most that are computed at a time"
-        elif perf_counter() - started > PATIENCE_SECONDS:
+        elif perf_counter() - started > patience:
             reason = f"steps of {lanes} lanes are long enough"
         lanes *= 2
     chosen = min(lanes for lanes in rates if rates[lanes] * WORTHWHILE >= max(rates.values()))

@@ -2,8 +2,8 @@
 
 A step of many small kernels leaves a GPU waiting for the host. Captured, it is launched as a whole
 (A. Gray, Getting Started with CUDA Graphs, NVIDIA 2019). A graph reads and writes the same
-addresses each time, so it is captured anew when lanes join or leave, and whatever changes from step
-to step is copied to where the graph looks for it.
+addresses each time, so it is captured anew when lanes are moved, and whatever changes from step to
+step is copied to where the graph looks for it.
 """
 
 from collections.abc import Callable, Sequence

@@ -269,7 +269,7 @@ class Program:
             captured, expected, fixed, copies, varying, self._groups, TOLERANCE
         )
         if agrees:
-            self._captured = captured
+            self._captured, self._vain_captures = captured, 0
             log.info("captured", program=self.name, lanes=self.lanes)
         else:
             # In Adam's first steps rounding alone may differ so much, and on other lanes not.
@@ -454,10 +454,12 @@ class Program:
             one, other = self._as_called((challenger, copies), (champion, others))
             seconds, before = compared(one, other, arguments[0].device)
         except Exception as error:  # noqa: BLE001 - whatever it is, the champion still works
+            reason = first_line(error)
             if is_out_of_memory(error):
                 self._beaten = challenger  # there may be memory another time
-            self.obstacle = first_line(error)
-            log.warning("compiled_in_vain", program=self.name, reason=self.obstacle)
+            else:
+                self.obstacle = reason
+            log.warning("compiled_in_vain", program=self.name, reason=reason)
             return
         self.speedup = before / seconds
         if agrees and seconds < before:
@@ -485,7 +487,7 @@ class Programs:
         self._compiles = compiles
         self._epsilon = epsilon
         self._constants = frozenset(tensor.data_ptr() for tensor in constants)
-        self._programs: dict[Hashable, Program] = {}
+        self._programs: dict[tuple[Any, ...], Program] = {}
         self._finding = threading.Lock()
         self._queue: queue.Queue[Program | None] = queue.Queue()
         self._compiled: queue.SimpleQueue[tuple[Program, Form]] = queue.SimpleQueue()
@@ -513,10 +515,14 @@ class Programs:
                 self._programs[key] = program
             return self._programs[key]
 
-    def settled(self, name: str, lanes: int, threads: int) -> bool:
-        """Say whether all programs of this kind are in the form in which they go on."""
+    def settled(self, name: str, lanes: int, threads: int, rows: int) -> bool:
+        """Say whether what computes batches of so many rows is in the form in which it goes on."""
         own = (name, lanes, threads)
-        return all(p.settled for p in self if (p.name, p.lanes, p.threads) == own)
+        with self._finding:
+            found = [
+                p for key, p in self._programs.items() if key[:3] == own and key[3][-1] == rows
+            ]
+        return all(program.settled for program in found)
 
     def __iter__(self) -> Iterator[Program]:
         with self._finding:

@@ -265,7 +265,6 @@ class Engine:
         if more:
             self._drop_copies()
             tensors = tensors.join(self._starting_tensors(more))
-        start = self._starting_tensors(1)
         for place, trial in zip(places, trials, strict=False):
             stack[place] = lane = Lane.starting(trial, self._training.min_delta)
             own = tensors.slice(self._span(place))
@@ -273,7 +272,7 @@ class Engine:
                 checkpoints[lane.key].restore(lane, own)
                 lane.end_if_over(self._training.max_epochs)
             elif place < len(self._stack):
-                own.write_(start)  # over what the one before has left
+                own.restart_(self._initial, self._initial_buffers)
         self._take_over(tensors, stack)
 
     def leave(self, keys: Sequence[int]) -> None:
@@ -294,7 +293,8 @@ class Engine:
         """
         present = [place for place, lane in enumerate(self._stack) if lane]
         gaps = [place for place, lane in enumerate(self._stack) if lane is None]
-        idle = trials_computed(len(present), self._device) - len(present)
+        most = max(len(present), self.slots)
+        idle = min(trials_computed(len(present), self._device), most) - len(present)
         if idle >= len(gaps):
             return
         self._drop_copies()
@@ -331,10 +331,11 @@ class Engine:
         """
         if self.ended:
             raise ValueError("lanes that have ended must leave before the next epoch")
-        if not self._present:
-            return []
         started = perf_counter()
         self.close_gaps()
+        if not self._stack:
+            return []
+        self._restart_gaps()
         computed = self._computed(self._stack)
         with self._whole_or_not_at_all():
             measured_K5 = self._epochs.train(
@@ -526,6 +527,13 @@ class Engine:
             self._tensors, self._strengths = tensors, strengths
         self._stack = stack
 
+    def _restart_gaps(self) -> None:
+        """Keep what is computed in gaps from growing without bounds: forms are compared by it."""
+        for place, lane in enumerate(self._stack):
+            if lane is None:
+                own = self._tensors.slice(self._span(place))
+                own.restart_(self._initial, self._initial_buffers)
+
     @property
     def _present(self) -> list[Lane]:
         return [lane for lane in self._stack if lane]
@@ -536,7 +544,7 @@ class Engine:
         return lane
 
     def _computed(self, stack: Sequence[Lane | None]) -> list[Lane]:
-        """Return as which lane each place is computed: a gap like any other, to no purpose."""
+        """Return at whose epoch and rate each place is computed: a gap as any other, in vain."""
         present = [lane for lane in stack if lane]
         return [lane or present[0] for lane in stack]
 

@@ -280,12 +280,13 @@ class Epochs:
             settled = False
             while not clock.over:
                 with closing(self._take_steps(step, chunk, own)) as steps:
-                    for _ in steps:
+                    for _, rows in steps:
                         synchronize(self._device)
                         clock.step(counts=settled)
                         if clock.over:
                             break
-                        settled = self.programs.settled("step", len(own.places), chunk.threads)
+                        kind = "step", len(own.places), chunk.threads
+                        settled = self.programs.settled(*kind, rows)
             return torch.tensor([chunk.lanes.stop - chunk.lanes.start]) * clock.rate
 
         rate_C = self._cores.run(self._with_replica(work), len(tensors))

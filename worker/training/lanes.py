@@ -215,11 +215,17 @@ class LaneTensors:
         """Return these lanes and, behind them, the others."""
         return _combine(lambda mine, theirs: like(mine, _joined, theirs), self, others)
 
-    def write_(self, others: "LaneTensors") -> None:
-        """Write what as many others hold in the place of what these held."""
-        theirs = others.named()
-        for name, mine in self.named().items():
-            mine.copy_(theirs[name])
+    def restart_(self, parameters_M: Tensors, buffers_M: Tensors) -> None:
+        """Bring a trial's lanes to where a trial starts, wherever they were; takes no memory."""
+        for parts in (self.parameters, self.best_parameters, self.averages):
+            for name, part_M in parts.items():
+                part_M.copy_(parameters_M[name])
+        for parts in (self.buffers, self.best_buffers, self.average_buffers):
+            for name, part_M in parts.items():
+                part_M.copy_(buffers_M[name])
+        for moment in self.moments:
+            for part_M in moment.values():
+                part_M.zero_()
 
     def changing(self) -> Tensors:
         """Return what training steps change, by name; the best weights wait for the epoch's end."""

@@ -346,6 +346,30 @@ def test_where_few_sizes_are_computed_lanes_that_are_idle_disturb_nobody(make_en
         torch.testing.assert_close(losses(curve), same, rtol=1e-8, atol=0)
 
 
+def test_what_is_computed_in_a_gap_begins_each_epoch_anew(make_engine, monkeypatch):
+    """A lane that has diverged would else be most of what two forms of a step are compared by."""
+    as_on_a_gpu(monkeypatch)
+    engine = make_engine(optimizer="adam")
+    engine.join([trial(key) for key in range(6)])
+    engine.train_epoch()
+    for part in engine._tensors.named().values():
+        part[2].fill_(1e9)
+    engine.leave([2])
+    engine.train_epoch()
+    assert len(engine._tensors) == 6
+    assert max(part.abs().max().item() for part in engine._tensors.named().values()) < 1e3
+
+
+def test_no_more_idle_lanes_are_computed_than_there_is_memory_for(make_engine, monkeypatch):
+    as_on_a_gpu(monkeypatch)
+    engine = make_engine(max_lanes=12)
+    engine.join([trial(key) for key in range(12)])
+    engine.leave([*range(7, 12)])
+    engine.max_lanes = 7  # as after a lack of memory
+    engine.train_epoch()
+    assert len(engine._tensors) == 7
+
+
 def test_gaps_are_closed_at_once_where_their_memory_is_wanted(make_engine):
     engine = make_engine(max_lanes=4)
     engine.join([trial(1), trial(2), trial(3)])
