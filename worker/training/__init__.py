@@ -12,9 +12,9 @@ A walk: ``lanes`` (what a lane is: its trial, its tensors) → ``step`` (one opt
 ``epoch`` (all steps, spread over the cores, and the validation) → ``engine`` (join, leave, train,
 results, checkpoints). On the way: ``model`` (the gradient of all lanes), ``batches`` (who sees
 which rows and noise), ``optimizers``, ``dropout``, ``regularizers``, ``objective``,
-``early_stopping`` and ``noise`` (what training is made of), ``compiling`` and ``capturing`` (the
-same, faster), ``capacity`` (how many). Around it: ``supply`` and ``residence`` (where
-rows are, and how they come), ``cores`` (how lanes are spread), ``layout`` and ``memory`` (how
-tensors lie, and what they take), ``checkpoint``, ``augmentation``, ``averaging`` (of weights),
+``early_stopping`` and ``noise`` (what training is made of), ``compiling``, ``repeating`` and
+``capturing`` (the same, faster), ``capacity`` (how many). Around it: ``supply`` and ``residence``
+(where rows are, and how they come), ``cores`` (how lanes are spread), ``layout`` and ``memory``
+(how tensors lie, and what they take), ``checkpoint``, ``augmentation``, ``averaging`` (of weights),
 ``tracing`` and ``agreement`` (who may record a step, and whether two forms of it do the same).
 """

@@ -51,6 +51,7 @@ from worker.training.capturing import (
 )
 from worker.training.cores import synchronize
 from worker.training.memory import is_out_of_memory
+from worker.training.repeating import Repeatable, compile_repeatable
 
 log = structlog.get_logger()
 
@@ -212,8 +213,8 @@ class Program:
         self._calls_here = 0
         self._changing = threading.Lock()
 
-    def bind(self, functions: Sequence[Function], *fixed: Any) -> Function:
-        """Return a function of the arguments that change from call to call, given the others.
+    def bind(self, functions: Sequence[Function], *fixed: Any) -> "Bound":
+        """Return the program for arguments of which these stay the same from call to call.
 
         Arguments are tensors, or trees of them for the fixed ones. ``functions`` are ways to do the
         same, wherever the program is bound: the first one is called until all are recorded, and
@@ -224,7 +225,8 @@ class Program:
         self._groups = groups_of(fixed)
         self._capturable &= any(leaf.device.type == "cuda" for leaf in leaves)
 
-        def call(*varying: Tensor) -> Tensor:
+        def call(pending: Sequence[Leaves]) -> Sequence[Tensor]:
+            varying = pending[0]
             self.calls += 1
             if self.challenger is not None:
                 self._alone(lambda: self._duel([*leaves, *varying]))
@@ -233,13 +235,16 @@ class Program:
                 self._alone(lambda: self._record(functions, spec, [*leaves, *varying]))
             started = perf_counter()
             if form is None:
-                result = functions[0](*fixed, *varying)
+                results: Sequence[Tensor] = [functions[0](*fixed, *varying)]
+            elif isinstance(form, Repeatable):
+                results = form.repeat(leaves, pending)
             else:
-                result = self._run(form, place, leaves, varying)
+                results = [self._run(form, place, leaves, varying)]
             self._busy += perf_counter() - started
-            return result
+            self.calls += len(results) - 1
+            return results
 
-        return call
+        return Bound(call)
 
     def _run(self, form: Form, where: Hashable, fixed: Leaves, varying: Leaves) -> Tensor:
         """Call a form; on CUDA as a graph, once it has been called often enough in one place.
@@ -473,6 +478,25 @@ class Program:
             speedup=round(self.speedup, 2),
             difference=float(f"{max(found.values(), default=0.0):.1e}"),
         )
+
+
+class Bound:
+    """A program to be called with what changes from call to call."""
+
+    def __init__(self, call: Callable[[Sequence[Leaves]], Sequence[Tensor]]) -> None:
+        self._call = call
+
+    def __call__(self, *varying: Tensor) -> Tensor:
+        """Call it once."""
+        (result,) = self._call([varying])
+        return result
+
+    def some(self, pending: Sequence[Leaves]) -> Sequence[Tensor]:
+        """Call it with the first of these arguments, or as many more as it takes at once.
+
+        Return the results of those, at least one, in the order in which they were called.
+        """
+        return self._call(pending)
 
 
 class Programs:
@@ -811,6 +835,8 @@ def _compile(recording: GraphModule, examples: Leaves, options: dict[str, Any]) 
     # the constants that it holds, such as class weights, and the recording runs on meanwhile.
     module = GraphModule(recording, deepcopy(recording.graph))
     with torch.no_grad():
+        if options.get("cpp_wrapper"):
+            return compile_repeatable(module, examples, options)
         form: Form = torch._inductor.compile(module, list(examples), options=options)
     return form
 

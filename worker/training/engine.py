@@ -323,7 +323,8 @@ class Engine:
     def train_epoch(self, tick: Tick = lambda: None, *, trying: bool = True) -> list[LaneEpoch]:
         """Train every trial for one epoch of its own and validate it; in the order of ``lanes``.
 
-        ``tick`` is called after every step and every batch of the validation, from any thread.
+        ``tick`` is called after every batch of the validation and every step, or after those that
+        are taken at once, see ``repeating``; from any thread.
         ``trying`` says whether so many epochs are to come that it pays to find out if more threads
         for a chunk of lanes are faster, which costs some of them.
         Raises ValueError while a trial that has ended is still in the stack, DeviceLost when not

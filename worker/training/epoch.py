@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from itertools import groupby, islice
 from statistics import median
 from time import perf_counter
 
@@ -215,14 +216,15 @@ class Epochs:
 
         They are each lane's mean training loss, validation loss, score, penalty and sparsity.
         ``rate_K`` are the learning rates where the schedule starts. ``tick`` is called after every
-        step and every batch of the validation, from any thread. ``trying`` as in ``Cores.run``.
+        batch of the validation and every step, or after those that are taken at once, see
+        ``repeating``; from any thread. ``trying`` as in ``Cores.run``.
         """
 
         def work(step: LaneStep, chunk: Chunk) -> Tensor:
             own = self._share(chunk, tensors, strengths, rate_K, places)
             total_K = self._like.new_zeros(len(own.places))
             with closing(self._take_steps(step, chunk, own)) as steps:
-                for loss_K, rows in steps:
+                for loss_K, rows, _ in steps:
                     total_K.add_(loss_K, alpha=rows)
                     tick()
             if own.tensors.averages:
@@ -280,9 +282,9 @@ class Epochs:
             settled = False
             while not clock.over:
                 with closing(self._take_steps(step, chunk, own)) as steps:
-                    for _, rows in steps:
+                    for _, rows, taken in steps:
                         synchronize(self._device)
-                        clock.step(counts=settled)
+                        clock.note(taken, count=settled)
                         if clock.over:
                             break
                         kind = "step", len(own.places), chunk.threads
@@ -383,7 +385,7 @@ class Epochs:
             tensors, strengths, rate_K, places = throwaway(chunk.lanes.stop)
             own = self._share(chunk, tensors, strengths, rate_K, places)
             with closing(self._take_steps(step, chunk, own)) as steps:
-                loss_K, _ = next(steps)
+                loss_K, *_ = next(steps)
             return loss_K
 
         for size in sorted(sizes, reverse=True):
@@ -430,23 +432,30 @@ class Epochs:
 
     def _take_steps(
         self, step: LaneStep, chunk: Chunk, own: "_Share"
-    ) -> Generator[tuple[Tensor, int], None, None]:
-        """Take an epoch's steps; yield each lane's loss before each, ``(K,)``, and its rows.
+    ) -> Generator[tuple[Tensor, int, int], None, None]:
+        """Take an epoch's steps, some at a time where the program can.
 
-        To be closed unless it has come to its end.
+        Yield the sum of each lane's losses before each of those, ``(K,)``, the rows of each, and
+        how many they are. To be closed unless it has come to its end.
         """
         source = self._source(self._supply, own.members)
         scheduled = map(of_each_step, self._scheduled(own.rate_K, own.places))
-
-        @cache
-        def take(shape: torch.Size) -> Callable[..., Tensor]:
-            program = self.programs.find("step", len(own.places), chunk.threads, shape)
-            return program.bind(step.ways_to_take(), own.live, own.strengths, source)
-
         order, keys = self.batches.of_epoch(own.places)
         with closing(self._supply.batches(order, self.batches.sizes)) as batches:
-            for *numbers, (*brought, index) in zip(*scheduled, keys, batches, strict=True):
-                yield take(index.shape)(*numbers, *brought, index), index.shape[-1]
+            steps = (
+                (*numbers, *batch)
+                for *numbers, batch in zip(*scheduled, keys, batches, strict=True)
+            )
+            for shape, alike in groupby(steps, lambda arguments: arguments[-1].shape):
+                program = self.programs.find("step", len(own.places), chunk.threads, shape)
+                take = program.bind(step.ways_to_take(), own.live, own.strengths, source)
+                while pending := list(islice(alike, self._supply.at_once)):
+                    while pending:
+                        losses = list(take.some(pending))
+                        taken = len(losses)
+                        loss_K = losses[0] if taken == 1 else torch.stack(losses).sum(0)
+                        yield loss_K, shape[-1], taken
+                        del pending[:taken]
 
     def _average(self, step: LaneStep, chunk: Chunk, own: "_Share", tick: Tick) -> None:
         """Take the weights into their averages, and find what batch norms see of those."""
@@ -580,9 +589,9 @@ class _Rehearsal:
         """Steps a second, by the median: a step may be recorded, or another program intrude."""
         return 1 / median(self._seconds)
 
-    def step(self, *, counts: bool) -> None:
-        """Note a step; it counts, or does so all the same after a while."""
+    def note(self, steps: int, *, count: bool) -> None:
+        """Note so many steps; they count if they shall, and after a while all the same."""
         began, self._latest = self._latest, perf_counter()
-        if counts or began - self._started > self._warm_up_seconds:
-            self._seconds.append(self._latest - began)
+        if count or began - self._started > self._warm_up_seconds:
+            self._seconds += [(self._latest - began) / steps] * steps
             self.over = sum(self._seconds) > REHEARSAL_SECONDS

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from worker.tasks.rows import Rows
-from worker.training.batches import Order
+from worker.training.batches import STEPS_AT_ONCE, Order
 from worker.training.cores import Brake, side_streams
 from worker.training.step import Source
 
@@ -46,10 +46,14 @@ class Supply(Protocol):
     def fixed(self) -> Source:
         """What is the same for every batch."""
 
+    @property
+    def at_once(self) -> int:
+        """How many batches may be asked for before the first of them is used."""
+
     def batches(self, order: Order, sizes: Sequence[int]) -> BatchIterator:
         """Yield batches of these sizes, see ``step.gather``; to be closed unless at its end.
 
-        What is yielded may be written over once the next batch is asked for.
+        What is yielded may be written over once the next batch beyond those is asked for.
         """
 
 
@@ -61,6 +65,8 @@ class Resident:
         self.fixed = Source(
             (rows.x, rows.y), rows.pending.of_row(rows.x[0]) if rows.pending else ()
         )
+        # A GPU computes one step after the other anyway, and is waited for in between.
+        self.at_once = STEPS_AT_ONCE if self._device.type == "cpu" else 1
 
     def batches(self, order: Order, sizes: Sequence[int]) -> BatchIterator:
         """Yield the numbers of each batch's rows."""
@@ -74,6 +80,7 @@ class Streamed:
     """Rows lie on the host, and batches are brought to the device."""
 
     fixed = Source()
+    at_once = 1
 
     def __init__(
         self,
