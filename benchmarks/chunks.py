@@ -94,10 +94,10 @@ def race(hidden: Sequence[int], data: Data, data_dir: Path, rounds: int) -> dict
     }
 
 
-def perceptron(hidden: Sequence[int], dropout: float) -> nn.Module:
+def perceptron(hidden: Sequence[int], dropout: float, pixels: int = PIXELS) -> nn.Module:
     """Build a perceptron with batch norm and dropout."""
     layers: list[nn.Module] = [nn.Flatten()]
-    for before, width in zip([PIXELS, *hidden], hidden, strict=False):
+    for before, width in zip([pixels, *hidden], hidden, strict=False):
         layers += [nn.Linear(before, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(dropout)]
     return nn.Sequential(*layers, nn.Linear(hidden[-1], CLASSES))
 

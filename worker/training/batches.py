@@ -30,7 +30,7 @@ KEPT_BYTES = 2**26
 
 
 STEPS_AT_ONCE = 128
-"""For so many steps at once their rows and noise keys are cut out."""
+"""For so many steps at once their rows and noise keys are cut out, and at most so many taken."""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ import structlog
 import torch
 import torch._inductor
 from torch import Tensor
+from torch._guards import detect_fake_mode
 from torch._inductor.codecache import CacheBase
 from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -831,14 +832,39 @@ _LOOPS_APART = {"cpp.max_horizontal_fusion_size": 1}
 
 
 def _compile(recording: GraphModule, examples: Leaves, options: dict[str, Any]) -> Form:
-    # Of a module of its own: while TorchInductor looks at one, it puts stand-ins in the place of
-    # the constants that it holds, such as class weights, and the recording runs on meanwhile.
-    module = GraphModule(recording, deepcopy(recording.graph))
+    mode = detect_fake_mode(examples)
+    assert mode is not None  # see ``record``
+    module, constants, stand_ins = _constants_apart(recording, mode)
+    inputs: list[Any] = [*stand_ins, *examples]
     with torch.no_grad():
-        if options.get("cpp_wrapper"):
-            return compile_repeatable(module, examples, options)
-        form: Form = torch._inductor.compile(module, list(examples), options=options)
-    return form
+        if not options.get("cpp_wrapper"):
+            form: Form = torch._inductor.compile(module, inputs, options=options)
+            return partial(form, *constants)
+        return compile_repeatable(module, constants, inputs, options)
+
+
+def _constants_apart(
+    recording: GraphModule, mode: FakeTensorMode
+) -> tuple[GraphModule, Leaves, Leaves]:
+    """Return a recording that is given what it holds, such as class weights, as first arguments.
+
+    And those, and stand-ins for them. While TorchInductor looks at a module, it puts its own in the
+    place of what that holds, and the recording runs on meanwhile.
+    """
+    graph, constants, stand_ins = deepcopy(recording.graph), list[Tensor](), list[Tensor]()
+    first = next(iter(graph.nodes))
+    for node in graph.find_nodes(op="get_attr"):
+        held = getattr(recording, node.target)
+        if not isinstance(held, Tensor):  # a branch
+            continue
+        with graph.inserting_before(first):
+            given = graph.placeholder(f"constant_{len(constants)}")
+        constants.append(held)
+        stand_ins.append(mode.from_tensor(held))
+        given.meta["val"] = stand_ins[-1]
+        node.replace_all_uses_with(given)
+        graph.erase_node(node)
+    return GraphModule(recording, graph), constants, stand_ins
 
 
 def fastest(call: Call, device: torch.device) -> float:

@@ -1,6 +1,7 @@
 """An epoch of many lanes: all steps, and the validation."""
 
 import queue
+from collections import defaultdict
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -222,11 +223,15 @@ class Epochs:
 
         def work(step: LaneStep, chunk: Chunk) -> Tensor:
             own = self._share(chunk, tensors, strengths, rate_K, places)
-            total_K = self._like.new_zeros(len(own.places))
+            # Summed up in the end: in the same order, whatever steps were taken at once.
+            losses_of: dict[int, list[Tensor]] = defaultdict(list)
             with closing(self._take_steps(step, chunk, own)) as steps:
-                for loss_K, rows, _ in steps:
-                    total_K.add_(loss_K, alpha=rows)
+                for losses, rows in steps:
+                    losses_of[rows] += losses
                     tick()
+            total_K = torch.stack(
+                [rows * torch.stack(losses).sum(0) for rows, losses in losses_of.items()]
+            ).sum(0)
             if own.tensors.averages:
                 self._average(step, chunk, own, tick)
             held_K2 = self._measure(
@@ -282,9 +287,9 @@ class Epochs:
             settled = False
             while not clock.over:
                 with closing(self._take_steps(step, chunk, own)) as steps:
-                    for _, rows, taken in steps:
+                    for losses, rows in steps:
                         synchronize(self._device)
-                        clock.note(taken, count=settled)
+                        clock.note(len(losses), count=settled)
                         if clock.over:
                             break
                         kind = "step", len(own.places), chunk.threads
@@ -385,8 +390,8 @@ class Epochs:
             tensors, strengths, rate_K, places = throwaway(chunk.lanes.stop)
             own = self._share(chunk, tensors, strengths, rate_K, places)
             with closing(self._take_steps(step, chunk, own)) as steps:
-                loss_K, *_ = next(steps)
-            return loss_K
+                losses, _ = next(steps)
+            return losses[0]
 
         for size in sorted(sizes, reverse=True):
             self._cores.run_one(self._with_replica(work), size)
@@ -432,11 +437,11 @@ class Epochs:
 
     def _take_steps(
         self, step: LaneStep, chunk: Chunk, own: "_Share"
-    ) -> Generator[tuple[Tensor, int, int], None, None]:
+    ) -> Generator[tuple[Sequence[Tensor], int], None, None]:
         """Take an epoch's steps, some at a time where the program can.
 
-        Yield the sum of each lane's losses before each of those, ``(K,)``, the rows of each, and
-        how many they are. To be closed unless it has come to its end.
+        Yield each lane's loss before each of those, ``(K,)``, and how many rows each step has. To
+        be closed unless it has come to its end.
         """
         source = self._source(self._supply, own.members)
         scheduled = map(of_each_step, self._scheduled(own.rate_K, own.places))
@@ -451,11 +456,9 @@ class Epochs:
                 take = program.bind(step.ways_to_take(), own.live, own.strengths, source)
                 while pending := list(islice(alike, self._supply.at_once)):
                     while pending:
-                        losses = list(take.some(pending))
-                        taken = len(losses)
-                        loss_K = losses[0] if taken == 1 else torch.stack(losses).sum(0)
-                        yield loss_K, shape[-1], taken
-                        del pending[:taken]
+                        losses = take.some(pending)
+                        yield losses, shape[-1]
+                        del pending[: len(losses)]
 
     def _average(self, step: LaneStep, chunk: Chunk, own: "_Share", tick: Tick) -> None:
         """Take the weights into their averages, and find what batch norms see of those."""

@@ -3,7 +3,8 @@
 Around a call of what TorchInductor has compiled Python takes 20 to 50 µs, and threads that compute
 side by side wait for each other several times a step, because every operation that Python calls
 lets go of the interpreter lock and asks for it again. So the calls of some steps are made by a loop
-in C++; a program lets go of that lock by itself while it computes. It is entered where its own
+in C++; a program lets go of that lock as it is entered, and takes it back as it returns. It is
+entered where its own
 wrapper enters it, which is no public interface of TorchInductor: where that cannot be seen, the
 wrapper is called as it is.
 """
@@ -11,10 +12,9 @@ wrapper is called as it is.
 import ctypes
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from contextlib import contextmanager, suppress
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,36 +39,39 @@ struct AtenTensorOpaque;
 using Tensor = AtenTensorOpaque*;
 
 struct Program {
-  void (*enter)(Tensor* inputs, Tensor* outputs);  // takes its inputs
+  void (*enter)(Tensor* inputs, Tensor* outputs);  // releases its inputs
   int32_t (*copy)(Tensor, Tensor*);
   int32_t (*release)(Tensor);
 };
 
 // Calls a program of one result up to `calls` times, until `seconds` have passed: on tensors that
-// are the same each time, and on `varying` ones of each call. All are released. Returns the number
-// of calls that have come to their end; what the last one has thrown, if anything, in `error`.
+// are the same each time, and on `varying` ones of each call. Returns the number of calls that have
+// come to their end; what the last one has thrown, if anything, in `error`.
+// The program releases what it is given in the midst of its work. It gets copies of handles: what
+// it releases last of all, Python's own object would be told of, with the interpreter lock.
 extern "C" int64_t repeat(
-    const Program* program, Tensor* fixed, int64_t n_fixed, Tensor* varying, int64_t n_varying,
-    int64_t calls, double seconds, Tensor* results, char* error, int64_t room) {
+    const Program* program, const Tensor* fixed, int64_t n_fixed, const Tensor* varying,
+    int64_t n_varying, int64_t calls, double seconds, Tensor* results, char* error, int64_t room) {
   using clock = std::chrono::steady_clock;
   const auto due = clock::now() + std::chrono::duration<double>(seconds);
-  int64_t begun = 0, done = 0;
+  int64_t done = 0;
   try {
     std::vector<Tensor> inputs(n_fixed + n_varying);
     do {
-      for (int64_t i = 0; i < n_fixed; i++) program->copy(fixed[i], &inputs[i]);
-      for (int64_t i = 0; i < n_varying; i++) inputs[n_fixed + i] = varying[begun * n_varying + i];
-      begun++;
+      Tensor* input = inputs.data();
+      for (int64_t i = 0; i < n_fixed; i++) program->copy(fixed[i], input++);
+      for (int64_t i = 0; i < n_varying; i++) program->copy(varying[done * n_varying + i], input++);
       program->enter(inputs.data(), results + done);
+      if (!results[done]) break;  // an operation in Python has raised
       done++;
-    } while (begun < calls && clock::now() < due);
-  } catch (const std::exception& thrown) {
-    std::snprintf(error, room, "%s", thrown.what());
+    } while (done < calls && clock::now() < due);
+  } catch (const std::exception& exception) {
+    std::snprintf(error, room, "%s", *exception.what() ? exception.what() : "unknown");
   } catch (...) {
     std::snprintf(error, room, "unknown");
   }
   for (int64_t i = 0; i < n_fixed; i++) program->release(fixed[i]);
-  for (int64_t i = begun * n_varying; i < calls * n_varying; i++) program->release(varying[i]);
+  for (int64_t i = 0; i < calls * n_varying; i++) program->release(varying[i]);
   return done;
 }
 """
@@ -83,9 +86,15 @@ class _Program(ctypes.Structure):
 class Repeatable:
     """A compiled form of a program; several threads may call it at once."""
 
-    def __init__(self, form: object, entry: int) -> None:
-        """``form`` is what TorchInductor made, ``entry`` where its library is entered."""
-        self._form = form  # whatever holds the library
+    def __init__(
+        self, wrapper: Callable[..., Sequence[Tensor]], entry: int, constants: Leaves
+    ) -> None:
+        """``wrapper`` is what TorchInductor returns, ``entry`` where its library is entered.
+
+        ``constants`` come first among the arguments of both.
+        """
+        self.wrapper = partial(wrapper, *constants)
+        self._constants = constants
         copy, release = (
             ctypes.cast(function, ctypes.c_void_p).value
             for function in (
@@ -106,60 +115,64 @@ class Repeatable:
         Once ``SECONDS_AT_ONCE`` have passed no further call is begun, but for the first. Raises
         RuntimeError with what a call has thrown; those before it are done nevertheless.
         """
+        same = [*self._constants, *fixed]
         varying = [leaf for leaves in pending for leaf in leaves]
         results = (ctypes.c_void_p * len(pending))()
         error = ctypes.create_string_buffer(_ERROR_BYTES)
-        done = _loop()(
-            ctypes.byref(self._program),
-            _handles(fixed),
-            len(fixed),
-            _handles(varying),
-            len(varying) // len(pending),
-            len(pending),
-            SECONDS_AT_ONCE,
-            results,
-            error,
-            len(error),
+        arguments = (
+            *(_handles(same), len(same)),
+            *(_handles(varying), len(varying) // len(pending), len(pending)),
+            *(SECONDS_AT_ONCE, results, error, len(error)),
         )
-        tensors = _tensors(results[:done])
+        try:
+            _loop()(ctypes.byref(self._program), *arguments)
+        finally:
+            tensors = _tensors([handle for handle in results if handle])
         if error.value:
-            raise RuntimeError(error.value.decode(errors="replace"))
+            raise RuntimeError(_reason(error.value.decode(errors="replace")))
         return tensors
 
 
+def _reason(error: str) -> str:
+    """Return what a program has thrown; where an operation of torch has failed, with its reason."""
+    if "API call failed" not in error:
+        return error
+    said = _torch().torch_exception_get_what_without_backtrace
+    said.restype = ctypes.c_char_p
+    return f"{(said() or b'').decode(errors='replace')} ({error})"
+
+
 def compile_repeatable(
-    module: GraphModule, examples: Leaves, options: Mapping[str, object]
+    module: GraphModule, constants: Leaves, inputs: Leaves, options: Mapping[str, object]
 ) -> Callable[..., Sequence[Tensor]]:
     """Return what TorchInductor makes of a module for a CPU, in a form that can be repeated.
 
-    The module returns one tensor in a tuple; ``cpp_wrapper`` must be among the options. Where the
-    library cannot be entered, it is what TorchInductor returns. Raises whatever that raises.
+    The module returns one tensor in a tuple. ``inputs`` are stand-ins for its arguments, of which
+    the ``constants`` come first and are given to it here. ``cpp_wrapper`` must be among the
+    options. Where the library cannot be entered, it is what TorchInductor returns. Raises whatever
+    that raises.
     """
     with _noting_compiled() as compiled:
-        form: Any = torch._inductor.compile(module, list(examples), options=dict(options))
-    one = len(compiled) == 1 and compiled[0]
-    as_called = one and one.inputs == len(examples) and len(one.graph.output_strides) == 1
-    entry = _entry_of(one.graph) if one and as_called else None
-    made: Callable[..., Sequence[Tensor]] = form if entry is None else Repeatable(form, entry)
-    return made
-
-
-class _Compiled(NamedTuple):
-    graph: Any
-    inputs: int
+        wrapper: Any = torch._inductor.compile(module, list(inputs), options=dict(options))
+    with suppress(Exception):  # whatever has changed, the wrapper works
+        (graph,) = compiled
+        entry = _entry_of(graph, len(inputs))
+        _loop()
+        return Repeatable(wrapper, entry, constants)
+    return partial(wrapper, *constants)
 
 
 @contextmanager
-def _noting_compiled() -> Iterator[Sequence[_Compiled]]:
+def _noting_compiled() -> Iterator[Sequence[Any]]:
     """Note the graphs that are compiled in the block, or found where such ones are kept."""
     from torch._inductor.output_code import CompiledFxGraph
 
-    compiled: list[_Compiled] = []
+    compiled: list[CompiledFxGraph] = []
     post_compile = CompiledFxGraph.post_compile
 
-    def noting(graph: Any, inputs: Sequence[Any], *more: Any, **options: Any) -> None:
-        post_compile(graph, inputs, *more, **options)
-        compiled.append(_Compiled(graph, len(inputs)))
+    def noting(graph: CompiledFxGraph, *arguments: Any, **options: Any) -> None:
+        post_compile(graph, *arguments, **options)
+        compiled.append(graph)
 
     hooked: Any = CompiledFxGraph
     hooked.post_compile = noting
@@ -169,18 +182,18 @@ def _noting_compiled() -> Iterator[Sequence[_Compiled]]:
         hooked.post_compile = post_compile
 
 
-def _entry_of(compiled: Any) -> int | None:
-    """Return where the library of a compiled graph is entered; None if that cannot be seen.
+def _entry_of(compiled: Any, inputs: int) -> int:
+    """Return where the library of a compiled graph is entered.
 
-    Nor if it wants more than its arguments: constants are handed over by its wrapper.
+    Raises ValueError if it takes anything but so many inputs or returns anything but one output,
+    and AttributeError and the like if the entry cannot be seen.
     """
-    wrapper = compiled.current_callable
-    if not inspect.isfunction(wrapper) or "constants_tensor" in wrapper.__code__.co_varnames:
-        return None
-    binding = inspect.getclosurevars(wrapper).nonlocals.get("f")
-    library = getattr(getattr(binding, "__self__", None), "__file__", None)
-    entry = library and getattr(ctypes.CDLL(library), _ENTRY, None)
-    return ctypes.cast(entry, ctypes.c_void_p).value if entry else None
+    takes = f"steal_from_raw_handles_to_raii_handles(input_handles, {inputs});"
+    if takes not in compiled.source_code or len(compiled.output_strides) != 1:
+        raise ValueError("not entered with the arguments of its wrapper")
+    binding = inspect.getclosurevars(compiled.current_callable).nonlocals["f"]
+    entry = getattr(ctypes.CDLL(binding.__self__.__file__), _ENTRY)
+    return ctypes.cast(entry, ctypes.c_void_p).value or 0
 
 
 @cache
@@ -189,7 +202,7 @@ def _loop() -> Any:
     from torch._inductor.codecache import CppCodeCache
 
     # A program expects its caller to hold the interpreter lock, of which it lets go.
-    repeat = ctypes.PyDLL(CppCodeCache.load(_LOOP)._name).repeat
+    repeat = ctypes.PyDLL(CppCodeCache.load(_LOOP, needs_vec_isa=False)._name).repeat
     number, address = ctypes.c_int64, ctypes.c_void_p
     repeat.argtypes = [
         *(address, address, number, address, number, number),
@@ -201,7 +214,7 @@ def _loop() -> Any:
 
 @cache
 def _torch() -> ctypes.CDLL:
-    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    return ctypes.CDLL(torch._C.__file__)  # and what that is linked with
 
 
 def _handles(tensors: Leaves) -> ctypes.Array[ctypes.c_void_p]:
@@ -218,8 +231,8 @@ def _tensors(handles: Sequence[int | None]) -> list[Tensor]:
     return tensors
 
 
-_address = ctypes.pythonapi.PyCapsule_GetPointer
-_address.restype, _address.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-_capsule = ctypes.pythonapi.PyCapsule_New
-_capsule.restype = ctypes.py_object
+# By index: of what is found as an attribute, anybody may have declared other types.
+_address, _capsule = ctypes.pythonapi["PyCapsule_GetPointer"], ctypes.pythonapi["PyCapsule_New"]
+_address.restype, _capsule.restype = ctypes.c_void_p, ctypes.py_object
+_address.argtypes = [ctypes.py_object, ctypes.c_char_p]
 _capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]

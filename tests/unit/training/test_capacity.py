@@ -50,7 +50,7 @@ def test_a_rehearsal_does_not_count_its_first_step(monkeypatch: pytest.MonkeyPat
         assert not clock.over
         counts = now > 0
         now += seconds
-        clock.step(counts=counts)
+        clock.note(1, count=counts)
         if clock.over:
             break
     assert clock.over
@@ -65,8 +65,20 @@ def test_steps_that_are_not_yet_what_they_will_be_count_after_a_while(monkeypatc
     clock = epoch._Rehearsal(torch.device(device))
     while not clock.over:
         now += 0.09
-        clock.step(counts=False)
+        clock.note(1, count=False)
     assert warm_up < now < warm_up + 0.5
+
+
+def test_steps_that_are_taken_at_once_count_each(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(epoch, "perf_counter", lambda: now)
+    clock = epoch._Rehearsal(CPU)
+    for seconds, steps in ((0.03, 1), (0.05, 1), (0.1, 50), (0.06, 1)):
+        assert not clock.over
+        now += seconds
+        clock.note(steps, count=True)
+    assert clock.over
+    assert clock.rate == pytest.approx(50 / 0.1)
 
 
 def test_memory_ends_the_doubling_before_it_is_tried(monkeypatch):

@@ -8,19 +8,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 from tests.unit.training.conftest import losses, train, trial
 from worker.training import compiling, repeating
 from worker.training.compiling import compile_recording, record
 from worker.training.engine import Engine
-from worker.training.repeating import Repeatable
+from worker.training.memory import is_out_of_memory
+from worker.training.repeating import Repeatable, compile_repeatable
 
-_PAGE_BYTES = 4096
+PAGE_BYTES = 4096
+NOTHING_FIXED = tree_flatten(())[1]
+WEIGHTS = torch.tensor([1.0, 2.0])
 
 
 def compiled(function: Callable[..., Tensor], *arguments: Tensor) -> Any:
-    spec = torch.utils._pytree.tree_flatten(())[1]
-    return compile_recording(*record(function, spec, list(arguments)), threads=1)
+    return compile_recording(*record(function, NOTHING_FIXED, list(arguments)), threads=1)
 
 
 def add_(total: Tensor, x: Tensor) -> Tensor:
@@ -59,6 +62,36 @@ def test_what_a_call_throws_is_raised_and_what_was_done_before_stays(adding):
     assert total.max() == 1.0
 
 
+def test_lack_of_memory_is_told_from_other_errors():
+    """TorchInductor's code says no more than that the call failed."""
+    form = compiled(lambda x: (x[:, None] @ x[None]).sum(1), torch.ones(2**24))
+    assert isinstance(form, Repeatable)
+    with pytest.raises(RuntimeError, match="can't allocate memory") as thrown:
+        form(torch.ones(2**24))
+    assert is_out_of_memory(thrown.value)
+
+
+@torch.library.custom_op("regtune_tests::refuse", mutates_args=())
+def refuse(x: Tensor) -> Tensor:
+    if x.sum() < 0:
+        raise ValueError("it is negative")
+    return x.clone()
+
+
+@refuse.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def test_what_an_operation_in_python_raises_is_told():
+    form = compiled(lambda x: refuse(x * 2).sum(1), torch.ones(2, 3))
+    assert isinstance(form, Repeatable)
+    pending = [[torch.full((2, 3), number)] for number in (1.0, -1.0, 1.0)]
+    with pytest.raises(RuntimeError, match="it is negative"):
+        form.repeat([], pending)
+    assert form(torch.ones(2, 3))[0].tolist() == [6.0, 6.0]
+
+
 def test_threads_do_not_disturb_each_other(adding):
     def count(number: int) -> Tensor:
         total, pending = torch.zeros(2, 3), [[torch.full((2, 3), float(number))]] * 50
@@ -82,7 +115,7 @@ def test_what_is_handed_over_is_released(adding):
             adding.repeat([total], [*pending, [wrong], *pending])
 
     def resident() -> int:
-        return _PAGE_BYTES * int(Path("/proc/self/statm").read_text().split()[1])
+        return PAGE_BYTES * int(Path("/proc/self/statm").read_text().split()[1])
 
     for _ in range(200):
         call()
@@ -98,10 +131,21 @@ def test_a_program_that_was_compiled_before_is_found_in_the_same_form(adding):
     assert again is not adding
 
 
-def test_a_program_with_constants_is_called_by_its_own_wrapper():
-    """They are inputs of the compiled graph, of which only the wrapper knows."""
-    weights = torch.tensor([1.0, 2.0])
-    form = compiled(lambda x: (x * weights).sum(1), torch.ones(3, 2))
+def weighed(x: Tensor) -> Tensor:
+    return (x * WEIGHTS).sum(1)
+
+
+def test_a_program_with_constants_is_given_them():
+    form = compiled(weighed, torch.ones(3, 2))
+    assert isinstance(form, Repeatable)
+    assert form.repeat([], [[torch.ones(3, 2)]])[0].tolist() == [3.0, 3.0, 3.0]
+    assert form.wrapper(torch.ones(3, 2))[0].tolist() == [3.0, 3.0, 3.0]
+
+
+def test_a_program_that_wants_more_than_its_arguments_is_called_by_its_own_wrapper():
+    """What a module holds is an input of the compiled graph of which only the wrapper knows."""
+    module, examples = record(weighed, NOTHING_FIXED, [torch.ones(3, 2)])
+    form = compile_repeatable(module, (), examples, {"cpp_wrapper": True})
     assert not isinstance(form, Repeatable)
     assert form(torch.ones(3, 2))[0].tolist() == [3.0, 3.0, 3.0]
 
