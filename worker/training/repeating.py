@@ -12,13 +12,16 @@ wrapper is called as it is.
 import ctypes
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
+import structlog
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
+
+log = structlog.get_logger()
 
 Leaves = Sequence[Tensor]
 
@@ -154,12 +157,14 @@ def compile_repeatable(
     """
     with _noting_compiled() as compiled:
         wrapper: Any = torch._inductor.compile(module, list(inputs), options=dict(options))
-    with suppress(Exception):  # whatever has changed, the wrapper works
+    try:
         (graph,) = compiled
         entry = _entry_of(graph, len(inputs))
         _loop()
-        return Repeatable(wrapper, entry, constants)
-    return partial(wrapper, *constants)
+    except Exception as error:  # noqa: BLE001 - whatever has changed, the wrapper works
+        log.info("not_repeated", reason=f"{type(error).__name__}: {error}")
+        return partial(wrapper, *constants)
+    return Repeatable(wrapper, entry, constants)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
@@ -145,7 +146,9 @@ def test_a_program_with_constants_is_given_them():
 def test_a_program_that_wants_more_than_its_arguments_is_called_by_its_own_wrapper():
     """What a module holds is an input of the compiled graph of which only the wrapper knows."""
     module, examples = record(weighed, NOTHING_FIXED, [torch.ones(3, 2)])
-    form = compile_repeatable(module, (), examples, {"cpp_wrapper": True})
+    with structlog.testing.capture_logs() as lines:
+        form = compile_repeatable(module, (), examples, {"cpp_wrapper": True})
+    assert [line["event"] for line in lines] == ["not_repeated"]
     assert not isinstance(form, Repeatable)
     assert form(torch.ones(3, 2))[0].tolist() == [3.0, 3.0, 3.0]
 
