@@ -20,9 +20,9 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.chunks import perceptron
-from benchmarks.peers import shortened
-from benchmarks.problems import Problem, Setting, build_engine, some_trials
-from benchmarks.turns import in_turns
+from benchmarks.peers import CLASSES, shortened
+from benchmarks.problems import Problem, Setting, build_engine
+from benchmarks.turns import in_turns, warm_up
 from regtune.task import Data, Storage
 from worker.tasks.images import mnist
 from worker.training import compiling
@@ -60,7 +60,7 @@ def main() -> None:
 
 def race(side: int, hidden: Sequence[int], data: Data, asked: argparse.Namespace) -> object:
     """Return, and print, the seconds of epochs with the loop and without."""
-    name = "-".join(map(str, [side**2, *hidden, 10]))
+    name = "-".join(map(str, [side**2, *hidden, CLASSES]))
     build = partial(perceptron, hidden, pixels=side**2)
     setting = Setting(
         problem=Problem("perceptron", build, asked.rows, ()),
@@ -81,11 +81,11 @@ def race(side: int, hidden: Sequence[int], data: Data, asked: argparse.Namespace
     }
     seconds = in_turns(engines, lanes, asked.rounds, setting.device)
     ratios = [a / b for a, b in zip(seconds["loop"], seconds["wrapper"], strict=True)]
-    low, middle_one, high = quantiles(ratios, n=4)
+    low, half, high = quantiles(ratios, n=4)
     per_step = {who: 1e6 * median(each) / setting.steps for who, each in seconds.items()}
     print(
         f"{name}, {lanes} lanes, {asked.threads} threads: {per_step['loop']:.0f} µs a step instead "
-        f"of {per_step['wrapper']:.0f}, {middle_one:.3f} × (quartiles {low:.3f} to {high:.3f})",
+        f"of {per_step['wrapper']:.0f}, {half:.3f} × (quartiles {low:.3f} to {high:.3f})",
         flush=True,
     )
     whole = {"network": name, "lanes": lanes, "threads": asked.threads, "steps": setting.steps}
@@ -101,10 +101,7 @@ def middle(images: NDArray[Any], side: int) -> NDArray[Any]:
 def without_loop(setting: Setting, lanes: int) -> Engine:
     """Return an engine that calls what has been compiled as TorchInductor wraps it."""
     engine = build_engine(setting, lanes, compiles=True)
-    engine.join(some_trials(lanes))
-    for _ in range(2):
-        engine.train_epoch()
-        engine.settle()
+    warm_up(engine, lanes)
     engine.train_epoch()
     for program in engine.programs:
         if isinstance(program._form, Repeatable):

@@ -21,10 +21,7 @@ def in_turns(
     Closes the engines.
     """
     for engine in engines.values():
-        engine.join(some_trials(lanes))
-        for _ in range(2):
-            engine.train_epoch()
-            engine.settle()
+        warm_up(engine, lanes)
     seconds: dict[Name, list[float]] = {name: [] for name in engines}
     for _ in range(rounds):
         for name, engine in engines.items():
@@ -35,3 +32,11 @@ def in_turns(
     for engine in engines.values():
         engine.close()
     return seconds
+
+
+def warm_up(engine: Engine, lanes: int) -> None:
+    """Let so many trials join, and train until all that they use has been compiled."""
+    engine.join(some_trials(lanes))
+    for _ in range(2):
+        engine.train_epoch()
+        engine.settle()

@@ -4,9 +4,8 @@ Around a call of what TorchInductor has compiled Python takes 20 to 50 µs, and 
 side by side wait for each other several times a step, because every operation that Python calls
 lets go of the interpreter lock and asks for it again. So the calls of some steps are made by a loop
 in C++; a program lets go of that lock as it is entered, and takes it back as it returns. It is
-entered where its own
-wrapper enters it, which is no public interface of TorchInductor: where that cannot be seen, the
-wrapper is called as it is.
+entered where its own wrapper enters it, which is no public interface of TorchInductor: where that
+cannot be seen, the wrapper is called as it is.
 """
 
 import ctypes
@@ -48,11 +47,11 @@ struct Program {
 };
 
 // Calls a program of one result up to `calls` times, until `seconds` have passed: on tensors that
-// are the same each time, and on `varying` ones of each call. Returns the number of calls that have
-// come to their end; what the last one has thrown, if anything, in `error`.
+// are the same each time, and on `varying` ones of each call. There is a result of each call that
+// has come to its end; what the last one has thrown, if anything, is in `error`.
 // The program releases what it is given in the midst of its work. It gets copies of handles: what
 // it releases last of all, Python's own object would be told of, with the interpreter lock.
-extern "C" int64_t repeat(
+extern "C" void repeat(
     const Program* program, const Tensor* fixed, int64_t n_fixed, const Tensor* varying,
     int64_t n_varying, int64_t calls, double seconds, Tensor* results, char* error, int64_t room) {
   using clock = std::chrono::steady_clock;
@@ -75,7 +74,6 @@ extern "C" int64_t repeat(
   }
   for (int64_t i = 0; i < n_fixed; i++) program->release(fixed[i]);
   for (int64_t i = 0; i < calls * n_varying; i++) program->release(varying[i]);
-  return done;
 }
 """
 
@@ -213,7 +211,7 @@ def _loop() -> Any:
         *(address, address, number, address, number, number),
         *(ctypes.c_double, address, address, number),
     ]
-    repeat.restype = number
+    repeat.restype = None
     return repeat
 
 
